@@ -1,0 +1,212 @@
+#include "common/core/file.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <system_error>
+#include <utility>
+
+#include "common/core/error.h"
+#include "common/core/text.h"
+
+namespace flux {
+namespace fs = std::filesystem;
+namespace {
+
+std::string errno_text(int number) { return std::generic_category().message(number); }
+
+// An open descriptor of a regular file, and its size.
+struct Input {
+  int fd = -1;
+  uint64_t size = 0;
+
+  explicit Input(const fs::path& path) {
+    // O_NONBLOCK: a FIFO under the name would block for ever in open()
+    fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) {
+      const int number = errno;
+      throw InputError(fmt::format("{}: cannot be read: {}", show(path), errno_text(number)),
+                       number == ENOENT ? "check the path" : "");
+    }
+    struct stat info {};
+    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+      close(fd);
+      throw InputError(fmt::format("{}: is {}, not a file", show(path),
+                                   S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"));
+    }
+    size = static_cast<uint64_t>(info.st_size);
+  }
+  ~Input() { close(fd); }
+  Input(const Input&) = delete;
+  Input& operator=(const Input&) = delete;
+
+  size_t read_some(const fs::path& path, std::span<std::byte> into) const {
+    for (;;) {
+      const ssize_t got = read(fd, into.data(), into.size());
+      if (got >= 0) return static_cast<size_t>(got);
+      if (errno != EINTR) throw InputError(fmt::format("{}: reading failed: {}", show(path), errno_text(errno)));
+    }
+  }
+};
+
+fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+
+}  // namespace
+
+std::string read_file(const fs::path& path, uint64_t max_bytes) {
+  const Input input(path);
+  if (input.size > max_bytes) {
+    throw InputError(fmt::format("{}: {} bytes, at most {} are read", show(path), input.size, max_bytes));
+  }
+  std::string out(input.size, '\0');
+  size_t done = 0;
+  while (done < out.size()) {
+    const size_t got = input.read_some(path, std::as_writable_bytes(std::span(out).subspan(done)));
+    if (got == 0) break;  // shortened meanwhile
+    done += got;
+  }
+  out.resize(done);
+  return out;
+}
+
+void read_chunks(const fs::path& path, const std::function<void(std::span<const std::byte>)>& take) {
+  const Input input(path);
+  std::vector<std::byte> buffer(size_t{1} << 20);
+  while (const size_t got = input.read_some(path, buffer)) take(std::span(buffer).first(got));
+}
+
+MappedFile::MappedFile(const fs::path& path) : path_(path) {
+  const Input input(path);
+  size_ = input.size;
+  if (size_ == 0) return;  // mmap refuses length 0
+  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, input.fd, 0);
+  if (mapped == MAP_FAILED) {
+    throw InputError(fmt::format("{}: cannot be mapped: {}", show(path), errno_text(errno)));
+  }
+  data_ = static_cast<const std::byte*>(mapped);
+}
+
+MappedFile::~MappedFile() {
+  if (data_) munmap(const_cast<std::byte*>(data_), size_);
+}
+
+AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
+  temporary_ = folder_of(path_) / fmt::format(".{}.tmp-{}", path_.filename().native(), random_name());
+  if (temporary_.filename().native().size() > 255) temporary_ = folder_of(path_) / (".tmp-" + random_name());
+  fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd_ < 0) fail("cannot be created");
+}
+
+AtomicFile::~AtomicFile() {
+  if (fd_ < 0) return;
+  close(fd_);
+  unlink(temporary_.c_str());
+}
+
+void AtomicFile::fail(const char* what) const {
+  const int number = errno;
+  throw ResourceError(fmt::format("{}: {}: {}", show(path_), what, errno_text(number)),
+                      number == ENOSPC || number == EDQUOT ? "free some disk space and run again"
+                                                           : "check that the folder exists and is writable");
+}
+
+void AtomicFile::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t put = ::write(fd_, bytes.data(), std::min<size_t>(bytes.size(), size_t{1} << 30));
+    if (put < 0) {
+      if (errno == EINTR) continue;
+      fail("writing failed");
+    }
+    bytes = bytes.subspan(static_cast<size_t>(put));
+    size_ += static_cast<uint64_t>(put);
+  }
+}
+
+void AtomicFile::write(std::string_view text) { write(std::as_bytes(std::span(text))); }
+
+void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t put = pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (put < 0) {
+      if (errno == EINTR) continue;
+      fail("writing failed");
+    }
+    bytes = bytes.subspan(static_cast<size_t>(put));
+    offset += static_cast<uint64_t>(put);
+  }
+  size_ = std::max(size_, offset);
+}
+
+void AtomicFile::commit() {
+  if (fsync(fd_) != 0) fail("flushing to the disk failed");
+  const int fd = std::exchange(fd_, -1);
+  const bool closed = close(fd) == 0;
+  if (!closed || rename(temporary_.c_str(), path_.c_str()) != 0) {
+    const int number = errno;
+    unlink(temporary_.c_str());
+    errno = number;
+    fail(closed ? "cannot be renamed into place" : "closing failed");
+  }
+  sync_folder(folder_of(path_));
+}
+
+void write_file_atomic(const fs::path& path, std::string_view bytes) {
+  AtomicFile file(path);
+  file.write(bytes);
+  file.commit();
+}
+
+bool write_file_if_changed(const fs::path& path, std::string_view bytes) {
+  std::error_code error;
+  if (fs::is_regular_file(path, error) && fs::file_size(path, error) == bytes.size() && read_file(path) == bytes) {
+    return false;
+  }
+  write_file_atomic(path, bytes);
+  return true;
+}
+
+void make_folder(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error || !fs::is_directory(path)) {
+    throw ResourceError(fmt::format("{}: folder cannot be made: {}", show(path),
+                                    error ? error.message() : "something else has this name"),
+                        "choose another --out, or make it writable");
+  }
+}
+
+void sync_folder(const fs::path& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(errno)));
+  const int result = fsync(fd);
+  const int number = errno;
+  close(fd);
+  // some file systems do not know fsync on folders; they have no separate flush to ask for
+  if (result != 0 && number != EINVAL) {
+    throw ResourceError(fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
+  }
+}
+
+std::string random_name() {
+  uint64_t value = 0;
+  while (getrandom(&value, sizeof value, 0) != static_cast<ssize_t>(sizeof value)) {
+  }
+  return fmt::format("{:016x}", value);
+}
+
+uint64_t peak_rss_bytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stoull(line.substr(6)) * 1024;
+  }
+  return 0;
+}
+
+}  // namespace flux

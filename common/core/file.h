@@ -1,0 +1,75 @@
+// common/core/file.h - whole files: read, map, and write so that a file under its final name is complete.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace flux {
+
+/// Reads a regular file of at most `max_bytes`. Throws InputError: absent, not a regular file, too large, unreadable.
+std::string read_file(const std::filesystem::path& path, uint64_t max_bytes = UINT64_MAX);
+/// Calls `take` with the file's bytes in order, 1 MiB at a time. Throws InputError.
+void read_chunks(const std::filesystem::path& path, const std::function<void(std::span<const std::byte>)>& take);
+
+/// A regular file mapped read-only. The mapping stays valid when the file is renamed or removed; a file that somebody
+/// truncates in place would raise SIGBUS, which is why everything here is written by rename.
+class MappedFile {
+ public:
+  /// Throws InputError: absent, not a regular file, unreadable.
+  explicit MappedFile(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+/// Writes a file under a temporary name beside the final one; commit() flushes it to the disk, renames it and flushes the
+/// folder. Without commit() the temporary file is removed. Every failure is a ResourceError that names the path.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::filesystem::path path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+  void write(std::string_view text);
+  /// Overwrites bytes already written, for headers that are known last.
+  void write_at(uint64_t offset, std::span<const std::byte> bytes);
+  void commit();
+  uint64_t size_bytes() const { return size_; }
+
+ private:
+  [[noreturn]] void fail(const char* what) const;
+  std::filesystem::path path_, temporary_;
+  int fd_ = -1;
+  uint64_t size_ = 0;
+};
+
+/// AtomicFile in one call.
+void write_file_atomic(const std::filesystem::path& path, std::string_view bytes);
+/// Does nothing if the file already holds exactly `bytes`, so that its modification time stays. Returns whether it wrote.
+bool write_file_if_changed(const std::filesystem::path& path, std::string_view bytes);
+
+/// Makes a folder and its parents. Throws ResourceError if that fails or something else has the name.
+void make_folder(const std::filesystem::path& path);
+/// Flushes a folder's entries to the disk. Throws ResourceError.
+void sync_folder(const std::filesystem::path& path);
+/// 16 hex digits that no other process has (from the kernel's generator).
+std::string random_name();
+/// Largest resident size of this process so far, in bytes (VmHWM).
+uint64_t peak_rss_bytes();
+
+}  // namespace flux

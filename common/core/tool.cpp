@@ -1,0 +1,391 @@
+#include "common/core/tool.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <boost/program_options.hpp>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <new>
+#include <nlohmann/json.hpp>
+#include <toml.hpp>
+
+#include "common/core/cancel.h"
+#include "common/core/file.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+#include "common/core/version.h"
+
+namespace flux {
+namespace po = boost::program_options;
+namespace {
+
+struct Flag {
+  std::string name, metavar, help, default_text, group;
+  bool is_switch = false, is_list = false;
+  std::function<void(const std::string&)> set;
+};
+
+std::string normal_key(std::string key) {
+  std::replace(key.begin(), key.end(), '_', '-');
+  return key;
+}
+
+template <class T>
+T parse_number(const std::string& text, T low, T high, const char* kind) {
+  T value{};
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error == std::errc::result_out_of_range || (error == std::errc{} && stop == end && (value < low || value > high))) {
+    throw UsageError(fmt::format("{} is out of range, {} to {} is allowed", printable(text), low, high));
+  }
+  if (error != std::errc{} || stop != end) throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
+  if constexpr (std::is_floating_point_v<T>) {
+    if (!std::isfinite(value)) throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
+  }
+  return value;
+}
+
+std::string shell_quoted(const std::string& text) {
+  constexpr std::string_view kPlain =
+      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,+@%";
+  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
+  std::string out = "'";
+  for (const char c : text) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return out + "'";
+}
+
+std::vector<std::string>& version_lines() {
+  static std::vector<std::string> lines;
+  return lines;
+}
+
+}  // namespace
+
+struct Tool::State {
+  std::string name, sentence, example, current_group;
+  std::vector<std::string> arguments;
+  std::vector<Flag> flags;
+  std::vector<std::string>* positional = nullptr;
+  std::string positional_metavar, positional_help;
+  std::map<std::string, bool> given;
+  bool json = false, help = false, version = false;
+  std::filesystem::path config;
+  std::string log_level = "info";
+
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (const Flag& flag : flags) out.push_back(flag.name);
+    return out;
+  }
+  const Flag* find(std::string_view wanted) const {
+    for (const Flag& flag : flags) {
+      if (flag.name == wanted) return &flag;
+    }
+    return nullptr;
+  }
+  UsageError unknown(const std::string& what, const std::string& key) const {
+    const auto near = nearest_name(key, names());
+    return UsageError(fmt::format("unknown {} '{}'", what, printable(key)),
+                      near ? fmt::format("did you mean --{}? --help lists all flags", *near) : "--help lists all flags");
+  }
+  void apply(const Flag& flag, const std::string& text) {
+    try {
+      flag.set(text);
+    } catch (const UsageError& error) {
+      throw UsageError(fmt::format("--{}: {}", flag.name, error.what()));
+    }
+    given[flag.name] = true;
+  }
+  void read_config();
+  void print_help() const;
+};
+
+// One value of a TOML file as it would stand on a command line.
+static std::string toml_text(const toml::value& value, const std::string& key, const std::filesystem::path& file) {
+  if (value.is_boolean()) return value.as_boolean() ? "true" : "false";
+  if (value.is_integer()) return std::to_string(value.as_integer());
+  if (value.is_floating()) return fmt::format("{}", value.as_floating());
+  if (value.is_string()) return value.as_string().str;
+  throw UsageError(fmt::format("{}: {} must be a string, a number or true/false", show(file), printable(key)));
+}
+
+void Tool::State::read_config() {
+  toml::value document;
+  const std::string text = read_file(config, 16 << 20);
+  try {
+    std::istringstream stream(text);
+    document = toml::parse(stream, config.filename().native());
+  } catch (const std::exception& error) {
+    throw UsageError(fmt::format("{}: not valid TOML\n  {}", show(config), printable(error.what())));
+  }
+  for (const auto& [key, value] : document.as_table()) {
+    const std::string wanted = normal_key(key);
+    const Flag* flag = find(wanted);
+    if (!flag || wanted == "config") throw unknown("key in " + show(config), key);
+    if (given.contains(wanted)) continue;  // the command line wins
+    if (value.is_array() && flag->is_list) {
+      for (const auto& element : value.as_array()) apply(*flag, toml_text(element, key, config));
+    } else {
+      apply(*flag, toml_text(value, key, config));
+    }
+  }
+}
+
+void Tool::State::print_help() const {
+  std::string out = fmt::format("{} - {}\n\nusage: {} [flags]{}\n", name, sentence, name,
+                                positional ? " " + positional_metavar : "");
+  if (positional) out += fmt::format("  {}  {}\n", positional_metavar, positional_help);
+  std::string shown_group = "-";
+  for (const Flag& flag : flags) {
+    if (flag.group != shown_group) out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
+    shown_group = flag.group;
+    std::string head = "  --" + flag.name + (flag.is_switch ? "" : " " + flag.metavar);
+    if (head.size() < 30) {
+      head.resize(32, ' ');
+    } else {
+      head += "\n" + std::string(32, ' ');
+    }
+    out += head + flag.help;
+    if (!flag.is_switch && !flag.default_text.empty()) out += fmt::format(" (default: {})", flag.default_text);
+    out += '\n';
+  }
+  if (!example.empty()) out += fmt::format("\nexample:\n  {}\n", example);
+  std::fputs(out.c_str(), stdout);
+}
+
+Tool::Tool(std::string name, std::vector<std::string> arguments) : state_(std::make_unique<State>()) {
+  state_->name = std::move(name);
+  state_->arguments = std::move(arguments);
+}
+Tool::~Tool() = default;
+
+const std::string& Tool::name() const { return state_->name; }
+
+std::string Tool::command_line() const {
+  std::string out = state_->name;
+  for (const std::string& argument : state_->arguments) out += " " + shell_quoted(argument);
+  return out;
+}
+
+void Tool::about(std::string_view sentence, std::string_view example) {
+  state_->sentence = sentence;
+  state_->example = example;
+}
+void Tool::group(std::string_view title) { state_->current_group = title; }
+
+void Tool::flag(std::string_view name, std::string_view metavar, std::string_view help, std::string_view default_text,
+                std::function<void(const std::string&)> set) {
+  if (state_->find(name)) throw std::invalid_argument(fmt::format("flag --{} registered twice", name));
+  state_->flags.push_back({std::string(name), std::string(metavar), std::string(help), std::string(default_text),
+                           state_->current_group, false, false, std::move(set)});
+}
+
+void Tool::flag(std::string_view name, bool& value, std::string_view help) {
+  flag(name, "", help, "", [&value](const std::string& text) {
+    if (text != "true" && text != "false") throw UsageError(fmt::format("'{}' is not true or false", printable(text)));
+    value = text == "true";
+  });
+  state_->flags.back().is_switch = true;
+}
+
+void Tool::flag(std::string_view name, std::string& value, std::string_view metavar, std::string_view help) {
+  flag(name, metavar, help, value, [&value](const std::string& text) { value = text; });
+}
+
+void Tool::flag(std::string_view name, std::filesystem::path& value, std::string_view metavar, std::string_view help) {
+  flag(name, metavar, help, value.native(), [&value](const std::string& text) {
+    if (text.empty()) throw UsageError("the path is empty");
+    if (text.find('\0') != std::string::npos) throw UsageError("the path holds a zero byte");
+    value = text;
+  });
+}
+
+void Tool::flag(std::string_view name, std::vector<std::string>& values, std::string_view metavar, std::string_view help) {
+  flag(name, metavar, help, "", [&values](const std::string& text) { values.push_back(text); });
+  state_->flags.back().is_list = true;
+}
+
+void Tool::flag(std::string_view name, int64_t& value, std::string_view metavar, std::string_view help, int64_t low,
+                int64_t high) {
+  flag(name, metavar, help, std::to_string(value), [&value, low, high](const std::string& text) {
+    value = parse_number<int64_t>(text, low, high, "a whole number");
+  });
+}
+
+void Tool::flag(std::string_view name, std::optional<int64_t>& value, std::string_view metavar, std::string_view help,
+                int64_t low, int64_t high) {
+  flag(name, metavar, help, value ? std::to_string(*value) : "", [&value, low, high](const std::string& text) {
+    value = parse_number<int64_t>(text, low, high, "a whole number");
+  });
+}
+
+void Tool::flag(std::string_view name, double& value, std::string_view metavar, std::string_view help, double low,
+                double high) {
+  flag(name, metavar, help, fmt::format("{}", value), [&value, low, high](const std::string& text) {
+    value = parse_number<double>(text, low, high, "a number");
+  });
+}
+
+void Tool::arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help) {
+  state_->positional = &values;
+  state_->positional_metavar = metavar;
+  state_->positional_help = help;
+}
+
+bool Tool::parse() {
+  group("common");
+  flag("config", state_->config, "FILE.toml", "read flags from this file; the command line wins");
+  flag("json", state_->json, "print the summary as one JSON object");
+  flag("log-level", state_->log_level, Choices<std::string>{{"info", "info"}, {"debug", "debug"}, {"warn", "warn"}, {"error", "error"}},
+       "least important messages to show on stderr");
+  flag("version", state_->version, "print versions and exit");
+  flag("help", state_->help, "print this and exit");
+
+  po::options_description described;
+  for (const Flag& flag : state_->flags) {
+    if (flag.is_switch) {
+      described.add_options()(flag.name.c_str(), po::value<std::string>()->zero_tokens()->implicit_value("true"));
+    } else {
+      described.add_options()(flag.name.c_str(), po::value<std::vector<std::string>>()->composing());
+    }
+  }
+  po::positional_options_description nothing;
+  using Style = po::command_line_style::style_t;
+  constexpr int kStyle = Style::allow_long | Style::long_allow_adjacent | Style::long_allow_next;
+  std::vector<po::option> options;
+  try {
+    options = po::command_line_parser(state_->arguments).options(described).positional(nothing).style(kStyle)
+                  .allow_unregistered().run().options;
+  } catch (const po::error& error) {
+    throw UsageError(printable(error.what()), "--help lists all flags");
+  }
+  for (const po::option& option : options) {
+    if (option.unregistered) {
+      const std::string& token = option.original_tokens.at(0);
+      throw state_->unknown("flag", token.substr(std::min(token.find_first_not_of('-'), token.size())));
+    }
+    if (option.string_key.empty()) {
+      const std::string& text = option.value.at(0);
+      if (!state_->positional || (text.size() > 1 && text[0] == '-')) {
+        if (text.starts_with("-")) throw state_->unknown("flag", text.substr(1));
+        throw UsageError(fmt::format("unexpected argument '{}'", printable(text)), "--help lists all flags");
+      }
+      state_->positional->push_back(text);
+      continue;
+    }
+    const Flag& flag = *state_->find(option.string_key);
+    if (state_->given.contains(flag.name) && !flag.is_list) {
+      throw UsageError(fmt::format("--{} is given twice", flag.name), "give it once");
+    }
+    if (flag.is_switch) {
+      state_->apply(flag, "true");
+    } else {
+      for (const std::string& text : option.value) state_->apply(flag, text);
+    }
+  }
+  if (state_->help) {
+    state_->print_help();
+    return false;
+  }
+  if (state_->version) {
+    std::fputs(version_text(state_->name).c_str(), stdout);
+    return false;
+  }
+  if (!state_->config.empty()) state_->read_config();
+  const std::map<std::string, log::Level> levels{{"debug", log::Level::kDebug},
+                                                 {"info", log::Level::kInfo},
+                                                 {"warn", log::Level::kWarn},
+                                                 {"error", log::Level::kError}};
+  log::start(state_->name, levels.at(state_->log_level));
+  return true;
+}
+
+bool Tool::given(std::string_view name) const { return state_->given.contains(std::string(name)); }
+
+bool Tool::json() const { return state_->json; }
+
+void Tool::summary(std::string_view line, const nlohmann::json& object) const {
+  const std::string text =
+      state_->json ? object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) : printable(line);
+  std::puts(text.c_str());
+}
+
+std::string_view tool_version() { return kVersion; }
+
+bool add_version_line(std::string line) {
+  version_lines().push_back(std::move(line));
+  return true;
+}
+
+std::string version_text(std::string_view program) {
+  std::string out = fmt::format("{} {} (flux-stages, commit {})\n", program, kVersion, commit());
+  std::vector<std::string> lines = version_lines();
+  std::sort(lines.begin(), lines.end());
+  for (const std::string& line : lines) out += line + "\n";
+  return out;
+}
+
+namespace {
+
+int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
+  const auto report = [&](const char* what) { log::error("{}", what); };
+  try {
+    const ExitCode code = body(tool);
+    if (std::fflush(stdout) != 0) throw ResourceError("stdout cannot be written");
+    return static_cast<int>(code);
+  } catch (const Error& error) {
+    report(error.what());
+    return static_cast<int>(error.exit_code());
+  } catch (const std::bad_alloc&) {
+    report("out of memory\n  hint: use a smaller batch or resolution, or a machine with more memory");
+    return static_cast<int>(ExitCode::kResource);
+  } catch (const std::exception& error) {
+    report(fmt::format("internal error: {}\n  hint: this is a bug in {}; please report it with the command line",
+                       error.what(), tool.name()).c_str());
+    return static_cast<int>(ExitCode::kBug);
+  }
+}
+
+}  // namespace
+
+int run_tool(const char* name, int argc, char** argv, const std::function<ExitCode(Tool&)>& body) {
+  log::start(name, log::Level::kInfo);
+  cancel::install();
+  Tool tool(name, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
+  return guarded(tool, body);
+}
+
+int run_tool(const char* name, int argc, char** argv, std::string_view about, const std::vector<Verb>& verbs) {
+  log::start(name, log::Level::kInfo);
+  cancel::install();
+  const std::string word = argc > 1 ? argv[1] : "";
+  if (word == "--version") {
+    std::fputs(version_text(name).c_str(), stdout);
+    return 0;
+  }
+  if (word == "--help") {
+    std::string out = fmt::format("{} - {}\n\nusage: {} VERB [flags]\n\nverbs:\n", name, about, name);
+    for (const Verb& verb : verbs) out += fmt::format("  {:<12} {}\n", verb.name, verb.sentence);
+    out += fmt::format("\nexample:\n  {} {} --help\n", name, verbs.front().name);
+    std::fputs(out.c_str(), stdout);
+    return 0;
+  }
+  for (const Verb& verb : verbs) {
+    if (verb.name == word) {
+      Tool tool(std::string(name) + " " + word, std::vector<std::string>(argv + 2, argv + argc));
+      return guarded(tool, verb.body);
+    }
+  }
+  std::vector<std::string> names;
+  for (const Verb& verb : verbs) names.push_back(verb.name);
+  log::error("{}\n  hint: the verbs are {}",
+             word.empty() ? std::string("no verb given") : fmt::format("unknown verb '{}'", printable(word)),
+             join_some(names, names.size()));
+  return static_cast<int>(ExitCode::kUsage);
+}
+
+}  // namespace flux
