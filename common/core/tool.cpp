@@ -253,12 +253,11 @@ bool Tool::parse() {
       described.add_options()(flag.name.c_str(), po::value<std::vector<std::string>>()->composing());
     }
   }
-  po::positional_options_description nothing;
   using Style = po::command_line_style::style_t;
   constexpr int kStyle = Style::allow_long | Style::long_allow_adjacent | Style::long_allow_next;
   std::vector<po::option> options;
   try {
-    options = po::command_line_parser(state_->arguments).options(described).positional(nothing).style(kStyle)
+    options = po::command_line_parser(state_->arguments).options(described).style(kStyle)
                   .allow_unregistered().run().options;
   } catch (const po::error& error) {
     throw UsageError(printable(error.what()), "--help lists all flags");

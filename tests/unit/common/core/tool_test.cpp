@@ -1,0 +1,139 @@
+#include "common/core/tool.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "common/core/text.h"
+#include "tests/support/temporary_folder.h"
+
+namespace flux {
+namespace {
+
+enum class Dtype { kBf16, kF32 };
+
+struct Options {
+  std::string model = "none";
+  int64_t steps = 5;
+  double rate = 0.5;
+  bool fast = false;
+  Dtype dtype = Dtype::kBf16;
+  std::filesystem::path out;
+  std::vector<std::string> many;
+};
+
+struct Parsed {
+  Options options;
+  bool go_on = false;
+};
+
+Parsed parse(std::vector<std::string> arguments, std::vector<std::string>* given = nullptr) {
+  Parsed parsed;
+  Tool tool("flux-test", std::move(arguments));
+  tool.about("a program for tests", "flux-test --steps 3");
+  Options& o = parsed.options;
+  tool.flag("model", o.model, "NAME", "a name");
+  tool.flag("max-steps", o.steps, "N", "how many", 1, 100);
+  tool.flag("rate", o.rate, "X", "how fast", 0.0, 1.0);
+  tool.flag("fast", o.fast, "be fast");
+  tool.flag("dtype", o.dtype, Choices<Dtype>{{"bf16", Dtype::kBf16}, {"f32", Dtype::kF32}}, "kept as");
+  tool.flag("out", o.out, "DIR", "where to");
+  tool.flag("many", o.many, "X", "several");
+  parsed.go_on = tool.parse();
+  if (given) {
+    for (const char* name : {"model", "max-steps", "rate", "fast"}) {
+      if (tool.given(name)) given->push_back(name);
+    }
+  }
+  return parsed;
+}
+
+std::string usage_error(std::vector<std::string> arguments) {
+  try {
+    parse(std::move(arguments));
+  } catch (const UsageError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(Tool, WritesFlagsIntoTheStruct) {
+  std::vector<std::string> given;
+  const auto [o, go_on] = parse({"--model=a b", "--max-steps", "7", "--rate", "1e-3", "--fast", "--dtype", "f32", "--out", "x y",
+                                 "--many", "1", "--many", "2"}, &given);
+  EXPECT_TRUE(go_on);
+  EXPECT_EQ(o.model, "a b");
+  EXPECT_EQ(o.steps, 7);
+  EXPECT_EQ(o.rate, 1e-3);
+  EXPECT_TRUE(o.fast);
+  EXPECT_EQ(o.dtype, Dtype::kF32);
+  EXPECT_EQ(o.out, "x y");
+  EXPECT_EQ(o.many, (std::vector<std::string>{"1", "2"}));
+  EXPECT_EQ(given, (std::vector<std::string>{"model", "max-steps", "rate", "fast"}));
+}
+
+TEST(Tool, TakesNegativeValues) {  // a value that starts with '-' is a value, out of range here
+  EXPECT_NE(usage_error({"--max-steps", "-3"}).find("-3 is out of range, 1 to 100"), std::string::npos);
+}
+
+TEST(Tool, RefusesWhatItDoesNotKnow) {
+  EXPECT_EQ(usage_error({"--max-setps", "3"}),
+            "unknown flag 'max-setps'\n  hint: did you mean --max-steps? --help lists all flags");
+  EXPECT_EQ(usage_error({"--max", "3"}).substr(0, 18), "unknown flag 'max'");  // no abbreviations
+  EXPECT_EQ(usage_error({"stray"}).substr(0, 27), "unexpected argument 'stray'");
+}
+
+TEST(Tool, RefusesMalformedValues) {
+  EXPECT_EQ(usage_error({"--max-steps", "3x"}), "--max-steps: '3x' is not a whole number");
+  EXPECT_EQ(usage_error({"--max-steps", "101"}), "--max-steps: 101 is out of range, 1 to 100 is allowed");
+  EXPECT_EQ(usage_error({"--max-steps", "99999999999999999999"}).substr(0, 44),
+            "--max-steps: 99999999999999999999 is out of ");
+  EXPECT_EQ(usage_error({"--rate", "nan"}), "--rate: 'nan' is not a number");
+  EXPECT_EQ(usage_error({"--dtype", "f16"}), "--dtype: 'f16' is not one of bf16|f32");
+  EXPECT_EQ(usage_error({"--model", "a", "--model", "b"}), "--model is given twice\n  hint: give it once");
+  EXPECT_NE(usage_error({"--model"}).find("model"), std::string::npos);
+}
+
+TEST(Tool, ReadsAConfigFileBelowTheCommandLine) {
+  const test::TemporaryFolder folder;
+  const auto file = folder.write("a.toml", "max_steps = 9\nrate = 1\nfast = true\nmany = ['a', 'b']\n");
+  const auto o = parse({"--config", file.string(), "--max-steps", "3"}).options;
+  EXPECT_EQ(o.steps, 3);
+  EXPECT_EQ(o.rate, 1.0);
+  EXPECT_TRUE(o.fast);
+  EXPECT_EQ(o.many.size(), 2u);
+}
+
+TEST(Tool, RefusesABadConfigFile) {
+  const test::TemporaryFolder folder;
+  const auto error = [&](const char* text) { return usage_error({"--config", folder.write("a.toml", text).string()}); };
+  EXPECT_NE(error("max_setps = 1").find("unknown key in"), std::string::npos);
+  EXPECT_NE(error("max_setps = 1").find("did you mean --max-steps?"), std::string::npos);
+  EXPECT_NE(error("max_steps = ").find("not valid TOML"), std::string::npos);
+  EXPECT_NE(error("max_steps = [1]").find("must be a string, a number or true/false"), std::string::npos);
+  EXPECT_NE(error("max_steps = 1.5").find("'1.5' is not a whole number"), std::string::npos);
+}
+
+TEST(Tool, QuotesItsCommandLine) {
+  const Tool tool("t", {"--out", "it's", "--x=1"});
+  EXPECT_EQ(tool.command_line(), "t --out 'it'\\''s' --x=1");
+}
+
+TEST(RunTool, TurnsExceptionsIntoExitCodes) {
+  const auto run = [](const std::function<ExitCode(Tool&)>& body) {
+    char name[] = "t";
+    char* argv[] = {name, nullptr};
+    return run_tool("t", 1, argv, body);
+  };
+  EXPECT_EQ(run([](Tool&) { return ExitCode::kOk; }), 0);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw UsageError("x"); }), 2);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw InputError("x"); }), 3);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw CacheError("x"); }), 4);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw ResourceError("x"); }), 5);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw Interrupted(ExitCode::kInterrupt); }), 130);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw std::bad_alloc(); }), 5);
+  EXPECT_EQ(run([](Tool&) -> ExitCode { throw std::runtime_error("x"); }), 1);
+}
+
+}  // namespace
+}  // namespace flux
