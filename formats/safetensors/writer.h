@@ -1,0 +1,52 @@
+// formats/safetensors/writer.h - writes safetensors files tensor by tensor, so that no model is in memory twice.
+#pragma once
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/core/dtype.h"
+#include "common/core/file.h"
+#include "formats/safetensors/reader.h"
+
+namespace flux::safetensors {
+
+/// A tensor to be written: what the header says of it.
+struct TensorSpec {
+  std::string name;
+  DType dtype = DType::kF32;
+  Shape shape;
+};
+
+/// {"format": "pt"}: transformers refuses files without it.
+Metadata pt_metadata();
+
+/// The header is written at once, the tensors' bytes one after the other, and the file appears under its name on
+/// commit() only (temporary file, flush, rename). Equal input gives equal bytes: metadata by key, tensors sorted by
+/// element size (largest first), then dtype, then name; the header is padded with spaces to a multiple of 8.
+class Writer {
+ public:
+  /// Throws std::invalid_argument: a name twice, empty or "__metadata__", text that is not UTF-8, a negative or overflowing
+  /// shape, a header above kMaxHeaderBytes. ResourceError: the file cannot be made.
+  Writer(std::filesystem::path path, std::vector<TensorSpec> tensors, const Metadata& metadata);
+
+  /// The order in which tensors must be written.
+  const std::vector<TensorSpec>& order() const { return order_; }
+  /// Bytes of the next tensor of order(), all at once or in pieces under the same name. Throws std::invalid_argument if it is
+  /// not that tensor's turn or the bytes are too many; ResourceError: the disk is full.
+  void write(std::string_view name, std::span<const std::byte> bytes);
+  /// Throws std::invalid_argument if a tensor is missing or short.
+  void commit();
+
+ private:
+  void skip_full();
+  std::vector<TensorSpec> order_;
+  AtomicFile file_;
+  size_t next_ = 0;       // index in order_ of the tensor being written
+  uint64_t written_ = 0;  // bytes of it so far
+};
+
+}  // namespace flux::safetensors
