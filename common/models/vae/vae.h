@@ -1,0 +1,112 @@
+// common/models/vae/vae.h - the 16-channel FLUX AutoEncoder: image -> posterior of raw latents -> image.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <vector>
+
+#include "common/models/weights/weights.h"
+
+namespace flux::vae {
+
+/// latents = kScale * (raw latents - kShift). Source: architecture notes 2.3.
+inline constexpr double kScale = 0.3611, kShift = 0.1159;
+
+/// Raw latents -> latents, and back; any shape, in the dtype of the argument.
+at::Tensor scale_latents(const at::Tensor& raw);
+at::Tensor unscale_latents(const at::Tensor& latents);
+
+/// Sizes, all read off a checkpoint in canonical names.
+struct Config {
+  int64_t channels = 128;                           // of the widest image, "ch"
+  std::vector<int64_t> channel_mult = {1, 2, 4, 4};  // per level; each level but the last halves the sides
+  int64_t num_res_blocks = 2;                       // per level of the encoder; the decoder has one more
+  int64_t latent_channels = 16;
+  int64_t image_channels = 3;
+  bool has_encoder = true, has_decoder = true;  // which halves the checkpoint holds
+
+  /// Pixels per latent, 8 for FLUX.
+  int64_t stride() const { return int64_t{1} << (channel_mult.size() - 1); }
+  /// Throws InputError: neither half is there, what tells its sizes is missing, or latents have other than 16 channels.
+  static Config from_weights(const TensorMap& canonical, const std::filesystem::path& path);
+};
+
+/// The tensors of an AutoEncoder, in BFL names and shapes, of what take_net(file, NetKind::kAutoEncoder) found: BFL or
+/// diffusers names (the oldest attention names too), both halves or the encoder or the decoder alone. Tensors keep their
+/// dtype and share memory with the argument.
+///
+/// Throws InputError: not a FLUX AutoEncoder (Stable Diffusion's has 4 channels, FLUX.2's 32), or missing, surplus or
+/// misshapen tensors, which are all listed. Source: architecture notes 2.4 and 2.5.
+TensorMap canonical(const NetTensors& net);
+
+/// The `encoder.` or `decoder.` tensors alone. The weights_sha256 of a latents cache covers the first, so that a file of both
+/// halves and one of the encoder alone have the same identity. Throws InputError if the file does not hold that half.
+TensorMap encoder_half(const TensorMap& canonical, const std::filesystem::path& path);
+TensorMap decoder_half(const TensorMap& canonical, const std::filesystem::path& path);
+
+struct Conv {
+  at::Tensor weight, bias;  // [co, ci, k, k], [co]
+};
+struct Norm {
+  at::Tensor weight, bias;  // [c]
+};
+struct ResBlock {
+  Norm norm1, norm2;
+  Conv conv1, conv2, shortcut;  // shortcut.weight is undefined where input and output have as many channels
+};
+struct Attention {
+  Norm norm;
+  Conv q, k, v, out;
+};
+struct Level {
+  std::vector<ResBlock> blocks;
+  Conv resample;  // undefined in the last level to run
+};
+
+/// Mean and log-variance of the raw latents: [B, 16, H/8, W/8] float32, contiguous, on the device of the model.
+struct Posterior {
+  at::Tensor mean, logvar;
+};
+
+/// Image -> posterior. Samples run one by one, so that the bits of a sample never depend on the batch it is in (they decide
+/// the identity of a cached sample), and since a larger batch is slower on CPU and one image fills a GPU.
+struct Encoder {
+  Config config;
+  Conv conv_in;
+  std::vector<Level> levels;
+  ResBlock mid1, mid2;
+  Attention attention;
+  Norm norm_out;
+  Conv conv_out;
+
+  /// Takes the `encoder.` tensors of `weights` (canonical), converts them one by one to `dtype` (float32 or bfloat16)
+  /// and moves them to `device`.
+  static Encoder load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device);
+
+  ///   pixels   [B, 3, H, W] in [-1, 1], any floating dtype and device; H and W multiples of stride()
+  ///   taps     if given: receives what each stage puts out for the first sample, float32, by the names
+  ///            conv_in, down.{l}.block.{b}, down.{l}.downsample, mid.block_1, mid.attn_1, mid.block_2, norm_out, conv_out
+  ///
+  /// Throws std::invalid_argument naming the shape.
+  Posterior encode(const at::Tensor& pixels, TensorMap* taps = nullptr) const;
+};
+
+/// Raw latents -> image. Samples run one by one, as in Encoder.
+struct Decoder {
+  Config config;
+  Conv conv_in;
+  ResBlock mid1, mid2;
+  Attention attention;
+  std::vector<Level> levels;  // in BFL's numbering: the last one runs first
+  Norm norm_out;
+  Conv conv_out;
+
+  static Decoder load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device);
+
+  ///   raw      [B, 16, h, w] raw latents (see unscale_latents), any floating dtype and device
+  ///   returns  [B, 3, 8 h, 8 w] float32 on the device of the model; about -1 to 1, not clamped
+  at::Tensor decode(const at::Tensor& raw) const;
+};
+
+}  // namespace flux::vae
