@@ -1,0 +1,103 @@
+// formats/cache/writer.h - fills a cache folder so that a kill, a full disk or a second run loses nothing.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/cache/index.h"
+#include "formats/cache/manifest.h"
+#include "formats/cache/schema.h"
+
+namespace flux::cache {
+
+/// One encoded form that an item needs.
+struct WantedVariant {
+  Sha256Digest key{};
+  double weight = 1;
+  uint32_t flags = 0;  // kSampleFlipped
+};
+
+/// One item of the data set and what must be there for it, at least one variant.
+struct WantedItem {
+  uint32_t subset = 0, repeats = 1, flags = 0;  // kItem*
+  std::string path;                             // relative to the subset's folder
+  std::vector<WantedVariant> variants;
+};
+
+/// Distinct wanted samples by what happens to them. new_samples + changed is what has to be encoded.
+struct Comparison {
+  int64_t kept = 0;         // in the folder already
+  int64_t new_samples = 0;  // absent, and no item that wants it was in the last manifest
+  int64_t changed = 0;      // absent, and an item that wants it was there with other samples
+  int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
+  /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution: 512x512, was 1024x1024".
+  std::vector<std::string> changed_fields;
+};
+
+struct Publication {
+  std::vector<WantedItem> items;
+  nlohmann::json plan = nlohmann::json::object();
+  std::string plan_digest;
+  std::vector<Quarantined> quarantined;
+  Shard shard;
+  nlohmann::json stage_seconds = nlohmann::json::object();  // stage name -> seconds
+};
+
+/// One writer a folder (lock file), used from one thread.
+///
+///   Writer writer(out, recipe, provenance);      // lock, finish what a killed run left
+///   for (sample : wanted) if (!writer.contains(key)) writer.add(info, {latents});
+///   writer.publish(publication);                 // seal, index, manifest
+///
+/// A sample is safe against SIGKILL when add() returns, and against power loss one second later. The destructor leaves
+/// finished samples in the journal; seal() or publish() turns them into a segment, as does the next Writer.
+///
+/// Throws CacheError: another writer is at work, the folder holds another kind, a published segment is damaged.
+/// Throws ResourceError: the disk is full, a write fails, the folder cannot be written. Published segments stay intact.
+class Writer {
+ public:
+  Writer(const std::filesystem::path& folder, const Recipe& recipe, const Provenance& provenance);
+  ~Writer();
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+
+  /// Samples that a killed run had finished and this one sealed.
+  int64_t num_recovered() const;
+  /// The manifest that was there at the start, if any.
+  const std::optional<Manifest>& previous() const;
+
+  /// Whether a sample with this key is in the folder (published, or added since).
+  bool contains(const Sha256Digest& key) const;
+  Comparison compare(std::span<const WantedItem> items, const nlohmann::json& plan = nullptr) const;
+
+  /// `tensors`: latents [channels, height, width], or T5 [L, X] and CLIP [V], little-endian, of the recipe's dtype.
+  /// Adding a key that is there already does nothing. Throws std::invalid_argument for a wrong number of bytes.
+  void add(const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
+  /// Compresses the tensors of a sample (any thread, no lock): what add() does first. add(prepared) then only writes.
+  struct Prepared {
+    SampleInfo info;
+    std::vector<std::vector<std::byte>> frames;
+  };
+  static Prepared prepare(const Layout& layout, const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
+  void add(Prepared prepared);
+
+  /// Makes a segment of what was added so far. For SIGINT and SIGTERM; publish() does it too.
+  void seal();
+  /// Seals, writes quarantine.jsonl, the index and then the manifest, unless the manifest there says the same. Returns
+  /// whether it wrote. Throws std::invalid_argument if a wanted sample is not in the folder.
+  bool publish(const Publication& publication);
+  /// Removes the manifest and writes quarantine.jsonl: for a run in which too many items failed.
+  void withdraw(std::span<const Quarantined> quarantined);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace flux::cache
