@@ -1,0 +1,36 @@
+// common/ops/linear.h - the Linear layer as a plain struct of tensors, with room for a low-rank adapter.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace flux {
+
+/// A low-rank addition to a Linear: W + scale * up @ down.
+///
+///   down   [rank, in]  float32 or the dtype of the layer; undefined: no adapter
+///   up     [out, rank] as down
+///   scale  multiplier * alpha / rank
+struct LowRank {
+  at::Tensor down, up;
+  double scale = 1;
+};
+
+/// One Linear layer. Copies share the tensors.
+///
+///   weight  [out, in] float32|bfloat16
+///   bias    [out], or undefined
+struct Linear {
+  at::Tensor weight, bias;
+  LowRank lora;
+};
+
+/// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x, whatever the adapter is
+/// stored in. With `up` at zero the result has the bits of the layer without an adapter.
+///
+///   x        [..., in], dtype and device of weight
+///   returns  [..., out]
+///
+/// Gradients flow to x, weight, bias, down and up, each in its own dtype; only those asked for are computed.
+/// Throws std::invalid_argument, naming the shapes or dtypes, if they disagree.
+at::Tensor linear(const Linear& layer, const at::Tensor& x);
+
+}  // namespace flux

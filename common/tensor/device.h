@@ -1,0 +1,24 @@
+// common/tensor/device.h - `--device auto|cpu|cuda`, and the CUDA library that is opened only when asked for.
+#pragma once
+#include <c10/core/Device.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace flux {
+
+enum class DeviceChoice { kAuto, kCpu, kCuda };
+
+/// What to compute on. Call it once, before the first use of a tensor: kernels for CUDA live in libflux_cuda.so (in ../lib
+/// beside the program's folder), and LibTorch takes them only before it was asked whether there is a GPU.
+///
+///   kCpu   nothing is opened
+///   kAuto  cuda:0 where the library, its NVIDIA libraries and a GPU are there, else the CPU
+///   kCuda  throws ResourceError naming what is missing: the library, the NVIDIA libraries, or a GPU
+c10::Device resolve_device(DeviceChoice choice);
+
+/// The words of the flag, for Tool::flag.
+const std::vector<std::pair<std::string, DeviceChoice>>& device_choices();
+
+}  // namespace flux
