@@ -2,8 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <string>
-#include <utility>
-#include <vector>
 
 namespace flux {
 
@@ -26,7 +24,7 @@ struct LrOptions {
   double learning_rate = 1e-4;
   int64_t num_steps = 0;         // of the whole run; constant, constant_with_warmup and inverse_sqrt do not need it
   int64_t num_warmup_steps = 0;  // linear from 0 (warmup_stable_decay: from min_lr_ratio); constant ignores it
-  double num_cycles = 1;         // cosine_with_restarts: hard restarts; cosine, cosine_with_min_lr: waves (0.5 = one fall)
+  double num_cycles = 1;         // cosine_with_restarts: falls of the cosine
   double power = 1;              // polynomial
   double lr_end = 1e-7;          // polynomial: absolute
   int64_t timescale = 0;         // inverse_sqrt: 0 = num_warmup_steps, or 10000 without warm-up

@@ -1,0 +1,62 @@
+#include "common/train/loss.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/pow.h>
+
+#include <numbers>
+
+#include "common/tensor/tensor.h"
+#include "common/train/per_sample.h"
+
+namespace flux {
+
+at::Tensor model_prediction(Prediction kind, const at::Tensor& output, const at::Tensor& noisy, const at::Tensor& sigma) {
+  check_shape("noisy", noisy, output.sizes());
+  const at::Tensor raw = output.to(at::kFloat);
+  switch (kind) {
+    case Prediction::kRaw: return raw;
+    case Prediction::kAdditive: return raw + noisy.to(at::kFloat);
+    case Prediction::kSigmaScaled: break;
+  }
+  return noisy.to(at::kFloat) - per_sample(sigma, output) * raw;
+}
+
+at::Tensor loss_weights(WeightingScheme scheme, const at::Tensor& sigma) {
+  const at::Tensor s = sigma.to(at::kFloat);
+  if (scheme == WeightingScheme::kSigmaSqrt) return s.pow(-2);
+  if (scheme == WeightingScheme::kCosmap) return 2 / (std::numbers::pi * (1 - 2 * s + 2 * s.square()));
+  return at::ones_like(s);
+}
+
+at::Tensor element_loss(const LossOptions& options, const at::Tensor& prediction, const at::Tensor& target,
+                        const at::Tensor& sigma) {
+  check_shape("prediction", prediction, target.sizes());
+  const at::Tensor d = prediction.to(at::kFloat) - target.to(at::kFloat);
+  at::Tensor loss;
+  if (options.type == LossType::kL2) {
+    loss = d.square();
+  } else if (options.type == LossType::kL1) {
+    loss = d.abs();
+  } else {
+    const at::Tensor constant = at::full_like(sigma, options.huber_c, at::kFloat);
+    const at::Tensor scale = options.huber_schedule == HuberSchedule::kExponential
+                                 ? at::pow(constant, sigma.to(at::kFloat))
+                                 : constant;
+    const at::Tensor c = per_sample(scale * options.huber_scale, d);
+    loss = 2 * ((d.square() + c.square()).sqrt() - c);
+    if (options.type == LossType::kHuber) loss = loss * c;
+  }
+  return loss.flatten(1).mean(1);
+}
+
+at::Tensor loss_per_sample(const LossOptions& options, const at::Tensor& output, const at::Tensor& noisy,
+                           const at::Tensor& target, const at::Tensor& sigma) {
+  const at::Tensor loss =
+      element_loss(options, model_prediction(options.prediction, output, noisy, sigma), target, sigma);
+  if (options.prediction != Prediction::kSigmaScaled) return loss;
+  return loss * loss_weights(options.weighting, sigma);
+}
+
+}  // namespace flux
