@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <system_error>
@@ -22,10 +23,17 @@ namespace {
 
 std::string errno_text(int number) { return std::generic_category().message(number); }
 
-// An open descriptor of a regular file, and its size.
+int64_t nanoseconds(const struct timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
+
+FileStamp stamp_of(const fs::path& path, const struct stat& info) {
+  return {path, info.st_dev, info.st_ino, static_cast<uint64_t>(info.st_size), nanoseconds(info.st_mtim), nanoseconds(info.st_ctim)};
+}
+
+// An open descriptor of a regular file, its size and its stamp.
 struct Input {
   int fd = -1;
   uint64_t size = 0;
+  FileStamp stamp;
 
   explicit Input(const fs::path& path) {
     // O_NONBLOCK: a FIFO under the name would block for ever in open()
@@ -41,7 +49,8 @@ struct Input {
       throw InputError(fmt::format("{}: is {}, not a file", show(path),
                                    S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"));
     }
-    size = static_cast<uint64_t>(info.st_size);
+    stamp = stamp_of(path, info);
+    size = stamp.size_bytes;
   }
   ~Input() { close(fd); }
   Input(const Input&) = delete;
@@ -55,6 +64,14 @@ struct Input {
     }
   }
 };
+
+// rename() that fails with EEXIST instead of replacing.
+bool rename_new(const fs::path& from, const fs::path& to) {
+  if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return true;
+  if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP) return false;
+  // NFS and some others have no RENAME_NOREPLACE; link() does not replace either
+  return link(from.c_str(), to.c_str()) == 0 && unlink(from.c_str()) == 0;
+}
 
 fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
 
@@ -82,8 +99,17 @@ void read_chunks(const fs::path& path, const std::function<void(std::span<const 
   while (const size_t got = input.read_some(path, buffer)) take(std::span(buffer).first(got));
 }
 
-MappedFile::MappedFile(const fs::path& path) : path_(path) {
+FileStamp file_stamp(const fs::path& path) {
+  struct stat info {};
+  if (stat(path.c_str(), &info) != 0) {
+    throw InputError(fmt::format("{}: cannot be read: {}", show(path), errno_text(errno)), "check the path");
+  }
+  return stamp_of(path, info);
+}
+
+MappedFile::MappedFile(const fs::path& path) {
   const Input input(path);
+  stamp_ = input.stamp;
   size_ = input.size;
   if (size_ == 0) return;  // mmap refuses length 0
   void* mapped = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, input.fd, 0);
@@ -144,11 +170,14 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
   size_ = std::max(size_, offset);
 }
 
-void AtomicFile::commit() {
+void AtomicFile::commit() { publish(true); }
+void AtomicFile::commit_new() { publish(false); }
+
+void AtomicFile::publish(bool replace) {
   if (fsync(fd_) != 0) fail("flushing to the disk failed");
   const int fd = std::exchange(fd_, -1);
   const bool closed = close(fd) == 0;
-  if (!closed || rename(temporary_.c_str(), path_.c_str()) != 0) {
+  if (!closed || !(replace ? rename(temporary_.c_str(), path_.c_str()) == 0 : rename_new(temporary_, path_))) {
     const int number = errno;
     unlink(temporary_.c_str());
     errno = number;

@@ -16,6 +16,16 @@ std::string read_file(const std::filesystem::path& path, uint64_t max_bytes = UI
 /// Calls `take` with the file's bytes in order, 1 MiB at a time. Throws InputError.
 void read_chunks(const std::filesystem::path& path, const std::function<void(std::span<const std::byte>)>& take);
 
+/// A file as the file system knows it: equal stamps mean equal bytes, for memoising hashes.
+struct FileStamp {
+  std::filesystem::path path;
+  uint64_t device = 0, inode = 0, size_bytes = 0;
+  int64_t modified_ns = 0, changed_ns = 0;  // since 1970
+  bool operator==(const FileStamp&) const = default;
+};
+/// Throws InputError if the file is not there.
+FileStamp file_stamp(const std::filesystem::path& path);
+
 /// A regular file mapped read-only. The mapping stays valid when the file is renamed or removed; a file that somebody
 /// truncates in place would raise SIGBUS, which is why everything here is written by rename.
 class MappedFile {
@@ -27,10 +37,12 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return stamp_.path; }
+  /// Of the file that is mapped, whatever has its name now.
+  const FileStamp& stamp() const { return stamp_; }
 
  private:
-  std::filesystem::path path_;
+  FileStamp stamp_;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -49,10 +61,13 @@ class AtomicFile {
   /// Overwrites bytes already written, for headers that are known last.
   void write_at(uint64_t offset, std::span<const std::byte> bytes);
   void commit();
+  /// As commit(), but a file that has the final name already is an error and stays as it is.
+  void commit_new();
   uint64_t size_bytes() const { return size_; }
 
  private:
   [[noreturn]] void fail(const char* what) const;
+  void publish(bool replace);
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
   uint64_t size_ = 0;

@@ -151,6 +151,8 @@ std::string show_seconds(double seconds) {
   return fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
 }
 
+std::string shape_text(std::span<const int64_t> shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+
 std::string join_some(std::span<const std::string> names, size_t limit) {
   std::string out;
   for (size_t i = 0; i < std::min(limit, names.size()); ++i) {

@@ -31,6 +31,8 @@ std::string_view trim(std::string_view text);  // ASCII white space, both ends
 std::string show_bytes(uint64_t bytes);
 /// 3725 -> "1:02:05", 65 -> "1:05", 3.2 -> "3.2 s"
 std::string show_seconds(double seconds);
+/// {2, 3} -> "[2, 3]", {} -> "[]"
+std::string shape_text(std::span<const int64_t> shape);
 /// First `limit` names joined by ", ", then "and N more".
 std::string join_some(std::span<const std::string> names, size_t limit = 5);
 
