@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/core/dtype.h"
+#include "common/core/text.h"
 #include "common/tensor/fwd.h"
 
 namespace flux {
@@ -21,8 +22,7 @@ std::optional<c10::ScalarType> scalar_type(DType dtype);
 DType dtype_of(c10::ScalarType type);
 DType dtype_of(const at::Tensor& tensor);
 
-/// "[2, 3]"; "[]" for rank 0.
-std::string shape_text(std::span<const int64_t> shape);
+/// "[2, 3]"; for the sizes alone see text.h.
 std::string shape_text(const at::Tensor& tensor);
 /// Throws std::invalid_argument "NAME has shape [..], expected [..]" unless equal; -1 in `expected` matches any length.
 void check_shape(std::string_view name, const at::Tensor& tensor, std::span<const int64_t> expected);

@@ -6,19 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "common/core/file.h"
 #include "common/tensor/fwd.h"
 
 namespace flux {
-
-/// One file as the file system knew it before it was opened: equal stamps mean equal bytes, for memoising hashes.
-struct FileStamp {
-  std::filesystem::path path;
-  uint64_t device = 0, inode = 0, size_bytes = 0;
-  int64_t modified_ns = 0, changed_ns = 0;
-  bool operator==(const FileStamp&) const = default;
-};
-/// Throws InputError if the file is not there.
-FileStamp stamp(const std::filesystem::path& path);
 
 /// Weights as stored: names and dtypes of the file, float8 kept as Float8_e4m3fn. The tensors are read-only views of the mapped
 /// files, which they keep alive: reading costs address space, and memory only when a tensor is touched.

@@ -18,8 +18,6 @@ namespace flux::safetensors {
 using Shape = std::vector<int64_t>;
 using Metadata = std::map<std::string, std::string>;
 
-/// "[2, 3]"; "[]" for rank 0.
-std::string shape_text(std::span<const int64_t> shape);
 /// Bytes of a tensor; throws std::invalid_argument if the product overflows or is no whole number of bytes.
 uint64_t tensor_bytes(DType dtype, std::span<const int64_t> shape);
 
@@ -58,6 +56,7 @@ class File {
   static std::shared_ptr<const File> open(const std::filesystem::path& path);
 
   const std::filesystem::path& path() const { return mapping_.path(); }
+  const FileStamp& stamp() const { return mapping_.stamp(); }
   const std::vector<Tensor>& tensors() const { return contents_.tensors; }
   const Metadata& metadata() const { return contents_.metadata; }
   /// nullptr if there is none of that name.

@@ -29,7 +29,7 @@ Metadata pt_metadata();
 /// element size (largest first), then dtype, then name; the header is padded with spaces to a multiple of 8.
 class Writer {
  public:
-  /// Throws std::invalid_argument: a name twice, empty or "__metadata__", text that is not UTF-8, a negative or overflowing
+  /// Throws std::invalid_argument: a name twice or "__metadata__", text that is not UTF-8, a negative or overflowing
   /// shape, a header above kMaxHeaderBytes. ResourceError: the file cannot be made.
   Writer(std::filesystem::path path, std::vector<TensorSpec> tensors, const Metadata& metadata);
 
@@ -44,6 +44,7 @@ class Writer {
  private:
   void skip_full();
   std::vector<TensorSpec> order_;
+  std::string header_;  // before file_: what cannot be written makes no temporary file
   AtomicFile file_;
   size_t next_ = 0;       // index in order_ of the tensor being written
   uint64_t written_ = 0;  // bytes of it so far

@@ -1,0 +1,77 @@
+#include "common/tensor/device.h"
+
+#include <ATen/Context.h>
+#include <dlfcn.h>
+#include <torch/headeronly/version.h>
+
+#include <filesystem>
+#include <string>
+
+#include "common/core/error.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+#include "common/core/tool.h"
+
+namespace flux {
+namespace {
+
+const bool kVersionLine = add_version_line("LibTorch " TORCH_VERSION);
+
+/// Asks the driver itself, since opening LibTorch's CUDA half takes a second and a gigabyte of address space.
+bool driver_has_gpu() {
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!driver) return false;
+  const auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+  const auto count = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDeviceGetCount"));
+  int devices = 0;
+  return init && count && init(0) == 0 && count(&devices) == 0 && devices > 0;
+}
+
+std::filesystem::path cuda_library() {
+  return std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path() / "lib" / "libflux_cuda.so";
+}
+
+/// Opens the library; throws ResourceError that says what is missing.
+void open_cuda() {
+  const auto path = cuda_library();
+  if (!std::filesystem::exists(path))
+    throw ResourceError("--device cuda: this build has no " + show(path),
+                        "install the CUDA toolkit (nvcc) and build again, or use --device cpu");
+  if (!driver_has_gpu())
+    throw ResourceError("--device cuda: the NVIDIA driver shows no GPU", "check nvidia-smi, or use --device cpu");
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  if (!library)
+    throw ResourceError("--device cuda: " + show(path) + " does not load: " + printable(dlerror()),
+                        "install the NVIDIA libraries with scripts/setup --cuda");
+  const auto devices = reinterpret_cast<int (*)()>(dlsym(library, "flux_cuda_device_count"));
+  if (!devices || devices() == 0)
+    throw ResourceError("--device cuda: LibTorch finds no GPU that it can use",
+                        "check that the driver is new enough for CUDA 13, or use --device cpu");
+  // float32 means float32 here: TF32 keeps 10 bits of the mantissa
+  at::globalContext().setAllowTF32CuBLAS(false);
+  at::globalContext().setAllowTF32CuDNN(false);
+}
+
+}  // namespace
+
+c10::Device resolve_device(DeviceChoice choice) {
+  if (choice == DeviceChoice::kCpu) return {c10::DeviceType::CPU};
+  if (choice == DeviceChoice::kAuto && !(std::filesystem::exists(cuda_library()) && driver_has_gpu()))
+    return {c10::DeviceType::CPU};
+  try {
+    open_cuda();
+    return {c10::DeviceType::CUDA, 0};
+  } catch (const ResourceError& error) {
+    if (choice == DeviceChoice::kCuda) throw;
+    log::warn("there is a GPU, but it is not used: {}", error.what());
+    return {c10::DeviceType::CPU};
+  }
+}
+
+const std::vector<std::pair<std::string, DeviceChoice>>& device_choices() {
+  static const std::vector<std::pair<std::string, DeviceChoice>> choices{
+      {"auto", DeviceChoice::kAuto}, {"cpu", DeviceChoice::kCpu}, {"cuda", DeviceChoice::kCuda}};
+  return choices;
+}
+
+}  // namespace flux
