@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "common/core/file.h"
@@ -58,6 +59,24 @@ Sha256Digest sha256_file(const std::filesystem::path& path) {
   read_chunks(path, [&](std::span<const std::byte> chunk) { hash.add(chunk); });
   return hash.digest();
 }
+
+struct Xxh3::State {
+  XXH3_state_t* xxh = XXH3_createState();
+  ~State() { XXH3_freeState(xxh); }
+};
+
+Xxh3::Xxh3() : state_(std::make_unique<State>()) {
+  if (!state_->xxh) throw std::bad_alloc();
+  XXH3_64bits_reset(state_->xxh);
+}
+Xxh3::~Xxh3() = default;
+
+Xxh3& Xxh3::add(std::span<const std::byte> bytes) {
+  XXH3_64bits_update(state_->xxh, bytes.data(), bytes.size());
+  return *this;
+}
+
+uint64_t Xxh3::digest() const { return XXH3_64bits_digest(state_->xxh); }
 
 uint64_t xxh3_64(std::span<const std::byte> bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
 

@@ -40,6 +40,21 @@ Sha256Digest sha256(std::string_view text);
 Sha256Digest sha256_file(const std::filesystem::path& path);
 
 uint64_t xxh3_64(std::span<const std::byte> bytes);
+/// XXH3-64 over what is added, in order.
+class Xxh3 {
+ public:
+  Xxh3();
+  ~Xxh3();
+  Xxh3(const Xxh3&) = delete;
+  Xxh3& operator=(const Xxh3&) = delete;
+
+  Xxh3& add(std::span<const std::byte> bytes);
+  uint64_t digest() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 /// XXH3-128 in canonical (big-endian) byte order as 32 hex digits, as xxhsum -H2 prints it.
 std::string xxh3_128_hex(std::span<const std::byte> bytes);
 
