@@ -1,0 +1,141 @@
+// weights_sha256, and its memo in the user's cache folder.
+#include <ATen/core/Tensor.h>
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+#include "common/models/weights/weights.h"
+#include "common/tensor/tensor.h"
+
+namespace flux {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr std::string_view kDefinition{"flux-stages weights_sha256 1\0", 29};
+constexpr uint64_t kMaxMemoBytes = 16 << 20;
+constexpr size_t kMaxMemoEntries = 1000;  // the oldest go first
+constexpr int64_t kSettleNanoseconds = 1'000'000'000;
+
+std::optional<fs::path> memo_path() {
+  const char* cache = std::getenv("XDG_CACHE_HOME");
+  if (cache && *cache == '/') return fs::path(cache) / "flux-stages" / "hashes.json";
+  const char* home = std::getenv("HOME");
+  if (home && *home == '/') return fs::path(home) / ".cache" / "flux-stages" / "hashes.json";
+  return std::nullopt;
+}
+
+/// Names the bytes that were hashed: stat tuples, not paths, so that a moved file is known again.
+std::string memo_key(std::span<const FileStamp> stamps, std::string_view net) {
+  std::string text = fmt::format("1 {}", net);
+  for (const FileStamp& s : stamps) {
+    text += fmt::format(" {}:{}:{}:{}:{}", s.device, s.inode, s.size_bytes, s.modified_ns, s.changed_ns);
+  }
+  return to_hex(sha256(text));
+}
+
+/// {"entries": {key: {"sha256": hex, "used": seconds}}}; empty if there is none or it is damaged.
+nlohmann::json read_memo(const fs::path& path) {
+  nlohmann::json memo;
+  std::error_code error;
+  if (fs::is_regular_file(path, error)) {
+    try {
+      memo = nlohmann::json::parse(read_file(path, kMaxMemoBytes), nullptr, false);
+    } catch (const InputError& e) {
+      log::debug("hashes are not remembered: {}", e.what());
+    }
+  }
+  if (!memo.is_object() || !memo.contains("entries") || !memo["entries"].is_object()) {
+    memo = {{"entries", nlohmann::json::object()}};
+  }
+  auto& entries = memo["entries"];
+  for (auto it = entries.begin(); it != entries.end();) {
+    const bool sound = it->is_object() && it->contains("sha256") && (*it)["sha256"].is_string() && it->contains("used") &&
+                       (*it)["used"].is_number_integer();
+    it = sound ? std::next(it) : entries.erase(it);
+  }
+  return memo;
+}
+
+std::optional<Sha256Digest> remembered(const nlohmann::json& memo, const std::string& key) {
+  const auto& entries = memo["entries"];
+  const auto entry = entries.find(key);
+  if (entry == entries.end()) return std::nullopt;
+  try {
+    return digest_from_hex((*entry)["sha256"].get<std::string>());
+  } catch (const std::invalid_argument&) {
+    return std::nullopt;
+  }
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+void remember(const fs::path& path, const std::string& key, const Sha256Digest& digest) {
+  nlohmann::json memo = read_memo(path);
+  auto& entries = memo["entries"];
+  entries[key] = {{"sha256", to_hex(digest)}, {"used", now_ns() / 1'000'000'000}};
+  while (entries.size() > kMaxMemoEntries) {
+    auto oldest = entries.begin();
+    for (auto it = entries.begin(); it != entries.end(); ++it) {
+      if ((*it)["used"] < (*oldest)["used"]) oldest = it;
+    }
+    entries.erase(oldest);
+  }
+  make_folder(path.parent_path());
+  write_file_atomic(path, memo.dump(1) + "\n");
+}
+
+/// Unchanged since they were opened, and for long enough that a change in the same clock tick cannot hide.
+bool settled(std::span<const FileStamp> stamps, int64_t opened_ns) {
+  try {
+    return std::all_of(stamps.begin(), stamps.end(), [&](const FileStamp& s) {
+      return std::max(s.modified_ns, s.changed_ns) + kSettleNanoseconds < opened_ns && file_stamp(s.path) == s;
+    });
+  } catch (const InputError&) {
+    return false;  // renamed or removed meanwhile
+  }
+}
+
+}  // namespace
+
+Sha256Digest weights_sha256(const TensorMap& canonical) {
+  Sha256 hash;
+  hash.add(kDefinition).add_u64(canonical.size());
+  for (const auto& [name, tensor] : canonical) {
+    const at::Tensor contiguous = tensor.contiguous();
+    hash.add_field(name).add_field(dtype_name(dtype_of(contiguous))).add_u64(static_cast<uint64_t>(contiguous.dim()));
+    for (const int64_t length : contiguous.sizes()) hash.add_u64(static_cast<uint64_t>(length));
+    const auto bytes = host_bytes(contiguous);
+    hash.add_u64(bytes.size()).add(bytes);
+  }
+  return hash.digest();
+}
+
+Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps, std::string_view net, const TensorMap& canonical,
+                                       bool rehash) {
+  const auto path = stamps.empty() ? std::nullopt : memo_path();
+  const std::string key = memo_key(stamps, net);
+  if (path && !rehash) {
+    if (const auto known = remembered(read_memo(*path), key)) return *known;
+  }
+  const int64_t started_ns = now_ns();
+  const Sha256Digest digest = weights_sha256(canonical);
+  if (path && settled(stamps, started_ns)) {
+    try {
+      remember(*path, key, digest);
+    } catch (const Error& e) {
+      log::debug("the hash of {} is not remembered: {}", show(stamps[0].path), e.what());
+    }
+  }
+  return digest;
+}
+
+}  // namespace flux
