@@ -5,7 +5,7 @@
 namespace flux {
 
 struct Qkv {
-  at::Tensor q, k, v;  // [B, heads, N, head] each
+  at::Tensor q, k, v;  // [B, N, heads, head] each
 };
 
 /// Splits qkv, applies RMSNorm over each head of q and k (x / sqrt(mean(x^2) + eps), times the learned scale), then turns the
@@ -16,7 +16,7 @@ struct Qkv {
 ///                dimension has stride 1; rows may lie further apart (a slice of a wider Linear is not copied)
 ///   query_scale, key_scale  [head]; float32 or the dtype of qkv. head is even
 ///   rope_cos, rope_sin      [1 or B, N, head / 2] float32, no gradient
-///   returns      q, k, v in the dtype of qkv
+///   returns      q, k, v [B, N, heads, head] in the dtype of qkv, contiguous
 ///
 /// Four faces: CPU, CUDA (in libflux_cuda.so), Meta, and an analytic backward to qkv and both scales.
 /// Throws std::invalid_argument, naming the argument and the shapes, if they disagree.

@@ -21,7 +21,6 @@ struct Config {
   std::array<int64_t, 3> axes{16, 56, 56};  // of each head's rotation: image index, row, column
   double theta = 10000;
   bool guidance = true;
-  bool qkv_bias = true;
 
   int64_t head_dim() const { return hidden / num_heads; }
   int64_t num_parameters() const;

@@ -55,11 +55,11 @@ Rope rope_table(const Config& config, const at::Tensor& ids);
 at::Tensor condition(const Config& config, const Weights& weights, const Inputs& inputs, const Tap& tap = {});
 /// Which keys may be attended to, [B, L + N] bool; nothing without a text mask.
 std::optional<at::Tensor> key_mask(const Inputs& inputs);
-Streams double_block(const Config& config, const DoubleBlock& weights, const Streams& streams, const at::Tensor& vec,
-                     const Rope& rope, const std::optional<at::Tensor>& key_mask);
+Streams double_block(const DoubleBlock& weights, const Streams& streams, const at::Tensor& vec, const Rope& rope,
+                     const std::optional<at::Tensor>& key_mask);
 /// x [B, L + N, H], text first.
-at::Tensor single_block(const Config& config, const SingleBlock& weights, const at::Tensor& x, const at::Tensor& vec,
-                        const Rope& rope, const std::optional<at::Tensor>& key_mask);
+at::Tensor single_block(const SingleBlock& weights, const at::Tensor& x, const at::Tensor& vec, const Rope& rope,
+                        const std::optional<at::Tensor>& key_mask);
 /// Image tokens [B, N, H] -> velocity [B, N, out_channels].
 at::Tensor final_layer(const Weights& weights, const at::Tensor& img, const at::Tensor& vec, const Tap& tap = {});
 

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,7 +41,7 @@ struct SingleBlock {
 struct Weights {
   Linear img_in, txt_in;
   Embedder time_in, vector_in;
-  Embedder guidance_in;  // undefined tensors in a model without guidance
+  std::optional<Embedder> guidance_in;
   std::vector<DoubleBlock> double_blocks;
   std::vector<SingleBlock> single_blocks;
   Linear final_modulation;  // final_layer.adaLN_modulation.1  H -> 2H: shift, scale
@@ -48,7 +49,7 @@ struct Weights {
 };
 
 /// Calls `visit` with every Linear of the model and its module path ("double_blocks.0.img_attn.qkv"), in the order of
-/// a BFL file. The layers of a guidance embedder are visited only where the model has one.
+/// a BFL file.
 void for_each_linear(Weights& weights, const std::function<void(const std::string& path, Linear& layer)>& visit);
 /// The same for one block; `prefix` is "double_blocks.3." or "single_blocks.3.".
 void for_each_linear(DoubleBlock& block, const std::string& prefix,
@@ -56,7 +57,7 @@ void for_each_linear(DoubleBlock& block, const std::string& prefix,
 void for_each_linear(SingleBlock& block, const std::string& prefix,
                      const std::function<void(const std::string& path, Linear& layer)>& visit);
 
-/// Calls `visit` with every base tensor (no adapters) and its BFL name.
+/// Calls `visit` with every base tensor (no adapters) and its BFL name, in the order of tensor_shapes().
 void for_each_tensor(Weights& weights, const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
 void for_each_tensor(DoubleBlock& block, const std::string& prefix,
                      const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
