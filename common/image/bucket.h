@@ -30,7 +30,7 @@ class Buckets {
   /// max_side below the longer.
   explicit Buckets(const BucketOptions& options);
 
-  /// In ascending order; empty with no_upscale.
+  /// In ascending order; empty in profile kohya with no_upscale.
   const std::vector<Size>& list() const { return list_; }
   int64_t min_side() const { return options_.min_side; }
   int64_t max_side() const { return options_.max_side; }

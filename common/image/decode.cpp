@@ -1,0 +1,120 @@
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "common/core/text.h"
+#include "common/image/raw.h"
+
+namespace flux::image {
+namespace {
+
+bool starts_with(Bytes file, std::string_view magic, size_t offset = 0) {
+  return file.size() >= offset + magic.size() &&
+         std::equal(magic.begin(), magic.end(), reinterpret_cast<const char*>(file.data()) + offset);
+}
+
+Raw decode_any(Bytes file, Profile profile) {
+  using namespace std::string_view_literals;
+  if (file.empty()) throw InputError("the file is empty");
+  if (starts_with(file, "\xFF\xD8\xFF"sv)) return decode_jpeg(file);
+  if (starts_with(file, "\x89PNG\r\n\x1A\n"sv)) return decode_png(file, profile);
+  if (starts_with(file, "RIFF"sv) && starts_with(file, "WEBP"sv, 8)) return decode_webp(file);
+  if (starts_with(file, "GIF87a"sv) || starts_with(file, "GIF89a"sv)) return decode_gif(file);
+  if (starts_with(file, "BM"sv) && file.size() >= 26) return decode_bmp(file);
+  if (starts_with(file, "II\x2A\0"sv) || starts_with(file, "MM\0\x2A"sv) || starts_with(file, "II\x2B\0"sv) ||
+      starts_with(file, "MM\0\x2B"sv)) {
+    return decode_tiff(file, profile);
+  }
+  if (starts_with(file, "ftyp"sv, 4)) throw InputError("AVIF and HEIC are not read", "convert the picture to PNG or JPEG");
+  if (starts_with(file, "\xFF\x0A"sv) || starts_with(file, "\0\0\0\x0CJXL "sv)) {
+    throw InputError("JPEG XL is not read", "convert the picture to PNG or JPEG");
+  }
+  if (starts_with(file, "version https://git-lfs"sv)) throw InputError("a Git LFS pointer, not the picture itself");
+  throw InputError("not a picture that is read here (JPEG, PNG, WebP, BMP, TIFF, GIF)");
+}
+
+// Colours without alpha, [H, W, 3].
+std::vector<uint8_t> to_rgb(const Raw& raw, bool use_icc) {
+  const auto pixels = static_cast<size_t>(raw.size.width * raw.size.height);
+  const auto channels = static_cast<size_t>(raw.channels());
+  const bool alpha = raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba;
+  const size_t colors = channels - (alpha ? 1 : 0);
+  std::vector<uint8_t> samples;
+  if (alpha) {
+    samples.resize(pixels * colors);
+    for (size_t i = 0; i < pixels; ++i) std::copy_n(&raw.data[i * channels], colors, &samples[i * colors]);
+  }
+  const auto& plain = alpha ? samples : raw.data;
+  if (use_icc && !raw.icc.empty()) {
+    auto converted = icc_to_srgb(raw.icc, plain, static_cast<int64_t>(colors));
+    if (!converted.empty()) return converted;
+  }
+  if (colors == 3) return plain;
+  std::vector<uint8_t> rgb(pixels * 3);
+  for (size_t i = 0; i < pixels; ++i) {
+    if (colors == 1) {
+      std::fill_n(&rgb[3 * i], 3, plain[i]);
+      continue;
+    }
+    // Inks without a profile, as Pillow mixes them: light = paper - ink * paper / 255, rounded.
+    const int paper = 255 - plain[4 * i + 3];
+    for (size_t c = 0; c < 3; ++c) {
+      const int product = plain[4 * i + c] * paper + 128;
+      rgb[3 * i + c] = static_cast<uint8_t>(std::clamp(paper - ((product >> 8) + product) / 256, 0, 255));
+    }
+  }
+  return rgb;
+}
+
+void composite(const Raw& raw, const std::array<uint8_t, 3>& background, std::vector<uint8_t>& rgb) {
+  const auto channels = static_cast<size_t>(raw.channels());
+  for (size_t i = 0; i < rgb.size() / 3; ++i) {
+    const double alpha = raw.data[i * channels + channels - 1] / 255.0;
+    for (size_t c = 0; c < 3; ++c) {
+      rgb[3 * i + c] = static_cast<uint8_t>(std::floor(rgb[3 * i + c] * alpha + background[c] * (1.0 - alpha) + 0.5));
+    }
+  }
+}
+
+// EXIF 2.3, tag 274: where row 0 and column 0 of the stored picture belong.
+Rgb orient(Rgb image, int orientation) {
+  if (orientation == 1) return image;
+  const auto [width, height] = image.size;
+  const bool turn = orientation >= 5;
+  const bool mirror_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
+  const bool mirror_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+  Rgb out{turn ? Size{height, width} : image.size, std::vector<uint8_t>(image.data.size())};
+  uint8_t* to = out.data.data();
+  for (int64_t y = 0; y < out.size.height; ++y) {
+    for (int64_t x = 0; x < out.size.width; ++x, to += 3) {
+      int64_t from_x = turn ? y : x, from_y = turn ? x : y;
+      if (mirror_x) from_x = width - 1 - from_x;
+      if (mirror_y) from_y = height - 1 - from_y;
+      std::copy_n(&image.data[static_cast<size_t>(3 * (from_y * width + from_x))], 3, to);
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+void check_size(Size size) {
+  if (size.width < 1 || size.height < 1) {
+    throw InputError("a picture of " + std::to_string(size.width) + "x" + std::to_string(size.height) + " pixels");
+  }
+  if (size.width > kMaxPixels / size.height) {
+    throw InputError("a picture of " + std::to_string(size.width) + "x" + std::to_string(size.height) +
+                     " pixels is above the limit of " + std::to_string(kMaxPixels) + " pixels");
+  }
+}
+
+Rgb decode(Bytes file, const DecodeOptions& options) {
+  const bool proper = options.profile == Profile::kDefault;
+  const auto raw = decode_any(file, options.profile);
+  Rgb image{raw.size, to_rgb(raw, proper)};
+  if (!proper) return image;
+  if (raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba) composite(raw, options.background, image.data);
+  return orient(std::move(image), raw.orientation);
+}
+
+}  // namespace flux::image
