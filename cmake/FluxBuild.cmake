@@ -48,6 +48,12 @@ endfunction()
 
 function(_flux_use_torch target)
   target_link_libraries(${target} PRIVATE torch::cpu)
+  get_target_property(type ${target} TYPE)
+  if(type STREQUAL "EXECUTABLE")
+    # CMake gives programs -fPIE, with which a header precompiled for libraries (-fPIC) cannot be used
+    set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
+    target_compile_options(${target} PRIVATE -fPIC)
+  endif()
   target_precompile_headers(${target} REUSE_FROM flux_torch_header)
 endfunction()
 
