@@ -47,9 +47,16 @@ if(LibTorch_FOUND AND NOT TARGET torch::cpu)
     list(APPEND _flux_link_options "LINKER:-rpath-link,${_dir}")
   endforeach()
 
+  # The wheel carries headers of another fmt, whose symbols no library here has: the system's must be found first.
+  find_path(FLUX_FMT_INCLUDE_DIR fmt/format.h)
+  mark_as_advanced(FLUX_FMT_INCLUDE_DIR)
+  set(_flux_first "${CMAKE_BINARY_DIR}/before_libtorch")
+  file(MAKE_DIRECTORY "${_flux_first}")
+  file(CREATE_LINK "${FLUX_FMT_INCLUDE_DIR}/fmt" "${_flux_first}/fmt" SYMBOLIC)
+
   add_library(torch::cpu INTERFACE IMPORTED)
   set_target_properties(torch::cpu PROPERTIES
-    INTERFACE_INCLUDE_DIRECTORIES "${LibTorch_INCLUDE_DIR};${LibTorch_INCLUDE_DIR}/torch/csrc/api/include"
+    INTERFACE_INCLUDE_DIRECTORIES "${_flux_first};${LibTorch_INCLUDE_DIR};${LibTorch_INCLUDE_DIR}/torch/csrc/api/include"
     INTERFACE_COMPILE_DEFINITIONS "AT_PER_OPERATOR_HEADERS;USE_DISTRIBUTED;USE_C10D_GLOO"
     # without -fopenmp at::parallel_for in our own code is silently serial
     INTERFACE_COMPILE_OPTIONS "$<$<COMPILE_LANGUAGE:CXX>:-fopenmp>"
