@@ -5,9 +5,9 @@
 #include <cstring>
 
 #ifdef __CUDACC__
-#define FLUX_HOST_DEVICE __host__ __device__
+#define FLUX_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FLUX_HOST_DEVICE
+#define FLUX_HOST_DEVICE inline
 #endif
 
 namespace flux {
@@ -24,16 +24,16 @@ struct AdamWScalars {
 };
 
 /// bfloat16 bits to float32, exactly, and back by rounding to nearest even; NaN stays NaN.
-FLUX_HOST_DEVICE inline float to_float(uint16_t bits) {
+FLUX_HOST_DEVICE float to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   memcpy(&value, &wide, sizeof value);
   return value;
 }
-FLUX_HOST_DEVICE inline float to_float(float value) { return value; }
+FLUX_HOST_DEVICE float to_float(float value) { return value; }
 
-FLUX_HOST_DEVICE inline void round_to(float value, float* out) { *out = value; }
-FLUX_HOST_DEVICE inline void round_to(float value, uint16_t* out) {
+FLUX_HOST_DEVICE void round_to(float value, float* out) { *out = value; }
+FLUX_HOST_DEVICE void round_to(float value, uint16_t* out) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
@@ -41,16 +41,24 @@ FLUX_HOST_DEVICE inline void round_to(float value, uint16_t* out) {
   *out = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40u : rounded);
 }
 
-/// T is float, or uint16_t for bfloat16.
+/// The value as T keeps it.
 template <class T>
-FLUX_HOST_DEVICE inline void adamw_element(T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq,
-                                           const AdamWScalars& s) {
+FLUX_HOST_DEVICE float rounded(float value) {
+  T kept;
+  round_to(value, &kept);
+  return to_float(kept);
+}
+
+/// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does with such weights.
+template <class T>
+FLUX_HOST_DEVICE void adamw_element(T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, const AdamWScalars& s) {
   const float g = to_float(*gradient);
   float m = to_float(*exp_avg), v = to_float(*exp_avg_sq), p = to_float(*parameter);
-  p *= s.decay;
-  m += s.one_minus_beta1 * (g - m);
-  v = v * s.beta2 + s.one_minus_beta2 * g * g;
-  p -= s.step_size * m / (sqrtf(v) / s.correction2 + s.eps);
+  p = rounded<T>(p * s.decay);
+  m = rounded<T>(m + s.one_minus_beta1 * (g - m));
+  v = rounded<T>(rounded<T>(v * s.beta2) + s.one_minus_beta2 * g * g);
+  const float root = rounded<T>(rounded<T>(sqrtf(v)) / s.correction2);
+  p -= s.step_size * m / rounded<T>(root + s.eps);
   round_to(p, parameter);
   round_to(m, exp_avg);
   round_to(v, exp_avg_sq);

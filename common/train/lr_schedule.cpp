@@ -61,8 +61,7 @@ double learning_rate(const LrOptions& o, int64_t step) {
     case LrSchedule::kPolynomial:
       return step > o.num_steps ? o.lr_end : (full - o.lr_end) * std::pow(1 - progress, o.power) + o.lr_end;
     case LrSchedule::kInverseSqrt: {
-      const double timescale = o.timescale > 0 ? static_cast<double>(o.timescale)
-                               : o.num_warmup_steps > 0 ? warmup : 10000.0;
+      const double timescale = o.num_warmup_steps > 0 ? warmup : 10000.0;
       return full / std::sqrt((s + timescale - warmup) / timescale);
     }
     case LrSchedule::kCosineWithMinLr: return full * (half_cosine(progress) * (1 - o.min_lr_ratio) + o.min_lr_ratio);

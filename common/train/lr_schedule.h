@@ -5,7 +5,8 @@
 
 namespace flux {
 
-/// Names and formulas of transformers.get_scheduler and diffusers.get_scheduler, which sd-scripts uses.
+/// Names and formulas of transformers.get_scheduler and diffusers.get_scheduler, which sd-scripts uses. As there, the time
+/// scale of inverse_sqrt is the warm-up (10000 steps without one), and cosine is half a wave whatever num_cycles says.
 enum class LrSchedule {
   kConstant,
   kConstantWithWarmup,
@@ -27,7 +28,6 @@ struct LrOptions {
   double num_cycles = 1;         // cosine_with_restarts: falls of the cosine
   double power = 1;              // polynomial
   double lr_end = 1e-7;          // polynomial: absolute
-  int64_t timescale = 0;         // inverse_sqrt: 0 = num_warmup_steps, or 10000 without warm-up
   double min_lr_ratio = 0;       // cosine_with_min_lr, warmup_stable_decay: of learning_rate
   int64_t num_decay_steps = 0;   // warmup_stable_decay; the stable part is what remains of num_steps
   std::string step_rules;        // piecewise_constant: "1:10,0.1:20,0.005" = factor 1 below step 10, ..., then 0.005
