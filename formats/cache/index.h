@@ -30,7 +30,7 @@ struct IndexVariant {
 };
 
 struct IndexItem {
-  Sha256Digest item{};  // SHA-256(subset index as u64 little-endian, path relative to the subset): the join's key
+  Sha256Digest item{};  // SHA-256(subset index, path relative to the subset): the join's key
   uint32_t subset = 0, repeats = 1, flags = 0;
   uint64_t first_variant = 0, first_path_byte = 0;  // ends are the next item's
 
@@ -65,8 +65,5 @@ class Index {
 std::vector<std::byte> encode_index(const Index& index, Kind kind);
 /// Throws CacheError naming the first rule of FORMAT.md that the file breaks.
 Index read_index(const std::filesystem::path& path, Kind kind);
-
-/// The join's key of an item: SHA-256 of `subset` as 8 bytes little-endian, then the path's bytes.
-Sha256Digest item_sha256(uint64_t subset, std::string_view relative_path);
 
 }  // namespace flux::cache

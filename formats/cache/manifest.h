@@ -68,8 +68,11 @@ bool same_content(const Manifest& a, const Manifest& b);
 
 /// Canonical JSON on one line: members sorted by name, no spaces. For comparing and hashing.
 std::string canonical_json(const nlohmann::json& value);
-/// Throws CacheError naming the first field (dotted path) in which `found` differs from `expected`, and both values:
-/// "cache/text: parameters.t5_length: 256, cache/latents has 512". `what` is the field's name so far ("parameters").
+/// The fields in which two values differ, as "parameters.t5_length: cache/text: 256, this run: 512". `what` is the name of
+/// the values compared ("parameters"); members of objects are compared one by one.
+std::vector<std::string> differences(std::string_view what, const nlohmann::json& found, std::string_view found_name,
+                                     const nlohmann::json& expected, std::string_view expected_name);
+/// Throws CacheError naming the first of the differences() and how many more there are.
 void require_equal(std::string_view what, const nlohmann::json& found, std::string_view found_name,
                    const nlohmann::json& expected, std::string_view expected_name, std::string_view hint = {});
 /// Throws CacheError unless a latents and a text cache can be joined: kinds, plan digest (naming the plan's field that

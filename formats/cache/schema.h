@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,6 +21,7 @@ inline constexpr int64_t kOldestSchema = 1, kNewestSchema = 1;  // what is read
 inline constexpr int64_t kMaxSegmentSamples = 128;
 inline constexpr int64_t kMaxSegmentBytes = int64_t{128} << 20;  // of compressed frames
 inline constexpr int64_t kMaxTensorBytes = int64_t{128} << 20;   // one tensor of one sample, decoded
+inline constexpr int64_t kMaxLatentSide = 65535;
 inline constexpr int64_t kMaxTextBytes = int64_t{1} << 20;       // one path or caption
 
 enum class Kind : uint8_t { kLatents, kText };
@@ -87,5 +89,16 @@ struct SampleInfo {
 int64_t tensor_bytes(const Layout& layout, const SampleInfo& info, int which);
 /// How many tensors a sample has: 1 for latents, 2 for text.
 int num_tensors(Kind kind);
+
+/// A sample ready to be stored: its tensors compressed.
+struct Record {
+  SampleInfo info;
+  std::vector<std::vector<std::byte>> frames;  // num_tensors of them
+};
+
+/// Compresses a sample's tensors and computes tensor_xxh3. Thread-safe and lock-free, so that several threads can prepare
+/// what one writer adds. `tensors`: latents [channels, height, width]; or T5 [L, X], CLIP [V]; little-endian.
+/// Throws std::invalid_argument for a wrong number of tensors or bytes, or tokens beyond L.
+Record prepare(const Layout& layout, const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
 
 }  // namespace flux::cache

@@ -25,6 +25,7 @@ struct WantedVariant {
 
 /// One item of the data set and what must be there for it, at least one variant.
 struct WantedItem {
+  Sha256Digest item{};  // SHA-256(subset index, path): the join's key
   uint32_t subset = 0, repeats = 1, flags = 0;  // kItem*
   std::string path;                             // relative to the subset's folder
   std::vector<WantedVariant> variants;
@@ -55,8 +56,8 @@ struct Publication {
 ///   for (sample : wanted) if (!writer.contains(key)) writer.add(info, {latents});
 ///   writer.publish(publication);                 // seal, index, manifest
 ///
-/// A sample is safe against SIGKILL when add() returns, and against power loss one second later. The destructor leaves
-/// finished samples in the journal; seal() or publish() turns them into a segment, as does the next Writer.
+/// A sample is safe against SIGKILL when add() returns, and against power loss after the first add() or seal() a second
+/// later. The destructor leaves finished samples in the journal; seal(), publish() or the next Writer make a segment of it.
 ///
 /// Throws CacheError: another writer is at work, the folder holds another kind, a published segment is damaged.
 /// Throws ResourceError: the disk is full, a write fails, the folder cannot be written. Published segments stay intact.
@@ -72,20 +73,15 @@ class Writer {
   /// The manifest that was there at the start, if any.
   const std::optional<Manifest>& previous() const;
 
-  /// Whether a sample with this key is in the folder (published, or added since).
+  /// Whether a sample with this key is in the folder (published, or added since, sealed or not).
   bool contains(const Sha256Digest& key) const;
   Comparison compare(std::span<const WantedItem> items, const nlohmann::json& plan = nullptr) const;
 
   /// `tensors`: latents [channels, height, width], or T5 [L, X] and CLIP [V], little-endian, of the recipe's dtype.
   /// Adding a key that is there already does nothing. Throws std::invalid_argument for a wrong number of bytes.
   void add(const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
-  /// Compresses the tensors of a sample (any thread, no lock): what add() does first. add(prepared) then only writes.
-  struct Prepared {
-    SampleInfo info;
-    std::vector<std::vector<std::byte>> frames;
-  };
-  static Prepared prepare(const Layout& layout, const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
-  void add(Prepared prepared);
+  /// The same for a sample that prepare() compressed, on another thread perhaps.
+  void add(Record record);
 
   /// Makes a segment of what was added so far. For SIGINT and SIGTERM; publish() does it too.
   void seal();

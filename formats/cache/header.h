@@ -1,0 +1,24 @@
+// formats/cache/header.h - the root attributes that segments and indexes share (FORMAT.md section 3).
+#pragma once
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+#include "formats/cache/hdf5_file.h"
+#include "formats/cache/schema.h"
+
+namespace flux::cache {
+
+inline constexpr char kSegmentContent[] = "segment", kIndexContent[] = "index";
+
+void write_header(Hdf5Image& image, Kind kind, std::string_view content);
+
+/// Checks, in this order: format, schema version, required features, anything odd in the file, unknown attributes (beyond
+/// `more`), content. Returns the kind. Throws CacheError.
+Kind read_header(const Hdf5File& file, std::string_view content, std::initializer_list<std::string_view> more);
+
+/// "schema 3, this build reads 1 to 2 / written by ..." or nothing if this build reads `schema`. For manifests too.
+std::string schema_problem(int64_t schema, std::string_view tool, std::string_view tool_version);
+inline constexpr char kSchemaHint[] = "make the cache again with this version, or use a newer one of these tools";
+
+}  // namespace flux::cache

@@ -1,0 +1,149 @@
+#include "formats/cache/lock.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <system_error>
+
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/text.h"
+
+namespace flux::cache {
+namespace fs = std::filesystem;
+namespace {
+
+std::string first_line(const char* path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+std::string process_namespace() {
+  std::error_code error;
+  return fs::read_symlink("/proc/self/ns/pid", error).string();
+}
+
+// Clock ticks after boot at which `pid` started: the 22nd field of its stat, behind the name in parentheses. Empty: unknown.
+std::string start_time(int64_t pid) {
+  const std::string stat = first_line(fmt::format("/proc/{}/stat", pid).c_str());
+  const size_t end = stat.rfind(") ");
+  if (end == std::string::npos) return {};
+  const auto fields = split(stat.substr(end + 2), ' ');
+  return fields.size() > 19 ? fields[19] : std::string();
+}
+
+std::string this_host() {
+  char name[256] = {};
+  gethostname(name, sizeof name - 1);
+  return fmt::format("{} {}", printable(name), first_line("/etc/machine-id"));
+}
+
+std::string this_process() {
+  const nlohmann::json owner = {{"host", this_host()},
+                                {"boot", first_line("/proc/sys/kernel/random/boot_id")},
+                                {"namespace", process_namespace()},
+                                {"pid", getpid()},
+                                {"started", start_time(getpid())},
+                                {"id", random_name()}};
+  return owner.dump() + "\n";
+}
+
+std::optional<std::string> content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return std::nullopt;
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// Whether the process that wrote this lock has certainly ended.
+bool is_dead(const std::string& text) {
+  const auto owner = nlohmann::json::parse(text, nullptr, false);
+  try {
+    if (owner.at("host") != this_host()) return false;
+    if (owner.at("boot") != first_line("/proc/sys/kernel/random/boot_id")) return true;
+    if (owner.at("namespace") != process_namespace()) return false;
+    const auto pid = owner.at("pid").get<int64_t>();
+    if (pid < 1 || pid > INT32_MAX) return false;
+    if (kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return true;
+    const std::string started = start_time(pid);
+    return !started.empty() && owner.at("started") != started;  // the number belongs to another process now
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
+std::string describe(const std::string& text) {
+  const auto owner = nlohmann::json::parse(text, nullptr, false);
+  try {
+    return fmt::format("process {} on {}", owner.at("pid").get<int64_t>(),
+                       printable(split(owner.at("host").get<std::string>(), ' ')[0]));
+  } catch (const nlohmann::json::exception&) {
+    return "unknown owner";
+  }
+}
+
+[[noreturn]] void fail(const fs::path& path, int number) {
+  throw ResourceError(fmt::format("{}: cannot be made: {}", show(path), std::generic_category().message(number)),
+                      "check that the folder is writable");
+}
+
+// The whole file appears under its name at once. False: the name is taken.
+bool make_lock(const fs::path& path, const std::string& text) {
+  const fs::path temporary = path.parent_path() / fmt::format(".writer.lock.tmp-{}", random_name());
+  const auto write_new = [&](const fs::path& to) {
+    const int fd = open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0) return false;
+    const bool whole = write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+    const int number = errno;
+    close(fd);
+    if (whole) return true;
+    unlink(to.c_str());
+    fail(path, number ? number : ENOSPC);
+  };
+  if (!write_new(temporary)) fail(path, errno);
+  const int result = link(temporary.c_str(), path.c_str());
+  int number = errno;
+  unlink(temporary.c_str());
+  if (result == 0) return true;
+  if (number == EPERM || number == ENOTSUP || number == ENOSYS) {  // a file system without hard links
+    if (write_new(path)) return true;
+    number = errno;
+  }
+  if (number != EEXIST && number != ENOENT) fail(path, number);  // ENOENT: tidied away by the owner, try again
+  return false;
+}
+
+}  // namespace
+
+WriterLock::WriterLock(const fs::path& folder) : path_(folder / ".writer.lock"), owner_(this_process()) {
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    if (make_lock(path_, owner_)) return;
+    const auto other = content(path_);
+    if (!other) continue;  // released meanwhile
+    if (!is_dead(*other)) {
+      throw CacheError(fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
+                       fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
+    }
+    // Two processes may find the same dead owner: who moves the file away looks at what was moved, and puts back the
+    // lock of a process that was faster.
+    const fs::path moved = folder / fmt::format(".writer.lock.tmp-{}", random_name());
+    if (rename(path_.c_str(), moved.c_str()) != 0) continue;
+    if (content(moved) != other && link(moved.c_str(), path_.c_str()) != 0 && errno != EEXIST) fail(path_, errno);
+    unlink(moved.c_str());
+  }
+  throw CacheError(fmt::format("{}: the writer lock changes hands all the time", show(folder)));
+}
+
+WriterLock::~WriterLock() {
+  if (content(path_) == owner_) unlink(path_.c_str());
+}
+
+}  // namespace flux::cache

@@ -1,0 +1,135 @@
+#include "formats/cache/reader.h"
+
+#include <fmt/format.h>
+
+#include <list>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/text.h"
+#include "formats/cache/segment_reader.h"
+
+namespace flux::cache {
+namespace {
+
+constexpr size_t kMaxOpenSegments = 128;  // 0.6 MB and one descriptor each; 1024 descriptors are a usual limit
+
+}  // namespace
+
+struct Cache::State {
+  std::filesystem::path folder;
+  Manifest manifest;
+  Index index;
+  Layout layout;
+
+  // the open segments, the last used first
+  std::mutex mutex;
+  std::list<std::pair<uint32_t, std::shared_ptr<const Segment>>> open;
+  std::unordered_map<uint32_t, decltype(open)::iterator> position;
+
+  [[noreturn]] void refuse(const std::string& name, const std::string& text) const {
+    throw CacheError(fmt::format("{}: {}", show(folder / name), text),
+                     "copy the whole folder again, or run the cache tool again to encode what is lost");
+  }
+
+  std::shared_ptr<const Segment> find_open(uint32_t number) {
+    const auto found = position.find(number);
+    if (found == position.end()) return nullptr;
+    open.splice(open.begin(), open, found->second);
+    return open.front().second;
+  }
+
+  std::shared_ptr<const Segment> segment(uint32_t number) {
+    if (number >= manifest.segments.size()) refuse(kIndexName, fmt::format("names segment {} of {}", number, manifest.segments.size()));
+    {
+      const std::lock_guard lock(mutex);
+      if (auto found = find_open(number)) return found;
+    }
+    const SegmentEntry& entry = manifest.segments[number];
+    auto opened = std::make_shared<const Segment>(folder / entry.name);
+    if (opened->layout() != layout) refuse(entry.name, "has tensors of another shape or type than the manifest says");
+    if (opened->num_samples() != entry.num_samples) {
+      refuse(entry.name, fmt::format("has {} samples, the manifest says {}", opened->num_samples(), entry.num_samples));
+    }
+    std::shared_ptr<const Segment> evicted;  // closed after the lock is gone
+    const std::lock_guard lock(mutex);
+    if (auto found = find_open(number)) return found;  // another thread was faster
+    open.emplace_front(number, opened);
+    position[number] = open.begin();
+    if (open.size() > kMaxOpenSegments) {
+      evicted = open.back().second;
+      position.erase(open.back().first);
+      open.pop_back();
+    }
+    return opened;
+  }
+
+  const SampleInfo& info(const Segment& segment, const IndexVariant& variant) const {
+    if (variant.row >= segment.samples().size()) {
+      refuse(kIndexName, fmt::format("names sample {} of {} in {}", variant.row, segment.samples().size(), show(segment.path())));
+    }
+    const SampleInfo& sample = segment.samples()[variant.row];
+    if (sample.key != variant.key || sample.height != variant.height || sample.width != variant.width) {
+      refuse(segment.path().filename(), fmt::format("sample {} is {}, the index says {}", variant.row, to_hex(sample.key), to_hex(variant.key)));
+    }
+    return sample;
+  }
+};
+
+Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_unique<State>()) {
+  State& s = *state_;
+  s.folder = folder;
+  s.manifest = read_manifest(folder);
+  if (s.manifest.recipe.kind != kind) {
+    throw CacheError(fmt::format("{}: is a {} cache, expected {}", show(folder), kind_name(s.manifest.recipe.kind), kind_name(kind)),
+                     "check which folder was given to which flag");
+  }
+  s.layout = layout_of(kind, s.manifest.recipe.parameters);
+  for (const auto& entry : s.manifest.segments) {  // before hours of training, not in them
+    std::error_code error;
+    const auto bytes = std::filesystem::file_size(folder / entry.name, error);
+    if (error) s.refuse(entry.name, "cannot be read: " + error.message());
+    if (bytes != static_cast<uintmax_t>(entry.bytes)) s.refuse(entry.name, fmt::format("has {} bytes, the manifest says {}", bytes, entry.bytes));
+  }
+  try {
+    const MappedFile index(folder / kIndexName);
+    const std::string found = xxh3_128_hex(index.bytes());
+    if (found != s.manifest.index_xxh3_128) {
+      s.refuse(kIndexName, fmt::format("is damaged: XXH3-128 {}, the manifest says {}", found, s.manifest.index_xxh3_128));
+    }
+  } catch (const InputError& error) {
+    throw CacheError(error.what());
+  }
+  s.index = read_index(folder / kIndexName, kind);
+}
+
+Cache::~Cache() = default;
+
+const std::filesystem::path& Cache::folder() const { return state_->folder; }
+const Manifest& Cache::manifest() const { return state_->manifest; }
+const Index& Cache::index() const { return state_->index; }
+const Layout& Cache::layout() const { return state_->layout; }
+
+SampleInfo Cache::read_into(const IndexVariant& variant, std::span<const std::span<std::byte>> tensors) const {
+  const auto segment = state_->segment(variant.segment);
+  const SampleInfo& info = state_->info(*segment, variant);
+  segment->read(variant.row, tensors);
+  return info;
+}
+
+Sample Cache::read(const IndexVariant& variant) const {
+  const auto segment = state_->segment(variant.segment);
+  const SampleInfo& info = state_->info(*segment, variant);
+  return {info, segment->read(variant.row)};
+}
+
+SampleInfo Cache::info(const IndexVariant& variant) const {
+  const auto segment = state_->segment(variant.segment);
+  return state_->info(*segment, variant);
+}
+
+}  // namespace flux::cache
