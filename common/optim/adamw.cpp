@@ -6,7 +6,6 @@
 #include <fmt/format.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <stdexcept>
 
 #include "common/optim/adamw_cpu.h"
@@ -67,18 +66,6 @@ void check_operand(const char* name, const at::Tensor& tensor, const at::Tensor&
 }
 
 }  // namespace
-
-AdamWScalars adamw_scalars(double learning_rate, const AdamWOptions& options, int64_t step) {
-  if (step < 1) throw std::invalid_argument(fmt::format("AdamW step {}, steps count from 1", step));
-  const auto t = static_cast<double>(step);
-  return {static_cast<float>(1 - learning_rate * options.weight_decay),
-          static_cast<float>(1 - options.beta1),
-          static_cast<float>(options.beta2),
-          static_cast<float>(1 - options.beta2),
-          static_cast<float>(learning_rate / (1 - std::pow(options.beta1, t))),
-          static_cast<float>(std::sqrt(1 - std::pow(options.beta2, t))),
-          static_cast<float>(options.eps)};
-}
 
 void adamw_step(const at::Tensor& parameter, const at::Tensor& gradient, const at::Tensor& exp_avg,
                 const at::Tensor& exp_avg_sq, double learning_rate, const AdamWOptions& options, int64_t step) {
