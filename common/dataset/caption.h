@@ -62,7 +62,7 @@ struct CaptionVariant {
 
 /// The outcomes of a caption in bytewise order, without dropout and warm-up (training's matter). If there are at most
 /// `max_variants` of them, found within 50,000 combinations of draws, their probabilities are exact; else `max_variants`
-/// draws keyed by (seed, caption, options), equal ones joined.
+/// draws keyed by (seed, caption), equal ones joined.
 std::vector<CaptionVariant> caption_variants(std::string_view caption,
                                              const CaptionOptions& options,
                                              int64_t max_variants,

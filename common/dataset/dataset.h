@@ -126,14 +126,16 @@ struct Plan {
 /// Throws CacheError if it is not a plan; unknown fields are errors.
 Plan parse_plan(const nlohmann::json& plan);
 
-/// Which of a subset's items are held out: `true` at the floor(n * split)-th lowest SHA-256(seed, item), where as many are
-/// trained on as ceil(n * (1 - split)). Does not depend on the order of `items`.
+/// Which of a subset's items are held out: those with the lowest SHA-256(seed, item), all but ceil(n * (1 - split)) of them.
+/// Does not depend on the order of `items`. resolve() applies it; the index of a cache has a flag on each item.
 std::vector<bool> validation_members(const std::vector<Sha256Digest>& items, double split, int64_t seed);
 
-/// Repeats of `num_items` regularisation items (in order of subset and name) so that together they are visited as often as
-/// the other images of their dataset, `num_train` an epoch: never fewer than `num_repeats` while any are needed.
-std::vector<int64_t> regularisation_repeats(int64_t num_items, int64_t num_repeats, int64_t num_train);
+/// Visits an epoch of regularisation items that ask for `num_repeats`, in order of subset and name, so that together they are
+/// visited as often as the other images of their dataset, `num_train` times; 0 = not needed. resolve() applies it; the index
+/// of a cache has each item's repeats.
+std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats, int64_t num_train);
 
+/// SHA-256 of the index as 8 bytes (little-endian) and the name's bytes.
 Sha256Digest item_digest(int64_t subset_index, std::string_view name);
 
 }  // namespace flux::dataset

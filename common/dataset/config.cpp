@@ -1,0 +1,400 @@
+#include "common/dataset/config.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <toml.hpp>
+
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+
+namespace flux::dataset {
+namespace {
+
+constexpr uint64_t kMaxFileBytes = 4 << 20;
+constexpr int kMaxNesting = 64;
+
+enum class Type { kBool, kInt, kFloat, kNumber, kText, kSize, kRange, kTable, kInterpolation };
+
+// Where a key may stand.
+constexpr unsigned kGeneral = 1, kDataset = 2, kFolderSubset = 4, kMetadataSubset = 8;
+constexpr unsigned kSubsets = kFolderSubset | kMetadataSubset, kAnywhere = kGeneral | kDataset | kSubsets;
+
+struct Key {
+  const char* name;
+  Type type;
+  unsigned where;
+  double low = -1e300, high = 1e300;
+};
+
+// Source: sd-scripts notes 4.1.
+constexpr Key kKeys[] = {
+    {"batch_size", Type::kInt, kGeneral | kDataset, 1},
+    {"resolution", Type::kSize, kGeneral | kDataset, 1, 65535},
+    {"enable_bucket", Type::kBool, kGeneral | kDataset},
+    {"min_bucket_reso", Type::kInt, kGeneral | kDataset, 1, 65535},
+    {"max_bucket_reso", Type::kInt, kGeneral | kDataset, 1, 65535},
+    {"bucket_reso_steps", Type::kInt, kGeneral | kDataset, 1, 65535},
+    {"bucket_no_upscale", Type::kBool, kGeneral | kDataset},
+    {"network_multiplier", Type::kFloat, kGeneral | kDataset},
+    {"validation_split", Type::kFloat, kGeneral | kDataset, 0, 1},
+    {"validation_seed", Type::kInt, kGeneral | kDataset},
+    {"resize_interpolation", Type::kInterpolation, kAnywhere},
+    {"num_repeats", Type::kInt, kAnywhere, 0, 1e9},
+    {"flip_aug", Type::kBool, kAnywhere},
+    {"color_aug", Type::kBool, kAnywhere},
+    {"random_crop", Type::kBool, kAnywhere},
+    {"face_crop_aug_range", Type::kRange, kAnywhere},
+    {"shuffle_caption", Type::kBool, kAnywhere},
+    {"keep_tokens", Type::kInt, kAnywhere, 0},
+    {"keep_tokens_separator", Type::kText, kAnywhere},
+    {"secondary_separator", Type::kText, kAnywhere},
+    {"caption_separator", Type::kText, kAnywhere},
+    {"enable_wildcard", Type::kBool, kAnywhere},
+    {"token_warmup_min", Type::kInt, kAnywhere, 0},
+    {"token_warmup_step", Type::kNumber, kAnywhere, 0},
+    {"caption_prefix", Type::kText, kAnywhere},
+    {"caption_suffix", Type::kText, kAnywhere},
+    {"custom_attributes", Type::kTable, kAnywhere},
+    {"caption_dropout_rate", Type::kNumber, kAnywhere, 0, 1},
+    {"caption_dropout_every_n_epochs", Type::kInt, kAnywhere, 0},
+    {"caption_tag_dropout_rate", Type::kNumber, kAnywhere, 0, 1},
+    {"caption_extension", Type::kText, kGeneral | kDataset | kFolderSubset},
+    {"class_tokens", Type::kText, kGeneral | kDataset | kFolderSubset},
+    {"cache_info", Type::kBool, kGeneral | kDataset | kFolderSubset},
+    {"image_dir", Type::kText, kSubsets},
+    {"metadata_file", Type::kText, kMetadataSubset},
+    {"is_reg", Type::kBool, kFolderSubset},
+    {"alpha_mask", Type::kBool, kSubsets},
+};
+
+constexpr const char* kInterpolations[] = {"lanczos", "area", "bilinear", "linear", "bicubic", "cubic", "nearest", "box"};
+
+const Key* find_key(std::string_view name) {
+  const auto found = std::find_if(std::begin(kKeys), std::end(kKeys), [&](const Key& k) { return k.name == name; });
+  return found == std::end(kKeys) ? nullptr : &*found;
+}
+
+/// Says where in the file something is wrong: "set.toml: [[datasets]] 1, subset 2: key resolution".
+class Place {
+ public:
+  explicit Place(std::string text) : text_(std::move(text)) {}
+  Place in(const std::string& part) const { return Place(text_ + ": " + part); }
+  [[noreturn]] void fail(const std::string& what, const std::string& hint = {}) const {
+    throw InputError(text_ + ": " + what, hint);
+  }
+
+ private:
+  std::string text_;
+};
+
+std::string type_name(Type type) {
+  switch (type) {
+    case Type::kBool: return "true or false";
+    case Type::kInt: return "a whole number";
+    case Type::kFloat: return "a number with a decimal point";
+    case Type::kNumber: return "a number";
+    case Type::kText: return "text in quotes";
+    case Type::kSize: return "a whole number or [width, height]";
+    case Type::kRange: return "a pair of numbers";
+    case Type::kTable: return "a table";
+    case Type::kInterpolation: return "text in quotes";
+  }
+  return {};
+}
+
+bool has_type(const toml::value& value, Type type) {
+  const auto list_of_two = [&](auto is) {
+    return value.is_array() && value.as_array().size() == 2 && is(value.as_array()[0]) && is(value.as_array()[1]);
+  };
+  const auto is_int = [](const toml::value& v) { return v.is_integer(); };
+  const auto is_number = [](const toml::value& v) { return v.is_integer() || v.is_floating(); };
+  switch (type) {
+    case Type::kBool: return value.is_boolean();
+    case Type::kInt: return value.is_integer();
+    case Type::kFloat: return value.is_floating();
+    case Type::kNumber: return is_number(value);
+    case Type::kText: case Type::kInterpolation: return value.is_string();
+    case Type::kSize: return value.is_integer() || list_of_two(is_int);
+    case Type::kRange: return list_of_two(is_number);
+    case Type::kTable: return value.is_table();
+  }
+  return false;
+}
+
+double as_number(const toml::value& value) {
+  return value.is_integer() ? static_cast<double>(value.as_integer()) : value.as_floating();
+}
+
+void check_value(const toml::value& value, const Key& key, const Place& place) {
+  if (!has_type(value, key.type)) place.fail("must be " + type_name(key.type));
+  const auto check_range = [&](const toml::value& v) {
+    const double number = as_number(v);
+    if (std::isfinite(number) && number >= key.low && number <= key.high) return;
+    const bool open = key.high > 1e200;
+    place.fail(fmt::format("{} is out of range, which is {}{}", number, open ? "at least " : "", key.low) +
+               (open ? "" : fmt::format(" to {}", key.high)));
+  };
+  if (key.type == Type::kInt || key.type == Type::kFloat || key.type == Type::kNumber) check_range(value);
+  if (key.type == Type::kSize) {
+    if (value.is_integer()) return check_range(value);
+    for (const auto& side : value.as_array()) check_range(side);
+  }
+  if (key.type == Type::kText && value.as_string().str.find('\0') != std::string::npos) place.fail("holds a NUL character");
+  if (key.type == Type::kInterpolation) {
+    const auto& name = value.as_string().str;
+    if (std::find(std::begin(kInterpolations), std::end(kInterpolations), name) == std::end(kInterpolations)) {
+      place.fail("'" + printable(name) + "' is none of lanczos, area, bilinear, bicubic, nearest, box");
+    }
+  }
+}
+
+// Checks names and types of one table. `where` is its level; `skip` names the tables below it.
+void check_table(const toml::value& value, unsigned where, const Place& place, const char* skip = nullptr) {
+  std::vector<std::string> known;
+  for (const auto& key : kKeys) {
+    if (key.where & where) known.push_back(key.name);
+  }
+  for (const auto& [name, element] : value.as_table()) {
+    if (skip != nullptr && name == skip) continue;
+    const Key* key = find_key(name);
+    if (key == nullptr || (key->where & where) == 0) {
+      if (name == "conditioning_data_dir") {
+        place.fail("conditioning_data_dir (ControlNet and masked-loss data sets) is not supported");
+      }
+      if (key != nullptr) place.fail("key " + name + " cannot stand here");
+      const auto near = nearest_name(name, known);
+      place.fail("unknown key " + printable(name), near ? "did you mean " + *near + "?" : "");
+    }
+    check_value(element, *key, place.in("key " + name));
+  }
+}
+
+// A file that nests deeper than any dataset file would exhaust the parser's stack.
+void check_nesting(std::string_view text, const Place& place) {
+  int depth = 0, dots = 0;
+  for (const char c : text) {
+    if (c == '[' || c == '{') ++depth;
+    if (c == ']' || c == '}') depth = std::max(depth - 1, 0);
+    dots = c == '\n' ? 0 : dots + (c == '.' ? 1 : 0);
+    if (depth > kMaxNesting || dots > 4 * kMaxNesting) place.fail("nested too deeply");
+  }
+}
+
+toml::value parse(const std::string& text, const std::string& name, const Place& place) {
+  check_nesting(text, place);
+  std::istringstream stream(text);
+  try {
+    return toml::parse(stream, name);
+  } catch (const toml::exception& error) {
+    std::string what = error.what();
+    what.resize(std::min(what.find('\n'), what.size()));
+    if (what.starts_with("[error] ")) what.erase(0, 8);
+    place.fail("line " + std::to_string(error.location().line()) + ": " + printable(what));
+  } catch (const std::exception& error) {
+    place.fail(printable(error.what()));
+  }
+}
+
+/// One key looked up from the subset outwards.
+class Scope {
+ public:
+  explicit Scope(std::vector<const toml::value*> levels) : levels_(std::move(levels)) {}
+
+  const toml::value* find(const char* name) const {
+    for (const auto* level : levels_) {
+      if (level != nullptr && level->contains(name)) return &level->at(name);
+    }
+    return nullptr;
+  }
+  bool flag(const char* name) const {
+    const auto* v = find(name);
+    return v != nullptr && v->as_boolean();
+  }
+  int64_t integer(const char* name, int64_t otherwise) const {
+    const auto* v = find(name);
+    return v == nullptr ? otherwise : v->as_integer();
+  }
+  double number(const char* name, double otherwise) const {
+    const auto* v = find(name);
+    return v == nullptr ? otherwise : as_number(*v);
+  }
+  std::string text(const char* name, const char* otherwise = "") const {
+    const auto* v = find(name);
+    return v == nullptr ? otherwise : v->as_string().str;
+  }
+
+ private:
+  std::vector<const toml::value*> levels_;
+};
+
+PixelOptions read_pixels(const Scope& scope, const Place& place) {
+  PixelOptions p;
+  const auto* resolution = scope.find("resolution");
+  if (resolution == nullptr) place.fail("resolution is required", "add 'resolution = 1024' to [general] or [[datasets]]");
+  if (resolution->is_integer()) {
+    p.width = p.height = resolution->as_integer();
+  } else {
+    p.width = resolution->as_array()[0].as_integer(), p.height = resolution->as_array()[1].as_integer();
+  }
+  p.buckets = scope.flag("enable_bucket");
+  p.min_side = scope.integer("min_bucket_reso", p.min_side);
+  p.max_side = scope.integer("max_bucket_reso", p.max_side);
+  p.steps = scope.integer("bucket_reso_steps", p.steps);
+  p.no_upscale = scope.flag("bucket_no_upscale");
+  p.interpolation = scope.text("resize_interpolation");
+  if (!p.buckets) return p;
+  const int64_t low = p.min_side - p.min_side % p.steps, high = (p.max_side + p.steps - 1) / p.steps * p.steps;
+  const std::string size = fmt::format("{}x{}", p.width, p.height);
+  if (std::min(p.width, p.height) < low) {
+    place.fail(fmt::format("min_bucket_reso {} is above the resolution {}", p.min_side, size), "lower min_bucket_reso");
+  }
+  if (std::max(p.width, p.height) > high) {
+    place.fail(fmt::format("max_bucket_reso {} is below the resolution {}", p.max_side, size), "raise max_bucket_reso");
+  }
+  return p;
+}
+
+CaptionOptions read_captions(const Scope& scope) {
+  CaptionOptions c;
+  c.prefix = scope.text("caption_prefix");
+  c.suffix = scope.text("caption_suffix");
+  c.separator = scope.text("caption_separator", ",");
+  c.secondary_separator = scope.text("secondary_separator");
+  c.keep_tokens_separator = scope.text("keep_tokens_separator");
+  c.keep_tokens = scope.integer("keep_tokens", 0);
+  c.shuffle = scope.flag("shuffle_caption");
+  c.wildcards = scope.flag("enable_wildcard");
+  c.tag_dropout_rate = scope.number("caption_tag_dropout_rate", 0);
+  c.dropout_rate = scope.number("caption_dropout_rate", 0);
+  c.dropout_every_n_epochs = scope.integer("caption_dropout_every_n_epochs", 0);
+  c.token_warmup_min = scope.integer("token_warmup_min", 1);
+  c.token_warmup_step = scope.number("token_warmup_step", 0);
+  return c;
+}
+
+Subset read_subset(const toml::value& table, const Scope& scope, const Place& place, const std::filesystem::path& base) {
+  Subset s;
+  if (table.contains("metadata_file")) {
+    s.metadata_file = base / table.at("metadata_file").as_string().str;
+  } else if (!table.contains("image_dir")) {
+    place.fail("image_dir is required");
+  }
+  if (table.contains("image_dir")) s.folder = base / table.at("image_dir").as_string().str;
+  s.caption_extensions = {scope.text("caption_extension", ".caption")};
+  const auto* class_tokens = scope.find("class_tokens");
+  s.has_class_tokens = class_tokens != nullptr && s.metadata_file.empty();
+  if (s.has_class_tokens) s.class_tokens = class_tokens->as_string().str;
+  s.num_repeats = scope.integer("num_repeats", 1);
+  s.is_reg = table.contains("is_reg") && table.at("is_reg").as_boolean();
+  s.flip_aug = scope.flag("flip_aug");
+  s.captions = read_captions(scope);
+  if (s.captions.separator.empty()) place.fail("caption_separator is empty");
+  s.color_aug = scope.flag("color_aug");
+  s.random_crop = scope.flag("random_crop");
+  s.face_crop = scope.find("face_crop_aug_range") != nullptr;
+  s.alpha_mask = table.contains("alpha_mask") && table.at("alpha_mask").as_boolean();
+  const auto* attributes = scope.find("custom_attributes");
+  s.custom_attributes = attributes != nullptr && !attributes->as_table().empty();
+  return s;
+}
+
+// The tables of an array such as [[datasets]].
+const std::vector<toml::value>& tables_of(const toml::value& parent, const char* name, const Place& place) {
+  if (!parent.contains(name)) place.fail(std::string("[[") + name + "]] is required");
+  const auto& value = parent.at(name);
+  if (!value.is_array() || value.as_array().empty() ||
+      !std::all_of(value.as_array().begin(), value.as_array().end(), [](const auto& v) { return v.is_table(); })) {
+    place.fail(std::string(name) + " must be tables: [[" + name + "]]");
+  }
+  return value.as_array();
+}
+
+toml::value parse_fallbacks(const std::vector<Fallback>& fallbacks) {
+  std::string text;
+  for (const auto& f : fallbacks) text += f.key + " = " + f.value + "\n";
+  const Place place("the command line");
+  auto value = parse(text, "command line", place);
+  check_table(value, kGeneral, place);
+  return value;
+}
+
+}  // namespace
+
+Resolved read_config(const std::filesystem::path& file,
+                     Profile profile,
+                     const std::vector<Fallback>& fallbacks,
+                     const std::filesystem::path& base) {
+  const Place top(show(file));
+  const std::string text = read_file(file, kMaxFileBytes);
+  if (const auto bad = first_invalid_utf8(text)) top.fail("not UTF-8 at byte " + std::to_string(*bad));
+  const auto root = parse(text, file.native(), top);
+  const auto command_line = parse_fallbacks(fallbacks);
+  for (const auto& [name, value] : root.as_table()) {
+    if (name == "general" || name == "datasets") continue;
+    const auto near = nearest_name(name, std::array<std::string, 2>{"general", "datasets"});
+    top.fail("unknown section " + printable(name), near ? "did you mean " + *near + "?" : "sections are [general] and [[datasets]]");
+  }
+  const toml::value* general = nullptr;
+  if (root.contains("general")) {
+    general = &root.at("general");
+    if (!general->is_table()) top.fail("general must be a table: [general]");
+    check_table(*general, kGeneral, top.in("[general]"));
+  }
+
+  Resolved out;
+  out.profile = profile;
+  int64_t subset_index = 0;
+  for (const auto& dataset_table : tables_of(root, "datasets", top)) {
+    const auto number = static_cast<int64_t>(out.datasets.size());
+    const Place place = top.in("[[datasets]] " + std::to_string(number + 1));
+    check_table(dataset_table, kDataset, place, "subsets");
+    const Scope scope({&dataset_table, general, &command_line});
+    Dataset d;
+    d.index = number;
+    d.batch_size = scope.integer("batch_size", 1);
+    d.validation_split = scope.number("validation_split", 0);
+    d.validation_seed = scope.integer("validation_seed", 0);
+    d.network_multiplier = scope.number("network_multiplier", 1);
+    out.datasets.push_back(d);
+
+    const auto& tables = tables_of(dataset_table, "subsets", place);
+    const bool metadata = tables.front().contains("metadata_file");
+    const size_t first = out.subsets.size();
+    for (size_t i = 0; i < tables.size(); ++i) {
+      const Place at = place.in("[[datasets.subsets]] " + std::to_string(i + 1));
+      if (tables[i].contains("metadata_file") != metadata) {
+        at.fail("subsets with and without metadata_file cannot be mixed", "put them into two [[datasets]]");
+      }
+      check_table(tables[i], metadata ? kMetadataSubset : kFolderSubset, at);
+      const Scope inner({&tables[i], &dataset_table, general, &command_line});
+      auto subset = read_subset(tables[i], inner, at, base);
+      subset.pixels = read_pixels(inner, at);
+      subset.index = subset_index++;
+      subset.dataset = number;
+      if (subset.num_repeats == 0) {
+        log::info("{}: left out, num_repeats is 0", show(metadata ? subset.metadata_file : subset.folder));
+        continue;
+      }
+      const auto twin = std::find_if(out.subsets.begin() + static_cast<std::ptrdiff_t>(first), out.subsets.end(), [&](const Subset& s) {
+        return metadata ? s.metadata_file == subset.metadata_file : s.folder == subset.folder;
+      });
+      if (twin != out.subsets.end()) {
+        const auto name = show(metadata ? subset.metadata_file : subset.folder);
+        if (profile == Profile::kDefault) {
+          at.fail("the same " + name + " as in an earlier subset of this dataset", "use one subset with num_repeats");
+        }
+        log::warn("{}: a second subset of the same dataset, left out as sd-scripts does", name);
+        continue;
+      }
+      out.subsets.push_back(std::move(subset));
+    }
+  }
+  return out;
+}
+
+}  // namespace flux::dataset

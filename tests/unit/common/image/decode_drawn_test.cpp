@@ -1,0 +1,149 @@
+// Pictures drawn here and encoded by OpenCV, with what OpenCV does not write put in by hand.
+#include <gtest/gtest.h>
+#include <lcms2.h>
+
+#include <cstdlib>
+#include <opencv2/imgcodecs.hpp>
+#include <string>
+
+#include "common/core/error.h"
+#include "common/core/hash.h"
+#include "common/image/image.h"
+
+namespace flux::image {
+namespace {
+
+std::string encode(const char* type, const cv::Mat& picture) {
+  std::vector<uint8_t> bytes;
+  cv::imencode(type, picture, bytes, {cv::IMWRITE_JPEG_QUALITY, 100, cv::IMWRITE_WEBP_QUALITY, 101});
+  return {bytes.begin(), bytes.end()};
+}
+
+Rgb decode_text(const std::string& bytes, const DecodeOptions& options = {}) { return decode(as_bytes(bytes), options); }
+
+// Left half red, right half blue.
+cv::Mat halves(int width, int height) {
+  cv::Mat picture(height, width, CV_8UC3, cv::Scalar(0, 0, 255));
+  picture.colRange(width / 2, width).setTo(cv::Scalar(255, 0, 0));
+  return picture;
+}
+
+std::string with_segment(const std::string& jpeg, char marker, const std::string& payload) {
+  const auto size = payload.size() + 2;
+  return jpeg.substr(0, 2) + '\xFF' + marker + static_cast<char>(size >> 8) + static_cast<char>(size & 255) + payload + jpeg.substr(2);
+}
+
+std::string exif(char orientation) {
+  return std::string("Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0", 24) + orientation + std::string(7, '\0');
+}
+
+bool near(const Rgb& image, int64_t x, int64_t y, std::array<int, 3> color, int tolerance = 0) {
+  for (size_t c = 0; c < 3; ++c) {
+    const int value = image.data[static_cast<size_t>(3 * (y * image.size.width + x)) + c];
+    if (std::abs(value - color[c]) > tolerance) return false;
+  }
+  return true;
+}
+
+constexpr std::array<int, 3> kRed{255, 0, 0}, kBlue{0, 0, 255};
+
+TEST(DrawnPicture, IsTheSameInEveryLosslessType) {
+  for (const char* type : {".png", ".bmp", ".webp", ".tiff"}) {
+    SCOPED_TRACE(type);
+    const auto image = decode_text(encode(type, halves(6, 4)));
+    EXPECT_EQ(image.size, (Size{6, 4}));
+    EXPECT_TRUE(near(image, 0, 0, kRed));
+    EXPECT_TRUE(near(image, 5, 3, kBlue));
+  }
+}
+
+TEST(DrawnPicture, IsTurnedByExifInProfileDefaultOnly) {
+  const auto jpeg = encode(".jpg", halves(48, 16));
+  const auto turned = decode_text(with_segment(jpeg, '\xE1', exif(6)));
+  EXPECT_EQ(turned.size, (Size{16, 48}));
+  EXPECT_TRUE(near(turned, 8, 4, kRed, 6));    // what was left is up
+  EXPECT_TRUE(near(turned, 8, 44, kBlue, 6));
+  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', exif(6)), {Profile::kKohya, {}}).size, (Size{48, 16}));
+  EXPECT_TRUE(near(decode_text(with_segment(jpeg, '\xE1', exif(2))), 4, 8, kBlue, 6));
+  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', exif(9))).data, decode_text(jpeg).data);
+  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', std::string("Exif\0\0MM\0*\xFF\xFF\xFF\xFF", 14))).data, decode_text(jpeg).data);
+}
+
+TEST(DrawnPicture, IsCompositedOverTheBackground) {
+  cv::Mat picture(1, 3, CV_8UC4);
+  picture.at<cv::Vec4b>(0, 0) = {10, 20, 30, 0};  // blue, green, red, alpha
+  picture.at<cv::Vec4b>(0, 1) = {10, 20, 30, 255};
+  picture.at<cv::Vec4b>(0, 2) = {10, 20, 30, 51};
+  for (const char* type : {".png", ".webp"}) {
+    const auto file = encode(type, picture);
+    const auto white = decode_text(file);
+    EXPECT_TRUE(near(white, 0, 0, {255, 255, 255}));
+    EXPECT_TRUE(near(white, 1, 0, {30, 20, 10}));
+    EXPECT_TRUE(near(white, 2, 0, {210, 208, 206}));
+    const auto green = decode_text(file, {Profile::kDefault, {0, 255, 0}});
+    EXPECT_TRUE(near(green, 0, 0, {0, 255, 0}));
+    EXPECT_TRUE(near(decode_text(file, {Profile::kKohya, {}}), 1, 0, {30, 20, 10}));
+  }
+}
+
+TEST(DrawnPicture, SixteenBitsAreScaledOrClipped) {
+  cv::Mat grey(1, 3, CV_16UC1);
+  grey.at<uint16_t>(0, 0) = 128, grey.at<uint16_t>(0, 1) = 129 * 257, grey.at<uint16_t>(0, 2) = 65535;
+  for (const char* type : {".png", ".tiff"}) {
+    EXPECT_EQ(decode_text(encode(type, grey)).data, (std::vector<uint8_t>{0, 0, 0, 129, 129, 129, 255, 255, 255}));
+    EXPECT_EQ(decode_text(encode(type, grey), {Profile::kKohya, {}}).data,
+              (std::vector<uint8_t>{128, 128, 128, 255, 255, 255, 255, 255, 255}));
+  }
+}
+
+TEST(DrawnPicture, CutAnywhereIsRefused) {
+  for (const char* type : {".jpg", ".png", ".webp", ".bmp", ".tiff"}) {
+    SCOPED_TRACE(type);
+    const auto file = encode(type, halves(40, 24));
+    EXPECT_NO_THROW(decode_text(file));
+    for (size_t size = 0; size + 2 < file.size(); size += 1 + file.size() / 97) {
+      EXPECT_THROW(decode_text(file.substr(0, size)), InputError) << size;
+    }
+  }
+}
+
+TEST(DrawnPicture, FlippedBitsNeverCrash) {  // property
+  for (const char* type : {".jpg", ".png", ".webp", ".bmp", ".tiff"}) {
+    const auto file = encode(type, halves(24, 24));
+    for (size_t i = 0; i < file.size(); i += 1 + file.size() / 300) {
+      auto damaged = file;
+      damaged[i] = static_cast<char>(damaged[i] ^ (1 << (i % 8)));
+      try {
+        decode_text(damaged);
+      } catch (const InputError&) {
+      }
+    }
+  }
+}
+
+std::string linear_profile() {
+  cmsToneCurve* gamma = cmsBuildGamma(nullptr, 1.0);
+  cmsToneCurve* curves[] = {gamma, gamma, gamma};
+  const cmsCIExyY white{0.3127, 0.3290, 1};
+  const cmsCIExyYTRIPLE primaries{{0.64, 0.33, 1}, {0.30, 0.60, 1}, {0.15, 0.06, 1}};
+  const auto profile = cmsCreateRGBProfile(&white, &primaries, curves);
+  cmsUInt32Number size = 0;
+  cmsSaveProfileToMem(profile, nullptr, &size);
+  std::string bytes(size, '\0');
+  cmsSaveProfileToMem(profile, bytes.data(), &size);
+  cmsCloseProfile(profile);
+  cmsFreeToneCurve(gamma);
+  return bytes;
+}
+
+TEST(DrawnPicture, ColourProfileBecomesSrgb) {
+  const auto jpeg = encode(".jpg", cv::Mat(16, 16, CV_8UC3, cv::Scalar(55, 55, 55)));
+  const auto tagged = with_segment(jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + linear_profile());
+  EXPECT_TRUE(near(decode_text(jpeg), 8, 8, {55, 55, 55}, 1));
+  EXPECT_TRUE(near(decode_text(tagged), 8, 8, {128, 128, 128}, 2));  // linear 55/255 is 0.502 in sRGB
+  EXPECT_TRUE(near(decode_text(tagged, {Profile::kKohya, {}}), 8, 8, {55, 55, 55}, 1));
+  EXPECT_THROW(decode_text(with_segment(jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + "nonsense")), InputError);
+}
+
+}  // namespace
+}  // namespace flux::image
