@@ -37,6 +37,8 @@ struct Config {
 /// Throws InputError: CLIP-G or no CLIP at all, or missing, surplus or misshapen tensors, which are all listed.
 /// Source: architecture notes 3.2.
 TensorMap canonical(const NetTensors& net);
+/// Canonical names and shapes of all tensors of such a net.
+ShapeMap tensor_shapes(const Config& config);
 
 struct Affine {
   at::Tensor weight, bias;
@@ -53,6 +55,7 @@ struct Output {
 /// batch it is in.
 struct TextModel {
   Config config;
+  at::ScalarType dtype;  // of the linear layers; norms and the residual stream are float32
   at::Tensor token_embedding, position_embedding;
   std::vector<Layer> layers;
   Affine final_norm;

@@ -30,6 +30,11 @@ struct Config {
 /// Throws InputError: umT5 (a bias table in every block), T5 v1.0 (an ungated MLP) or no T5 at all, or missing, surplus or
 /// misshapen tensors, which are all listed. Source: architecture notes 4.5.
 TensorMap canonical(const NetTensors& net);
+/// Canonical names and shapes of all tensors of such a net.
+ShapeMap tensor_shapes(const Config& config);
+
+/// Rows of the relative position bias table: half for keys at or before the query, half for keys after it.
+inline constexpr int64_t kNumBuckets = 32;
 
 /// Row of the relative position bias table for `relative` = key position - query position, 0..31: the integer table of
 /// architecture notes 4.2, since a floating logarithm can land on the wrong side of 16, 32 and 64.
@@ -45,6 +50,7 @@ struct Layer {
 /// sample never depend on the batch it is in.
 struct Encoder {
   Config config;
+  at::ScalarType dtype;      // of the linear layers
   at::Tensor shared;         // [vocabulary, width]; keeps the dtype of the file: only looked up
   at::Tensor position_bias;  // [32, heads] float32
   std::vector<Layer> layers;

@@ -39,6 +39,8 @@ struct Config {
 /// Throws InputError: not a FLUX AutoEncoder (Stable Diffusion's has 4 channels, FLUX.2's 32), or missing, surplus or
 /// misshapen tensors, which are all listed. Source: architecture notes 2.4 and 2.5.
 TensorMap canonical(const NetTensors& net);
+/// Canonical names and shapes of all tensors of such a net.
+ShapeMap tensor_shapes(const Config& config);
 
 /// The `encoder.` or `decoder.` tensors alone. The weights_sha256 of a latents cache covers the first, so that a file of both
 /// halves and one of the encoder alone have the same identity. Throws InputError if the file does not hold that half.

@@ -1,0 +1,221 @@
+#include "common/models/vae/vae.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "common/tensor/tensor.h"
+
+namespace flux::vae {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kNormGroups = 32;
+constexpr double kNormEpsilon = 1e-6;
+/// Elements of one slice of attention scores: 64 MiB in float32, so 1024 x 1024 pixels (16384 tokens) take 16 slices.
+constexpr int64_t kScoreElements = int64_t{1} << 24;
+/// Channels last is 2 to 3 times as fast as channels first in oneDNN's convolutions, in bfloat16 and in float32
+/// (docs/benchmarks.md).
+constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+
+/// Takes a net's tensors out of a map, in the dtype, on the device and in the memory format it computes in.
+class Loader {
+ public:
+  Loader(const TensorMap& weights, at::ScalarType dtype, at::Device device)
+      : weights_(weights), dtype_(dtype), device_(device) {}
+
+  Tensor take(const std::string& name) const {
+    const Tensor x = to_dtype(weights_.at(name), dtype_).to(device_);
+    return x.dim() == 4 ? x.contiguous(kFormat) : x.contiguous();
+  }
+  Conv conv(const std::string& name) const { return {take(name + ".weight"), take(name + ".bias")}; }
+  Norm norm(const std::string& name) const { return {take(name + ".weight"), take(name + ".bias")}; }
+  ResBlock res_block(const std::string& name) const {
+    const bool same = !weights_.contains(name + ".nin_shortcut.weight");
+    return {norm(name + ".norm1"), norm(name + ".norm2"), conv(name + ".conv1"), conv(name + ".conv2"),
+            same ? Conv{} : conv(name + ".nin_shortcut")};
+  }
+  Attention attention(const std::string& name) const {
+    return {norm(name + ".norm"), conv(name + ".q"), conv(name + ".k"), conv(name + ".v"), conv(name + ".proj_out")};
+  }
+  Level level(const std::string& name, int64_t num_blocks, const std::string& resample) const {
+    Level level;
+    for (int64_t i = 0; i < num_blocks; ++i) level.blocks.push_back(res_block(name + ".block." + std::to_string(i)));
+    if (weights_.contains(name + resample + ".conv.weight")) level.resample = conv(name + resample + ".conv");
+    return level;
+  }
+
+ private:
+  const TensorMap& weights_;
+  at::ScalarType dtype_;
+  at::Device device_;
+};
+
+void tap(TensorMap* taps, const std::string& name, const Tensor& x) {
+  if (taps) taps->insert_or_assign(name, x.to(at::kFloat).contiguous());
+}
+
+Tensor convolve(const Tensor& x, const Conv& conv, int64_t stride, int64_t padding) {
+  return at::conv2d(x, conv.weight, conv.bias, {stride, stride}, {padding, padding});
+}
+Tensor convolve_3x3(const Tensor& x, const Conv& conv) { return convolve(x, conv, 1, 1); }
+Tensor convolve_1x1(const Tensor& x, const Conv& conv) { return convolve(x, conv, 1, 0); }
+
+Tensor normalise(const Tensor& x, const Norm& norm) {
+  return at::group_norm(x, kNormGroups, norm.weight, norm.bias, kNormEpsilon);
+}
+Tensor normalise_swish(const Tensor& x, const Norm& norm) {
+  Tensor n = normalise(x, norm);
+  return at::silu_(n);
+}
+
+/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a time.
+Tensor res_block(const Tensor& x, const ResBlock& block) {
+  Tensor n = normalise_swish(x, block.norm1);
+  Tensor h = convolve_3x3(n, block.conv1);
+  n.reset();
+  n = normalise_swish(h, block.norm2);
+  h.reset();
+  h = convolve_3x3(n, block.conv2);
+  n.reset();
+  return h.add_(block.shortcut.weight.defined() ? convolve_1x1(x, block.shortcut) : x);
+}
+
+/// One head over all pixels of one image. Scores exist for a slice of the queries at a time: all would be tokens^2.
+Tensor attend(const Tensor& x, const Attention& attention) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), tokens = height * width;
+  const Tensor n = normalise(x, attention.norm);
+  const auto as_tokens = [&](const Tensor& y) { return y.permute({0, 2, 3, 1}).reshape({tokens, channels}); };
+  const Tensor q = as_tokens(convolve_1x1(n, attention.q)).mul(1.0 / std::sqrt(static_cast<double>(channels)));
+  const Tensor k = as_tokens(convolve_1x1(n, attention.k)).t();
+  const Tensor v = as_tokens(convolve_1x1(n, attention.v));
+  Tensor out = at::empty({tokens, channels}, q.options());
+  const int64_t rows = std::clamp<int64_t>(kScoreElements / tokens, 1, tokens);
+  for (int64_t row = 0; row < tokens; row += rows) {
+    const int64_t count = std::min(rows, tokens - row);
+    Tensor slice = out.narrow(0, row, count);
+    const Tensor scores = at::softmax(at::mm(q.narrow(0, row, count), k), -1);  // [count, tokens]
+    at::mm_out(slice, scores, v);
+  }
+  const Tensor image = out.view({1, height, width, channels}).permute({0, 3, 1, 2});  // channels last
+  return convolve_1x1(image, attention.out).add_(x);
+}
+
+/// Zero padding on the right and at the bottom only, as the net was trained: padding all sides would shift by half a pixel.
+Tensor downsample(const Tensor& x, const Conv& conv) {
+  return convolve(at::constant_pad_nd(x, {0, 1, 0, 1}).contiguous(kFormat), conv, 2, 0);
+}
+Tensor upsample(const Tensor& x, const Conv& conv) {
+  return convolve_3x3(at::upsample_nearest2d(x, {2 * x.size(2), 2 * x.size(3)}), conv);
+}
+
+/// Sample `i` of a batch as the net takes it.
+Tensor sample(const Tensor& batch, int64_t i, const Tensor& weight) {
+  return batch.narrow(0, i, 1).to(weight.options()).contiguous(kFormat);
+}
+
+void check_batch(const Tensor& x, const char* name, int64_t channels, int64_t stride) {
+  if (x.dim() != 4 || x.size(0) < 1 || x.size(1) != channels || x.size(2) < stride || x.size(3) < stride ||
+      x.size(2) % stride || x.size(3) % stride)
+    throw std::invalid_argument(std::string(name) + " has shape " + shape_text(x) + ", expected [B, " +
+                                std::to_string(channels) + ", H, W] with H and W multiples of " + std::to_string(stride));
+}
+
+}  // namespace
+
+Tensor scale_latents(const Tensor& raw) { return (raw - kShift) * kScale; }
+Tensor unscale_latents(const Tensor& latents) { return latents / kScale + kShift; }
+
+Encoder Encoder::load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device) {
+  const c10::InferenceMode no_grad;
+  const Loader loader(weights, dtype, device);
+  Encoder e;
+  e.config = config;
+  e.conv_in = loader.conv("encoder.conv_in");
+  for (size_t i = 0; i < config.channel_mult.size(); ++i)
+    e.levels.push_back(loader.level("encoder.down." + std::to_string(i), config.num_res_blocks, ".downsample"));
+  e.mid1 = loader.res_block("encoder.mid.block_1");
+  e.attention = loader.attention("encoder.mid.attn_1");
+  e.mid2 = loader.res_block("encoder.mid.block_2");
+  e.norm_out = loader.norm("encoder.norm_out");
+  e.conv_out = loader.conv("encoder.conv_out");
+  return e;
+}
+
+Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
+  check_batch(pixels, "pixels", config.image_channels, config.stride());
+  const c10::InferenceMode no_grad;
+  std::vector<Tensor> moments;
+  for (int64_t i = 0; i < pixels.size(0); ++i, taps = nullptr) {
+    Tensor x = convolve_3x3(sample(pixels, i, conv_in.weight), conv_in);
+    tap(taps, "conv_in", x);
+    for (size_t l = 0; l < levels.size(); ++l) {
+      const std::string name = "down." + std::to_string(l);
+      for (size_t b = 0; b < levels[l].blocks.size(); ++b) {
+        x = res_block(x, levels[l].blocks[b]);
+        tap(taps, name + ".block." + std::to_string(b), x);
+      }
+      if (levels[l].resample.weight.defined()) {
+        x = downsample(x, levels[l].resample);
+        tap(taps, name + ".downsample", x);
+      }
+    }
+    x = res_block(x, mid1);
+    tap(taps, "mid.block_1", x);
+    x = attend(x, attention);
+    tap(taps, "mid.attn_1", x);
+    x = res_block(x, mid2);
+    tap(taps, "mid.block_2", x);
+    x = normalise(x, norm_out);
+    tap(taps, "norm_out", x);
+    x = convolve_3x3(at::silu_(x), conv_out);
+    tap(taps, "conv_out", x);
+    moments.push_back(x.to(at::kFloat).contiguous());
+  }
+  const Tensor all = moments.size() == 1 ? moments[0] : at::cat(moments);
+  return {all.narrow(1, 0, config.latent_channels).contiguous(),
+          all.narrow(1, config.latent_channels, config.latent_channels).contiguous()};
+}
+
+Decoder Decoder::load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device) {
+  const c10::InferenceMode no_grad;
+  const Loader loader(weights, dtype, device);
+  Decoder d;
+  d.config = config;
+  d.conv_in = loader.conv("decoder.conv_in");
+  d.mid1 = loader.res_block("decoder.mid.block_1");
+  d.attention = loader.attention("decoder.mid.attn_1");
+  d.mid2 = loader.res_block("decoder.mid.block_2");
+  for (size_t i = 0; i < config.channel_mult.size(); ++i)
+    d.levels.push_back(loader.level("decoder.up." + std::to_string(i), config.num_res_blocks + 1, ".upsample"));
+  d.norm_out = loader.norm("decoder.norm_out");
+  d.conv_out = loader.conv("decoder.conv_out");
+  return d;
+}
+
+Tensor Decoder::decode(const Tensor& raw) const {
+  check_batch(raw, "raw latents", config.latent_channels, 1);
+  const c10::InferenceMode no_grad;
+  std::vector<Tensor> images;
+  for (int64_t i = 0; i < raw.size(0); ++i) {
+    Tensor x = convolve_3x3(sample(raw, i, conv_in.weight), conv_in);
+    x = res_block(x, mid1);
+    x = attend(x, attention);
+    x = res_block(x, mid2);
+    for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
+      for (const ResBlock& block : level->blocks) x = res_block(x, block);
+      if (level->resample.weight.defined()) x = upsample(x, level->resample);
+    }
+    x = convolve_3x3(normalise_swish(x, norm_out), conv_out);
+    images.push_back(x.to(at::kFloat).contiguous());
+  }
+  return images.size() == 1 ? images[0] : at::cat(images);
+}
+
+}  // namespace flux::vae
