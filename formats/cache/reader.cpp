@@ -44,7 +44,7 @@ struct Cache::State {
   }
 
   std::shared_ptr<const Segment> segment(uint32_t number) {
-    if (number >= manifest.segments.size()) refuse(kIndexName, fmt::format("names segment {} of {}", number, manifest.segments.size()));
+    if (number >= manifest.segments.size()) throw std::invalid_argument(fmt::format("segment {} of {}", number, manifest.segments.size()));
     {
       const std::lock_guard lock(mutex);
       if (auto found = find_open(number)) return found;
@@ -105,6 +105,11 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
     throw CacheError(error.what());
   }
   s.index = read_index(folder / kIndexName, kind);
+  for (const auto& variant : s.index.variants()) {
+    if (variant.segment >= s.manifest.segments.size()) {
+      s.refuse(kIndexName, fmt::format("names segment {} of {}", variant.segment, s.manifest.segments.size()));
+    }
+  }
 }
 
 Cache::~Cache() = default;

@@ -7,6 +7,7 @@
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "formats/cache/codec.h"
+#include "formats/cache/manifest.h"
 
 namespace flux::cache {
 namespace {
@@ -60,6 +61,8 @@ Layout layout_of(Kind kind, const nlohmann::json& parameters) {
   }
   return layout;
 }
+
+Sha256Digest sample_key(const nlohmann::json& fields) { return sha256(canonical_json(fields)); }
 
 int num_tensors(Kind kind) { return kind == Kind::kLatents ? 1 : 2; }
 

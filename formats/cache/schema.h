@@ -61,6 +61,10 @@ struct Provenance {
   std::string tool, tool_version, command_line, device;
 };
 
+/// A sample's key: SHA-256 of the canonical JSON (manifest.h) of everything that decides its bytes. FORMAT.md section 7 lists
+/// the fields of each kind; never a path, a time, a tool version, a device or a batch size.
+Sha256Digest sample_key(const nlohmann::json& fields);
+
 inline constexpr uint32_t kSampleFlipped = 1;  // latents of the image mirrored left to right
 
 /// One sample's row in the tables of a segment.

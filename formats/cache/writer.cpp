@@ -138,12 +138,17 @@ struct Writer::State {
     }
     for (const auto& name : names) {
       if (!is_segment_name(name)) continue;
-      const Segment segment(folder / name);
-      refuse_kind(segment.path(), segment.layout().kind);
-      SegmentFile file{name, static_cast<int64_t>(fs::file_size(folder / name)), segment.num_samples(), {}};
+      std::optional<Segment> segment;
+      try {
+        segment.emplace(folder / name);
+      } catch (const CacheError& error) {
+        throw CacheError(error.what(), "remove that file and run again: what was in it is encoded again");
+      }
+      refuse_kind(segment->path(), segment->layout().kind);
+      SegmentFile file{name, static_cast<int64_t>(fs::file_size(folder / name)), segment->num_samples(), {}};
       const auto entry = known.find(name);
       if (entry != known.end() && entry->second->bytes == file.bytes) file.xxh3_128 = entry->second->xxh3_128;
-      register_segment(std::move(file), segment.samples());
+      register_segment(std::move(file), segment->samples());
     }
   }
 
