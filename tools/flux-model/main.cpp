@@ -1,0 +1,37 @@
+// tools/flux-model/main.cpp - what model files hold, and small models for tests.
+#include <cstdio>
+
+#include "common/core/tool.h"
+#include "pipelines/model/info.h"
+#include "pipelines/model/tiny.h"
+
+namespace {
+
+flux::ExitCode tiny(flux::Tool& tool) {
+  flux::model::TinyOptions opts;
+  flux::model::add_flags(opts, tool);
+  if (!tool.parse()) return flux::ExitCode::kOk;
+  flux::model::check(opts);
+  const auto report = flux::model::tiny(opts);
+  tool.summary(report.line(), report.json());
+  return flux::ExitCode::kOk;
+}
+
+flux::ExitCode info(flux::Tool& tool) {
+  flux::model::InfoOptions opts;
+  flux::model::add_flags(opts, tool);
+  if (!tool.parse()) return flux::ExitCode::kOk;
+  flux::model::check(opts);
+  const auto report = flux::model::info(opts);
+  if (tool.json()) tool.summary("", {{"nets", report.nets}});
+  else std::puts(report.text().c_str());  // several lines, escaped already
+  return flux::ExitCode::kOk;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return flux::run_tool("flux-model", argc, argv, "looks into model files, and makes small ones",
+                        {{"info", "which nets a file holds, their sizes and identity", info},
+                         {"tiny", "write small random models that the whole chain accepts", tiny}});
+}
