@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <toml.hpp>
 
@@ -200,16 +201,25 @@ toml::value parse(const std::string& text, const std::string& name, const Place&
   }
 }
 
+/// What the command line gives, and which of it was needed.
+struct CommandLine {
+  toml::value values;
+  std::set<std::string> used;
+};
+
 /// One key looked up from the subset outwards.
 class Scope {
  public:
-  explicit Scope(std::vector<const toml::value*> levels) : levels_(std::move(levels)) {}
+  Scope(std::vector<const toml::value*> levels, CommandLine& command_line)
+      : levels_(std::move(levels)), command_line_(command_line) {}
 
   const toml::value* find(const char* name) const {
     for (const auto* level : levels_) {
       if (level != nullptr && level->contains(name)) return &level->at(name);
     }
-    return nullptr;
+    if (!command_line_.values.contains(name)) return nullptr;
+    command_line_.used.insert(name);
+    return &command_line_.values.at(name);
   }
   bool flag(const char* name) const {
     const auto* v = find(name);
@@ -230,6 +240,7 @@ class Scope {
 
  private:
   std::vector<const toml::value*> levels_;
+  CommandLine& command_line_;
 };
 
 PixelOptions read_pixels(const Scope& scope, const Place& place) {
@@ -333,7 +344,7 @@ Resolved read_config(const std::filesystem::path& file,
   const std::string text = read_file(file, kMaxFileBytes);
   if (const auto bad = first_invalid_utf8(text)) top.fail("not UTF-8 at byte " + std::to_string(*bad));
   const auto root = parse(text, file.native(), top);
-  const auto command_line = parse_fallbacks(fallbacks);
+  CommandLine command_line{parse_fallbacks(fallbacks), {}};
   for (const auto& [name, value] : root.as_table()) {
     if (name == "general" || name == "datasets") continue;
     const auto near = nearest_name(name, std::array<std::string, 2>{"general", "datasets"});
@@ -353,7 +364,7 @@ Resolved read_config(const std::filesystem::path& file,
     const auto number = static_cast<int64_t>(out.datasets.size());
     const Place place = top.in("[[datasets]] " + std::to_string(number + 1));
     check_table(dataset_table, kDataset, place, "subsets");
-    const Scope scope({&dataset_table, general, &command_line});
+    const Scope scope({&dataset_table, general}, command_line);
     Dataset d;
     d.index = number;
     d.batch_size = scope.integer("batch_size", 1);
@@ -371,7 +382,7 @@ Resolved read_config(const std::filesystem::path& file,
         at.fail("subsets with and without metadata_file cannot be mixed", "put them into two [[datasets]]");
       }
       check_table(tables[i], metadata ? kMetadataSubset : kFolderSubset, at);
-      const Scope inner({&tables[i], &dataset_table, general, &command_line});
+      const Scope inner({&tables[i], &dataset_table, general}, command_line);
       auto subset = read_subset(tables[i], inner, at, base);
       subset.pixels = read_pixels(inner, at);
       subset.index = subset_index++;
@@ -393,6 +404,9 @@ Resolved read_config(const std::filesystem::path& file,
       }
       out.subsets.push_back(std::move(subset));
     }
+  }
+  for (const auto& f : fallbacks) {
+    if (!command_line.used.contains(f.key)) out.unused_fallbacks.push_back(f.key);
   }
   return out;
 }

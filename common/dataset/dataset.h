@@ -69,6 +69,7 @@ struct Resolved {
   std::vector<Subset> subsets;  // a subset that repeats an earlier folder of its dataset is left out (profile kohya)
   std::vector<Image> images;    // by subset, then bytewise by name
   Profile profile = Profile::kDefault;
+  std::vector<std::string> unused_fallbacks;  // keys that the file gave itself everywhere: they have no effect
 
   /// The subset with this `index`.
   const Subset& subset(int64_t index) const;

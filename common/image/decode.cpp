@@ -13,17 +13,17 @@ bool starts_with(Bytes file, std::string_view magic, size_t offset = 0) {
          std::equal(magic.begin(), magic.end(), reinterpret_cast<const char*>(file.data()) + offset);
 }
 
-Raw decode_any(Bytes file, Profile profile) {
+Raw decode_any(Bytes file, Extent extent, Profile profile) {
   using namespace std::string_view_literals;
   if (file.empty()) throw InputError("the file is empty");
-  if (starts_with(file, "\xFF\xD8\xFF"sv)) return decode_jpeg(file);
-  if (starts_with(file, "\x89PNG\r\n\x1A\n"sv)) return decode_png(file, profile);
-  if (starts_with(file, "RIFF"sv) && starts_with(file, "WEBP"sv, 8)) return decode_webp(file);
-  if (starts_with(file, "GIF87a"sv) || starts_with(file, "GIF89a"sv)) return decode_gif(file);
-  if (starts_with(file, "BM"sv) && file.size() >= 26) return decode_bmp(file);
+  if (starts_with(file, "\xFF\xD8\xFF"sv)) return decode_jpeg(file, extent);
+  if (starts_with(file, "\x89PNG\r\n\x1A\n"sv)) return decode_png(file, extent, profile);
+  if (starts_with(file, "RIFF"sv) && starts_with(file, "WEBP"sv, 8)) return decode_webp(file, extent);
+  if (starts_with(file, "GIF87a"sv) || starts_with(file, "GIF89a"sv)) return decode_gif(file, extent);
+  if (starts_with(file, "BM"sv) && file.size() >= 26) return decode_bmp(file, extent);
   if (starts_with(file, "II\x2A\0"sv) || starts_with(file, "MM\0\x2A"sv) || starts_with(file, "II\x2B\0"sv) ||
       starts_with(file, "MM\0\x2B"sv)) {
-    return decode_tiff(file, profile);
+    return decode_tiff(file, extent, profile);
   }
   if (starts_with(file, "ftyp"sv, 4)) throw InputError("AVIF and HEIC are not read", "convert the picture to PNG or JPEG");
   if (starts_with(file, "\xFF\x0A"sv) || starts_with(file, "\0\0\0\x0CJXL "sv)) {
@@ -108,9 +108,14 @@ void check_size(Size size) {
   }
 }
 
+Header read_header(Bytes file) {
+  const auto raw = decode_any(file, Extent::kHeader, Profile::kDefault);
+  return {raw.size, raw.orientation};
+}
+
 Rgb decode(Bytes file, const DecodeOptions& options) {
   const bool proper = options.profile == Profile::kDefault;
-  const auto raw = decode_any(file, options.profile);
+  const auto raw = decode_any(file, Extent::kAll, options.profile);
   Rgb image{raw.size, to_rgb(raw, proper)};
   if (!proper) return image;
   if (raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba) composite(raw, options.background, image.data);

@@ -30,13 +30,14 @@ struct Close {
 }  // namespace
 
 // The first frame on its screen; what the frame does not cover is transparent.
-Raw decode_gif(Bytes file) {
+Raw decode_gif(Bytes file, Extent extent) {
   Raw raw;
   int code = 0;
   const std::unique_ptr<GifFileType, Close> gif(DGifOpen(&file, read_bytes, &code));
   if (!gif) fail(code);
   raw.size = {gif->SWidth, gif->SHeight};
   check_size(raw.size);
+  if (extent == Extent::kHeader) return raw;
 
   int transparent = NO_TRANSPARENT_COLOR;
   for (;;) {

@@ -43,7 +43,7 @@ void on_progress(j_common_ptr info) {
 
 }  // namespace
 
-Raw decode_jpeg(Bytes file) {
+Raw decode_jpeg(Bytes file, Extent extent) {
   Raw raw;
   Reader reader;
   auto& info = reader.info;
@@ -72,6 +72,7 @@ Raw decode_jpeg(Bytes file) {
       break;
     }
   }
+  if (extent == Extent::kHeader) return raw;
   JOCTET* icc = nullptr;
   unsigned icc_bytes = 0;
   run_escapable(reader.escape, [&] { jpeg_read_icc_profile(&info, &icc, &icc_bytes); });

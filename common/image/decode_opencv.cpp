@@ -64,7 +64,7 @@ Raw decode_with_opencv(Bytes file, const char* type, Size size, Profile profile,
 
 // What is needed of the first picture of a TIFF file. Source: TIFF 6.0.
 struct TiffHeader {
-  uint64_t width = 0, height = 0, bits = 1, photometric = 99, samples = 1;
+  uint64_t width = 0, height = 0, bits = 1, photometric = 99, orientation = 1;
   bool extra_is_alpha = false;
 };
 
@@ -87,7 +87,7 @@ TiffHeader read_tiff_header(Bytes file, std::vector<uint8_t>& icc) {
       case 257: header.height = value(); break;
       case 258: header.bits = value(); break;
       case 262: header.photometric = value(); break;
-      case 277: header.samples = value(); break;
+      case 274: header.orientation = value(); break;
       case 338: header.extra_is_alpha = value() == 1 || value() == 2; break;
       case 273: case 324: for (uint64_t k = 0; k < count; ++k) offsets.push_back(value(k)); break;
       case 279: case 325: for (uint64_t k = 0; k < count; ++k) counts.push_back(value(k)); break;
@@ -106,7 +106,7 @@ TiffHeader read_tiff_header(Bytes file, std::vector<uint8_t>& icc) {
 
 }  // namespace
 
-Raw decode_bmp(Bytes file) {
+Raw decode_bmp(Bytes file, Extent extent) {
   const uint64_t header_bytes = number(file, 14, 4);
   if (header_bytes != 12 && header_bytes < 40) throw InputError("BMP: the header is damaged");
   Size size;
@@ -126,24 +126,27 @@ Raw decode_bmp(Bytes file) {
   if (!packed) {  // OpenCV leaves missing rows black
     (void)number(file, number(file, 10, 4) + row_bytes * static_cast<uint64_t>(size.height), 0);
   }
+  if (extent == Extent::kHeader) return {.size = size};
   const bool alpha = bits == 32 && header_bytes >= 56 && compression == 3 && number(file, 66, 4) != 0;
   return decode_with_opencv(file, "BMP", size, Profile::kDefault, alpha);
 }
 
-Raw decode_tiff(Bytes file, Profile profile) {
+Raw decode_tiff(Bytes file, Extent extent, Profile profile) {
   std::vector<uint8_t> icc;
   const auto header = read_tiff_header(file, icc);
-  const Size size{static_cast<int64_t>(header.width), static_cast<int64_t>(header.height)};
+  Size size{static_cast<int64_t>(header.width), static_cast<int64_t>(header.height)};
   check_size(size);
+  if (header.orientation >= 5 && header.orientation <= 8) std::swap(size.width, size.height);  // OpenCV applies the tag
   if (header.photometric > 3) {
     throw InputError("TIFF: colour model " + std::to_string(header.photometric) + " is not read (grey, RGB, palette are)");
   }
   if (header.bits != 1 && header.bits != 4 && header.bits != 8 && header.bits != 16) {
     throw InputError("TIFF: " + std::to_string(header.bits) + " bits a sample are not read (1, 4, 8, 16 are)");
   }
+  if (extent == Extent::kHeader) return {.size = size};
   auto raw = decode_with_opencv(file, "TIFF", size, profile, header.extra_is_alpha);
   raw.icc = std::move(icc);
-  return raw;  // OpenCV has applied the orientation tag
+  return raw;
 }
 
 }  // namespace flux::image

@@ -32,9 +32,25 @@ void read_bytes(png_structp png, png_bytep out, size_t count) {
   reader.rest = reader.rest.subspan(count);
 }
 
+// The EXIF block, wherever it stands: it may follow the pixels.
+Bytes find_exif(Bytes file) {
+  const auto number = [&](size_t at) {
+    size_t value = 0;
+    for (size_t i = 0; i < 4; ++i) value = value << 8 | static_cast<size_t>(file[at + i]);
+    return value;
+  };
+  for (size_t at = 8; at + 12 <= file.size();) {
+    const size_t length = number(at);
+    if (length > file.size() - at - 12) break;
+    if (std::memcmp(file.data() + at + 4, "eXIf", 4) == 0) return file.subspan(at + 8, length);
+    at += 12 + length;
+  }
+  return {};
+}
+
 }  // namespace
 
-Raw decode_png(Bytes file, Profile profile) {
+Raw decode_png(Bytes file, Extent extent, Profile profile) {
   Raw raw;
   Reader reader;
   reader.rest = file;
@@ -53,6 +69,8 @@ Raw decode_png(Bytes file, Profile profile) {
   });
   raw.size = {png_get_image_width(png, info), png_get_image_height(png, info)};
   check_size(raw.size);
+  raw.orientation = exif_orientation(find_exif(file));
+  if (extent == Extent::kHeader) return raw;
 
   const bool grey = (png_get_color_type(png, info) & PNG_COLOR_MASK_COLOR) == 0;
   const bool wide = png_get_bit_depth(png, info) == 16;
@@ -87,13 +105,10 @@ Raw decode_png(Bytes file, Profile profile) {
     raw.data = std::move(samples);
   }
   png_charp name = nullptr;
-  png_bytep icc = nullptr, exif = nullptr;
-  png_uint_32 icc_bytes = 0, exif_bytes = 0;
+  png_bytep icc = nullptr;
+  png_uint_32 icc_bytes = 0;
   int compression = 0;
   if (png_get_iCCP(png, info, &name, &compression, &icc, &icc_bytes) != 0) raw.icc.assign(icc, icc + icc_bytes);
-  if (png_get_eXIf_1(png, info, &exif_bytes, &exif) != 0) {
-    raw.orientation = exif_orientation(std::as_bytes(std::span(exif, exif_bytes)));
-  }
   return raw;
 }
 

@@ -43,6 +43,18 @@ inline constexpr int64_t kMaxPixels = 178'956'970;
 /// Throws InputError with the reason, without a file name: not an image, a type not read, truncated, corrupt, too large.
 Rgb decode(std::span<const std::byte> file, const DecodeOptions& options = {});
 
+/// What the head of a file says; nothing is decoded.
+struct Header {
+  Size size;            // as stored
+  int orientation = 1;  // EXIF, 1 to 8
+  /// As decode() returns it.
+  Size decoded_size(Profile profile) const {
+    return profile == Profile::kDefault && orientation >= 5 ? Size{size.height, size.width} : size;
+  }
+};
+/// Throws InputError where decode() would throw it for the head of the file.
+Header read_header(std::span<const std::byte> file);
+
 enum class Interpolation { kAuto, kLanczos, kBox, kArea, kLinear, kCubic, kNearest };
 /// sd-scripts' words: empty = kAuto, lanczos, box, area, linear or bilinear, cubic or bicubic, nearest.
 /// Throws std::invalid_argument.

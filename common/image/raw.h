@@ -18,8 +18,8 @@ struct Raw {
   enum class Kind { kGrey, kGreyAlpha, kRgb, kRgba, kCmyk };  // cmyk: 255 = full ink
   Kind kind = Kind::kRgb;
   Size size;
-  std::vector<uint8_t> data;
-  std::vector<uint8_t> icc;  // embedded profile, empty = none
+  std::vector<uint8_t> data{};
+  std::vector<uint8_t> icc{};  // embedded profile, empty = none
   int orientation = 1;       // EXIF: 1 to 8
 
   int64_t channels() const {
@@ -30,12 +30,15 @@ struct Raw {
   void allocate() { data.resize(static_cast<size_t>(size.width * size.height * channels())); }
 };
 
-Raw decode_jpeg(Bytes file);
-Raw decode_png(Bytes file, Profile profile);
-Raw decode_webp(Bytes file);
-Raw decode_gif(Bytes file);
-Raw decode_bmp(Bytes file);
-Raw decode_tiff(Bytes file, Profile profile);
+/// How much of a file to read; `kHeader` leaves data and icc empty.
+enum class Extent { kHeader, kAll };
+
+Raw decode_jpeg(Bytes file, Extent extent);
+Raw decode_png(Bytes file, Extent extent, Profile profile);
+Raw decode_webp(Bytes file, Extent extent);
+Raw decode_gif(Bytes file, Extent extent);
+Raw decode_bmp(Bytes file, Extent extent);
+Raw decode_tiff(Bytes file, Extent extent, Profile profile);
 
 /// Throws InputError if a side is 0 or the picture is above kMaxPixels.
 void check_size(Size size);

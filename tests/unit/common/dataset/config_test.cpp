@@ -49,6 +49,7 @@ TEST_F(DatasetFile, TakesTheInnermostValue) {
   EXPECT_TRUE(r.subsets[0].captions.shuffle);
   EXPECT_FALSE(r.subsets[1].captions.shuffle);
   EXPECT_EQ(r.subsets[0].pixels.width, 96);
+  EXPECT_EQ(r.unused_fallbacks, (std::vector<std::string>{"num_repeats", "resolution"}));
   ASSERT_EQ(r.images.size(), 3u);
   EXPECT_EQ(r.images[0].name, "a.png");
   EXPECT_EQ(r.images[2].repeats, 5);

@@ -69,6 +69,19 @@ TEST(DrawnPicture, IsTurnedByExifInProfileDefaultOnly) {
   EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', std::string("Exif\0\0MM\0*\xFF\xFF\xFF\xFF", 14))).data, decode_text(jpeg).data);
 }
 
+TEST(Header, SaysTheSizeThatDecodingGives) {
+  for (const char* type : {".jpg", ".png", ".webp", ".bmp", ".tiff"}) {
+    const auto file = encode(type, halves(24, 16));
+    EXPECT_EQ(read_header(as_bytes(file)).decoded_size(Profile::kDefault), (Size{24, 16})) << type;
+  }
+  const auto turned = with_segment(encode(".jpg", halves(48, 16)), '\xE1', exif(6));
+  const auto header = read_header(as_bytes(turned));
+  EXPECT_EQ(header.orientation, 6);
+  EXPECT_EQ(header.decoded_size(Profile::kDefault), decode_text(turned).size);
+  EXPECT_EQ(header.decoded_size(Profile::kKohya), (Size{48, 16}));
+  EXPECT_THROW(read_header(as_bytes("nothing")), InputError);
+}
+
 TEST(DrawnPicture, IsCompositedOverTheBackground) {
   cv::Mat picture(1, 3, CV_8UC4);
   picture.at<cv::Vec4b>(0, 0) = {10, 20, 30, 0};  // blue, green, red, alpha

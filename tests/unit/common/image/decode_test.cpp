@@ -68,6 +68,8 @@ TEST(Decode, EqualsPillowOnTheReferenceFiles) {
     Rgb out;
     ASSERT_NO_THROW(out = decode_text(read_file(folder / name), options));
     EXPECT_EQ(out.size, (Size{e.at(form).at("width"), e.at(form).at("height")}));
+    const auto bytes = read_file(folder / name);
+    EXPECT_EQ(read_header(as_bytes(bytes)).decoded_size(options.profile), out.size);
     if (e.at("lossless") && name.find("rgb16") == std::string::npos && name.find("rgba16") == std::string::npos) {
       EXPECT_EQ(to_hex(sha256(std::as_bytes(std::span(out.data)))), e.at(form).at("sha256"));
       return;
