@@ -113,6 +113,7 @@ std::string with_sorted_marks(std::string_view text) {
 }
 
 UGraphemeClusterBreak break_property(UChar32 c) {
+  if (c == 0x897) return U_GCB_EXTEND;  // of Unicode 16; its other marks cannot meet a cluster below six bytes
   return static_cast<UGraphemeClusterBreak>(u_getIntPropertyValue(c, UCHAR_GRAPHEME_CLUSTER_BREAK));
 }
 
