@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "common/tensor/tensor.h"
@@ -23,22 +24,24 @@ at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
 
 // One node for base and adapter: x is kept once, and only what is asked for is computed.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kNumTensors };
+  enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kScale, kNumArguments };
 
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                            const at::Tensor& down, const at::Tensor& up, double scale) {
-    auto y = bias.defined() ? at::addmm(bias, x, weight.t()) : at::mm(x, weight.t());
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& down,
+                            const std::optional<at::Tensor>& up, double scale) {
+    auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
     at::Tensor down_product, down_cast, up_cast;
-    if (down.defined()) {
-      down_cast = down.to(x.scalar_type());
-      up_cast = up.to(x.scalar_type());
+    if (down) {
+      down_cast = down->to(x.scalar_type());
+      up_cast = up->to(x.scalar_type());
       down_product = at::mm(x, down_cast.t());
       y.addmm_(down_product, up_cast.t(), 1, scale);
     }
-    const bool x_needed = weight.requires_grad() || (down.defined() && down.requires_grad());
+    const bool x_needed = weight.requires_grad() || (down && down->requires_grad());
     context->save_for_backward({x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast});
     context->saved_data["scale"] = scale;
-    context->saved_data["low_rank_type"] = down.defined() ? down.scalar_type() : at::kFloat;
+    context->saved_data["has_bias"] = bias.has_value();
+    context->saved_data["low_rank_type"] = down ? down->scalar_type() : at::kFloat;
     return y;
   }
 
@@ -48,15 +51,20 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const auto low_rank_type = context->saved_data["low_rank_type"].toScalarType();
     const double scale = context->saved_data["scale"].toDouble();
     const auto grad = grads[0].contiguous();
-    variable_list out(kNumTensors + 1);
-    if (context->needs_input_grad(kX)) out[kX] = at::mm(grad, weight);
-    if (context->needs_input_grad(kWeight)) out[kWeight] = transposed_product(grad, x);
-    if (context->needs_input_grad(kBias)) out[kBias] = grad.sum(0);
+    // edges are counted without the arguments that are not there
+    const size_t missing = context->saved_data["has_bias"].toBool() ? 0 : 1;
+    const auto wanted = [&](Argument argument) {
+      return context->needs_input_grad(argument > kBias ? argument - missing : argument);
+    };
+    variable_list out(kNumArguments);
+    if (wanted(kX)) out[kX] = at::mm(grad, weight);
+    if (wanted(kWeight)) out[kWeight] = transposed_product(grad, x);
+    if (missing == 0 && wanted(kBias)) out[kBias] = grad.sum(0);
     if (down.defined()) {
       const auto up_product = at::mm(grad, up).mul_(scale);  // [n, rank]
       if (out[kX].defined()) out[kX].addmm_(up_product, down);
-      if (context->needs_input_grad(kDown)) out[kDown] = transposed_product(up_product, x).to(low_rank_type);
-      if (context->needs_input_grad(kUp))
+      if (wanted(kDown)) out[kDown] = transposed_product(up_product, x).to(low_rank_type);
+      if (wanted(kUp))
         out[kUp] = transposed_product(down_product, grad).t().to(low_rank_type).mul_(scale);
     }
     return out;
@@ -84,7 +92,8 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
   auto shape = x.sizes().vec();
   shape.back() = w.size(0);
   const auto rows = x.reshape({-1, x.size(-1)});
-  return LinearFunction::apply(rows, w, layer.bias, down, up, layer.lora.scale).view(shape);
+  const auto given = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+  return LinearFunction::apply(rows, w, given(layer.bias), given(down), given(up), layer.lora.scale).view(shape);
 }
 
 }  // namespace flux
