@@ -1,0 +1,243 @@
+#include "common/data/training_data.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "common/core/error.h"
+#include "tests/support/temporary_folder.h"
+#include "tests/support/training_caches.h"
+
+namespace flux {
+namespace {
+
+using test::TemporaryFolder;
+using test::TrainingCaches;
+using testing::HasSubstr;
+
+TrainingCaches five_items() {
+  TrainingCaches caches;
+  caches.items = {{"a.png", 8, 8}, {"b.png", 8, 8}, {"c.png", 8, 12}, {"d.png", 8, 8}, {"e.png", 8, 12}};
+  caches.items[3].repeats = 2;
+  caches.t5_length = 4;
+  return caches;
+}
+
+std::string message_of(const TemporaryFolder& folder, const DataOptions& options = {}) {
+  try {
+    TrainingData(folder / "latents", folder / "text", options);
+  } catch (const CacheError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
+  TemporaryFolder folder;
+  five_items().write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {.seed = 1, .batch_size = 3});
+  EXPECT_EQ(data.num_items(), 5);
+  EXPECT_EQ(data.num_visits(), 6);
+  EXPECT_EQ(data.num_batches(), 3);  // 4 visits of 8x8, 2 of 8x12: ceil(4/3) + ceil(2/3)
+  EXPECT_EQ(data.buckets(), (std::vector<std::pair<std::string, int64_t>>{{"64x64", 4}, {"96x64", 2}}));
+  std::set<std::multiset<int64_t>> orders;
+  for (int64_t epoch = 0; epoch < 4; ++epoch) {
+    std::multiset<std::string> names;
+    std::set<uint64_t> keys;
+    const auto batches = data.epoch_batches(epoch);
+    ASSERT_EQ(batches.size(), 3u);
+    for (size_t i = 0; i < batches.size(); ++i) {
+      const Batch batch = data.load(epoch, static_cast<int64_t>(i), batches[i]);
+      EXPECT_LE(batch.size(), 3);
+      EXPECT_EQ(batch.latents.size(0), batch.size());
+      names.insert(batch.names.begin(), batch.names.end());
+      keys.insert(batch.visits.begin(), batch.visits.end());
+    }
+    EXPECT_EQ(names, (std::multiset<std::string>{"a.png", "b.png", "c.png", "d.png", "d.png", "e.png"}));
+    EXPECT_EQ(keys.size(), 6u);
+  }
+}
+
+TEST(TrainingData, OrdersEpochsBySeedAndEpochAlone) {
+  TemporaryFolder folder, other;
+  TrainingCaches caches;
+  for (int i = 0; i < 20; ++i) caches.items.push_back({fmt::format("{}.png", i)});
+  caches.t5_length = 4;
+  caches.write(folder.path());
+  std::reverse(caches.items.begin(), caches.items.end());
+  caches.write(other.path());  // the same items in another order
+  const auto names = [](const TemporaryFolder& where, uint64_t seed, int64_t epoch) {
+    const TrainingData data(where / "latents", where / "text", {.seed = seed});
+    std::vector<std::string> out;
+    for (const auto& visits : data.epoch_batches(epoch)) out.push_back(data.load(epoch, 0, visits).names.at(0));
+    return out;
+  };
+  EXPECT_EQ(names(folder, 1, 0), names(folder, 1, 0));
+  EXPECT_EQ(names(folder, 1, 0), names(other, 1, 0));
+  EXPECT_NE(names(folder, 1, 0), names(folder, 1, 1));
+  EXPECT_NE(names(folder, 1, 0), names(folder, 2, 0));
+}
+
+TEST(TrainingData, ScalesLatentsAndDrawsFromThePosterior) {
+  TemporaryFolder folder;
+  TrainingCaches caches;
+  caches.items = {{"a.png", 32, 32}};
+  caches.t5_length = 4;
+  caches.write(folder.path());
+  const auto latents = [&](bool sample, int64_t epoch) {
+    const TrainingData data(folder / "latents", folder / "text", {.sample_posterior = sample});
+    return data.load(epoch, 0, {{0, 0}}).latents;
+  };
+  const at::Tensor mean = latents(false, 0);
+  EXPECT_NEAR((mean / 0.3611 + 0.1159).std().item<double>(), 1, 0.05);
+  EXPECT_TRUE(at::equal(mean, latents(false, 1)));
+  const at::Tensor noise = (latents(true, 0) - mean) / 0.3611;
+  EXPECT_NEAR(noise.std().item<double>(), std::exp(-1.0), 0.01);  // log-variance -2
+  EXPECT_NEAR(noise.mean().item<double>(), 0, 0.01);
+  EXPECT_FALSE(at::equal(latents(true, 0), latents(true, 1)));
+  EXPECT_TRUE(at::equal(latents(true, 3), latents(true, 3)));
+}
+
+TEST(TrainingData, TakesVariantsByWeightAndDropsCaptionsAtTheRate) {
+  TemporaryFolder folder;
+  TrainingCaches caches;
+  caches.items = {{"a.png"}};
+  caches.items[0].num_captions = 2;
+  caches.items[0].flipped_too = true;
+  caches.items[0].repeats = 400;
+  caches.t5_length = 4;
+  caches.empty_caption = true;
+  caches.plan["subsets"][0]["caption_dropout_rate"] = 0.25;
+  caches.write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {.seed = 5, .batch_size = 400, .sample_posterior = false});
+  const Batch batch = data.load(0, 0, data.epoch_batches(0).at(0));
+  std::map<float, int> captions;
+  for (int64_t i = 0; i < 400; ++i) {
+    const float value = batch.pooled_embedding[i][0].item<float>();
+    EXPECT_EQ(batch.prompt_embedding[i][3][7].item<float>(), value);
+    ++captions[value];
+  }
+  EXPECT_EQ(captions.size(), 3u);
+  EXPECT_NEAR(captions[0], 100, 30);
+  EXPECT_NEAR(captions[1], 150, 35);
+  EXPECT_NEAR(captions[2], 150, 35);
+  const at::Tensor first = batch.latents.select(1, 0).flatten(1).select(1, 0);
+  const int64_t plain = (first == first[0]).sum().item<int64_t>();
+  EXPECT_NEAR(static_cast<double>(plain), 200, 40);
+}
+
+TEST(TrainingData, DropsAllCaptionsOfEveryNthEpoch) {
+  TemporaryFolder folder;
+  TrainingCaches caches;
+  caches.items = {{"a.png"}};
+  caches.t5_length = 4;
+  caches.empty_caption = true;
+  caches.plan["subsets"][0]["caption_dropout_every_n_epochs"] = 3;
+  caches.write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {});
+  for (int64_t epoch = 0; epoch < 6; ++epoch) {
+    const float value = data.load(epoch, 0, {{0, 0}}).pooled_embedding[0][0].item<float>();
+    EXPECT_EQ(value == 0, epoch % 3 == 2) << epoch;
+  }
+}
+
+TEST(TrainingData, MasksTextOnlyWhereTheCacheDoes) {
+  for (const std::string policy : {"full", "masked"}) {
+    TemporaryFolder folder;
+    TrainingCaches caches = five_items();
+    caches.pad_policy = policy;
+    caches.write(folder.path());
+    const Batch batch = TrainingData(folder / "latents", folder / "text", {}).load(0, 0, {{0, 0}});
+    ASSERT_EQ(batch.text_mask.defined(), policy == "masked");
+    if (batch.text_mask.defined()) {
+      EXPECT_EQ(batch.text_mask[0].sum().item<int64_t>(), 3);
+    }
+  }
+}
+
+TEST(TrainingData, WeighsRegularisationAndLeavesOutValidation) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.items[0].flags = cache::kItemRegularization;
+  caches.items[1].flags = cache::kItemValidation;
+  caches.write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {.batch_size = 8, .prior_loss_weight = 0.5});
+  EXPECT_EQ(data.num_items(), 4);
+  EXPECT_EQ(data.num_validation(), 1);
+  EXPECT_EQ(data.num_regularization(), 1);
+  for (const auto& visits : data.epoch_batches(0)) {
+    const Batch batch = data.load(0, 0, visits);
+    for (size_t i = 0; i < batch.names.size(); ++i) {
+      EXPECT_EQ(batch.loss_weight[static_cast<int64_t>(i)].item<float>(), batch.names[i] == "a.png" ? 0.5f : 1.0f);
+    }
+  }
+}
+
+TEST(TrainingData, LeavesOutWhatOneCacheHasQuarantined) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.in_latents = [](const std::string& name) { return name != "b.png"; };
+  caches.quarantined = {{dataset::item_digest(0, "b.png"), 0, "b.png", "truncated"}};
+  caches.write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {});
+  EXPECT_EQ(data.num_items(), 4);
+  EXPECT_EQ(data.num_quarantined(), 1);
+}
+
+TEST(TrainingData, RefusesItemsThatOneCacheLacks) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.in_text = [](const std::string& name) { return name == "a.png"; };
+  caches.write(folder.path());
+  EXPECT_THAT(message_of(folder), testing::AllOf(HasSubstr("4 items"), HasSubstr("b.png"), HasSubstr("e.png")));
+
+  TemporaryFolder other;
+  caches.in_text = [](const std::string&) { return true; };
+  caches.in_latents = [](const std::string& name) { return name == "a.png"; };
+  caches.write(other.path());
+  EXPECT_THAT(message_of(other), testing::AllOf(HasSubstr("4 items"), HasSubstr("text"), HasSubstr("c.png")));
+}
+
+TEST(TrainingData, RefusesPlansThatDiffer) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.write_latents(folder / "latents");
+  caches.plan["datasets"][0]["batch_size"] = 2;
+  caches.write_text(folder / "text");
+  EXPECT_THAT(message_of(folder), testing::AllOf(HasSubstr("batch_size"), HasSubstr("2"), HasSubstr("1")));
+}
+
+TEST(TrainingData, RefusesDropoutWithoutAnEmptyCaption) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.plan["subsets"][0]["caption_dropout_rate"] = 0.1;
+  caches.write(folder.path());
+  EXPECT_THAT(message_of(folder), HasSubstr("empty caption"));
+}
+
+TEST(TrainingData, RefusesAbsentCachesAndCachesOfTheOtherKind) {
+  TemporaryFolder folder;
+  five_items().write(folder.path());
+  EXPECT_THROW(TrainingData(folder / "nothing", folder / "text", {}), CacheError);
+  EXPECT_THROW(TrainingData(folder / "text", folder / "latents", {}), CacheError);
+}
+
+TEST(TrainingData, DigestChangesWithTheDataAlone) {
+  TemporaryFolder one, two, three;
+  five_items().write(one.path());
+  five_items().write(two.path());
+  TrainingCaches changed = five_items();
+  changed.items[2].num_captions = 2;
+  changed.write(three.path());
+  const auto digest = [](const TemporaryFolder& folder) {
+    return TrainingData(folder / "latents", folder / "text", {}).digest();
+  };
+  EXPECT_EQ(digest(one), digest(two));
+  EXPECT_NE(digest(one), digest(three));
+}
+
+}  // namespace
+}  // namespace flux
