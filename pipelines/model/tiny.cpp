@@ -178,7 +178,8 @@ TinyReport tiny(const TinyOptions& options) {
   for (const auto& [name, shape] : dit::tensor_shapes(flux)) flux_shapes.emplace(name, shape);
 
   const auto seed = static_cast<uint64_t>(options.seed);
-  TinyReport report{.out = options.out};
+  TinyReport report;
+  report.out = options.out;
   report.flux_parameters = write_net(options.out / "flux.safetensors", "flux", seed, flux_shapes, DType::kBF16, flux_scale);
   report.ae_parameters = write_net(options.out / "ae.safetensors", "vae", seed, vae::tensor_shapes(ae), DType::kF32, ae_scale);
   report.t5_parameters = write_net(options.out / "t5.safetensors", "t5", seed, t5::tensor_shapes(t5), DType::kBF16, t5_scale);

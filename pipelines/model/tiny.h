@@ -10,10 +10,10 @@
 namespace flux::model {
 
 struct TinyOptions {
-  std::filesystem::path out;
+  std::filesystem::path out{};
   int64_t seed = 0;
-  std::filesystem::path t5_tokenizer;    // empty: the project's own small vocabulary
-  std::filesystem::path clip_tokenizer;  // empty: the same
+  std::filesystem::path t5_tokenizer{};   // empty: the project's own small vocabulary
+  std::filesystem::path clip_tokenizer{}; // empty: the same
 };
 
 void add_flags(TinyOptions& options, Tool& tool);
