@@ -59,6 +59,8 @@ struct Recipe {
 /// Who made it; never part of identity.
 struct Provenance {
   std::string tool, tool_version, command_line, device;
+
+  bool operator==(const Provenance&) const = default;
 };
 
 /// A sample's key: SHA-256 of the canonical JSON (manifest.h) of everything that decides its bytes. FORMAT.md section 7 lists

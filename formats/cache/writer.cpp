@@ -354,6 +354,7 @@ bool Writer::publish(const Publication& publication) {
                          {"device", printable(s.provenance.device)},
                          {"created", utc_now()},
                          {"stage_seconds", publication.stage_seconds}};
+  manifest.provenance.update(publication.notes);
 
   // An equal index keeps its file, whatever bytes this HDF5 library would write, so that the manifest stays equal too.
   std::vector<std::byte> index_bytes;

@@ -48,6 +48,7 @@ struct Publication {
   std::vector<Quarantined> quarantined;
   Shard shard;
   nlohmann::json stage_seconds = nlohmann::json::object();  // stage name -> seconds
+  nlohmann::json notes = nlohmann::json::object();          // more members of the manifest's provenance, never compared
 };
 
 /// One writer a folder (lock file), used from one thread.
