@@ -1,0 +1,67 @@
+#include "pipelines/stage/finish.h"
+
+#include <c10/core/Device.h>
+#include <fmt/format.h>
+
+#include <chrono>
+
+#include "common/core/cancel.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+#include "common/core/tool.h"
+
+namespace flux::stage {
+
+cache::Provenance begin(std::string_view tool, std::string_view command_line, const c10::Device& device) {
+  cache::Provenance out{std::string(tool), std::string(tool_version()), std::string(command_line), device.str()};
+  log::info("version {} device={} command: {}", out.tool_version, out.device, out.command_line);
+  return out;
+}
+
+void announce(const cache::Writer& writer, const cache::Comparison& comparison, Report& report) {
+  report.encoded = comparison.new_samples + comparison.changed;
+  report.kept = comparison.kept;
+  report.changed = comparison.changed;
+  report.unwanted = comparison.unwanted;
+  if (writer.num_recovered() > 0) {
+    log::info("an interrupted run had finished {} {}: they are kept", writer.num_recovered(), report.noun);
+  }
+  for (const std::string& field : comparison.changed_fields) log::info("changed since the last run: {}", field);
+  log::info("to encode: {} {} (new={} changed={}) kept={} unwanted={}", report.encoded, report.noun, comparison.new_samples,
+            comparison.changed, comparison.kept, comparison.unwanted);
+}
+
+void stop_if_asked(cache::Writer& writer, std::string_view noun) {
+  const auto code = cancel::requested();
+  if (!code) return;
+  writer.seal();
+  log::info("stopping: finished {} are kept; the same command goes on from here", noun);
+  throw Interrupted(*code);
+}
+
+void finish(cache::Writer& writer, const cache::Publication& publication, int64_t max_failed, double start_seconds, Report& report) {
+  constexpr size_t kMaxLines = 20;
+  report.failed = static_cast<int64_t>(publication.quarantined.size());
+  for (size_t i = 0; i < publication.quarantined.size() && i < kMaxLines; ++i) {
+    log::warn("{}: {}", show(publication.quarantined[i].path), publication.quarantined[i].reason);
+  }
+  if (publication.quarantined.size() > kMaxLines) {
+    log::warn("and {} more, see quarantine.jsonl", publication.quarantined.size() - kMaxLines);
+  }
+  if (report.failed > max_failed) {
+    writer.seal();
+    writer.withdraw(publication.quarantined);
+    log::error("{} items failed, --max-failed allows {}: no manifest was written\n  hint: mend them, or allow them with "
+               "--max-failed {}; what was encoded is kept", report.failed, max_failed, report.failed);
+    report.exit_code = ExitCode::kTooManyFailed;
+  } else if (!writer.publish(publication)) {
+    log::info("the cache is as it was; its manifest keeps its time");
+  }
+  report.seconds = monotonic_seconds() - start_seconds;
+}
+
+double monotonic_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace flux::stage

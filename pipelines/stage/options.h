@@ -1,0 +1,52 @@
+// pipelines/stage/options.h - flags that flux-cache-latents and flux-cache-text have in common.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/core/dtype.h"
+#include "common/core/tool.h"
+#include "common/dataset/dataset.h"
+#include "common/dataset/profile.h"
+#include "common/tensor/device.h"
+#include "formats/cache/manifest.h"
+
+namespace flux::stage {
+
+/// Which images and captions: exactly one of the two paths.
+struct DatasetOptions {
+  std::filesystem::path dataset;  // sd-scripts' TOML
+  std::filesystem::path images;   // a folder with its defaults
+  Profile profile = Profile::kDefault;
+};
+/// --dataset, --images, --profile.
+void add_flags(DatasetOptions& options, Tool& tool);
+/// Throws UsageError if both or none are given. `others` are further ways to say it that were given (--prompts).
+void check(const DatasetOptions& options, int64_t others = 0);
+/// Reads the file or the folder, and refuses what a cache cannot honour. `width` and `height`: --resolution, 0 = not given.
+/// Throws InputError; UsageError if --resolution has no effect because the file says it everywhere.
+dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height);
+
+enum class Precision { kF32, kBF16 };
+std::string_view precision_word(Precision precision);  // "f32", "bf16"
+
+/// How to encode and where to.
+struct EncodeOptions {
+  std::filesystem::path out;
+  DType dtype = DType::kBF16;          // of the stored tensors: kBF16, kF16 or kF32
+  std::optional<Precision> precision;  // of the computation; not given = the folder's, or else the tool's default
+  DeviceChoice device = DeviceChoice::kAuto;
+  int64_t batch_size = 1;
+  int64_t max_failed = 0;
+  bool rehash = false;
+};
+/// --out, --dtype, --precision (with `auto` if asked for), --device, --batch-size, --max-failed, --rehash.
+void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto);
+/// Throws UsageError if --out is missing.
+void check(const EncodeOptions& options);
+/// What was asked for, else what the manifest in the folder says, else `otherwise`.
+Precision choose_precision(const EncodeOptions& options, const std::optional<cache::Manifest>& previous, Precision otherwise);
+
+}  // namespace flux::stage

@@ -1,0 +1,28 @@
+// pipelines/stage/report.h - what an encoding run did: its summary line, its JSON object, its exit code.
+#pragma once
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+#include "common/core/error.h"
+
+namespace flux::stage {
+
+/// Counts distinct samples (latents) or captions (text), but for `failed`, which counts items.
+struct Report {
+  std::string noun;      // "images", "captions"
+  int64_t encoded = 0;   // by this run: new and changed ones
+  int64_t kept = 0;      // there already
+  int64_t changed = 0;   // of the encoded ones: their item was there with another sample
+  int64_t unwanted = 0;  // in the folder, but wanted by no item: left to flux-cache gc
+  int64_t failed = 0;
+  double seconds = 0;
+  ExitCode exit_code = ExitCode::kOk;
+
+  /// "encoded 24 images (2 of them changed), kept 3, unwanted 0, failed 0 in 3.2 s (7.5 images/s)"
+  std::string line() const;
+  /// encoded kept changed unwanted failed seconds samples_per_second peak_rss_bytes
+  nlohmann::json json() const;
+};
+
+}  // namespace flux::stage
