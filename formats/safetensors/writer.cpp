@@ -21,20 +21,6 @@ void check_text(std::string_view what, std::string_view text) {
   if (first_invalid_utf8(text)) throw std::invalid_argument(fmt::format("{} '{}' is not UTF-8", what, printable(text)));
 }
 
-std::vector<TensorSpec> in_file_order(std::vector<TensorSpec> tensors) {
-  std::sort(tensors.begin(), tensors.end(), [](const TensorSpec& a, const TensorSpec& b) {
-    // larger elements first, so that each tensor's offset is a multiple of its element size
-    return std::tuple(-dtype_bits(a.dtype), a.dtype, std::string_view(a.name)) <
-           std::tuple(-dtype_bits(b.dtype), b.dtype, std::string_view(b.name));
-  });
-  std::vector<std::string_view> names;
-  for (const TensorSpec& tensor : tensors) names.push_back(tensor.name);
-  std::sort(names.begin(), names.end());
-  const auto twice = std::adjacent_find(names.begin(), names.end());
-  if (twice != names.end()) throw std::invalid_argument(fmt::format("tensor '{}' is given twice", printable(*twice)));
-  return tensors;
-}
-
 /// The length word and the padded JSON. Written by hand where order matters: JSON objects of the library sort by key.
 std::string header_of(const std::vector<TensorSpec>& order, const Metadata& metadata) {
   std::string json = "{";
@@ -68,6 +54,24 @@ std::string header_of(const std::vector<TensorSpec>& order, const Metadata& meta
 }
 
 }  // namespace
+
+std::vector<TensorSpec> in_file_order(std::vector<TensorSpec> tensors) {
+  std::sort(tensors.begin(), tensors.end(), [](const TensorSpec& a, const TensorSpec& b) {
+    // larger elements first, so that each tensor's offset is a multiple of its element size
+    return std::tuple(-dtype_bits(a.dtype), a.dtype, std::string_view(a.name)) <
+           std::tuple(-dtype_bits(b.dtype), b.dtype, std::string_view(b.name));
+  });
+  std::vector<std::string_view> names;
+  for (const TensorSpec& tensor : tensors) names.push_back(tensor.name);
+  std::sort(names.begin(), names.end());
+  const auto twice = std::adjacent_find(names.begin(), names.end());
+  if (twice != names.end()) throw std::invalid_argument(fmt::format("tensor '{}' is given twice", printable(*twice)));
+  return tensors;
+}
+
+std::string header_bytes(std::vector<TensorSpec> tensors, const Metadata& metadata) {
+  return header_of(in_file_order(std::move(tensors)), metadata);
+}
 
 Metadata pt_metadata() { return {{"format", "pt"}}; }
 

@@ -24,6 +24,11 @@ struct TensorSpec {
 /// {"format": "pt"}: transformers refuses files without it.
 Metadata pt_metadata();
 
+/// The order of tensors in a file. Throws std::invalid_argument for a name twice.
+std::vector<TensorSpec> in_file_order(std::vector<TensorSpec> tensors);
+/// What a Writer of the same arguments writes before the tensors: the length word and the padded JSON. Throws as it does.
+std::string header_bytes(std::vector<TensorSpec> tensors, const Metadata& metadata);
+
 /// The header is written at once, the tensors' bytes one after the other, and the file appears under its name on
 /// commit() only (temporary file, flush, rename). Equal input gives equal bytes: metadata by key, tensors sorted by
 /// element size (largest first), then dtype, then name; the header is padded with spaces to a multiple of 8.
