@@ -1,10 +1,10 @@
 // common/tensor/device.h - `--device auto|cpu|cuda`, and the CUDA library that is opened only when asked for.
 #pragma once
-#include <c10/core/Device.h>
-
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "common/tensor/fwd.h"  // c10::Device by name: a program's main sees no torch header
 
 namespace flux {
 
