@@ -1,0 +1,165 @@
+#include "pipelines/latents/encode.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <thread>
+
+#include "common/core/error.h"
+#include "common/core/progress.h"
+#include "common/core/rng.h"
+#include "common/core/text.h"
+#include "common/image/image.h"
+#include "common/tensor/tensor.h"
+#include "pipelines/latents/ordered.h"
+#include "pipelines/latents/read.h"
+#include "pipelines/stage/finish.h"
+
+namespace flux::latents {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// Adds the time of a scope to a counter.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds), start_(Clock::now()) {}
+  ~Stopwatch() { seconds_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  double& seconds_;
+  Clock::time_point start_;
+};
+
+/// [3, H, W] floats, or why there are none.
+struct Pixels {
+  std::vector<float> values;
+  std::string reason;
+};
+
+Pixels load_pixels(const std::filesystem::path& file, const Sample& sample, const image::DecodeOptions& options) {
+  try {
+    const auto bytes = read_picture(file);
+    if (sha256(bytes) != sample.source_sha256) throw InputError("changed while it was being read");
+    const auto picture = image::decode(as_bytes(bytes), options);
+    if (picture.size != sample.original) throw InputError("its head and its pixels differ in size");
+    const auto placed = image::place(picture, sample.placement, sample.interpolation, sample.flip);
+    Pixels pixels;
+    pixels.values.resize(placed.data.size());
+    image::to_pixels(placed, pixels.values);
+    return pixels;
+  } catch (const InputError& error) {
+    return {{}, one_line(error.what())};
+  } catch (const std::bad_alloc&) {
+    throw ResourceError("no memory to decode " + show(file));
+  }
+}
+
+cache::SampleInfo info_of(const Sample& s, const std::string& path) {
+  const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
+  cache::SampleInfo info;
+  info.key = s.key;
+  info.source_sha256 = s.source_sha256;
+  info.text = path;
+  info.flags = s.flip ? cache::kSampleFlipped : 0;
+  info.height = u32(s.placement.bucket.height / 8), info.width = u32(s.placement.bucket.width / 8);
+  info.original_hw = {u32(s.original.height), u32(s.original.width)};
+  info.resized_hw = {u32(s.placement.resized.height), u32(s.placement.resized.width)};
+  info.crop_top_left = {u32(s.placement.crop_y), u32(s.placement.crop_x)};
+  return info;
+}
+
+vae::Posterior encode_batch(const vae::Encoder& encoder, const std::vector<at::Tensor>& pixels, at::Device device) {
+  try {
+    auto posterior = encoder.encode(at::stack(pixels).to(device));
+    return {posterior.mean.cpu(), posterior.logvar.cpu()};
+  } catch (const c10::OutOfMemoryError& error) {
+    throw ResourceError("not enough GPU memory to encode images: " + one_line(error.what_without_backtrace()),
+                        "use a smaller --resolution or --batch-size, or --device cpu");
+  } catch (const std::bad_alloc&) {
+    throw ResourceError("not enough memory to encode images", "use a smaller --resolution or --batch-size");
+  }
+}
+
+}  // namespace
+
+at::Tensor stored_latents(const vae::Posterior& posterior, int64_t index, Store store, int64_t seed, const Sha256Digest& key) {
+  const auto mean = posterior.mean[index], logvar = posterior.logvar[index];
+  if (store == Store::kMeanLogvar) return at::cat({mean, logvar});
+  uint64_t name = 0;
+  for (size_t i = 0; i < 8; ++i) name |= static_cast<uint64_t>(key[i]) << (8 * i);
+  std::vector<float> normal(static_cast<size_t>(mean.numel()));
+  RandomStream(static_cast<uint64_t>(seed), Purpose::kLatentSample, name).fill_normal(normal);
+  return mean + at::exp(logvar * 0.5) * from_values<float>(normal, mean.sizes());
+}
+
+Encoded encode_samples(const dataset::Resolved& resolved,
+                       std::vector<Sample> samples,
+                       const vae::Encoder& encoder,
+                       at::Device device,
+                       const Options& options,
+                       cache::Writer& writer) {
+  // Buckets one after the other, so that batches are full; within one in the order of the data set.
+  std::stable_sort(samples.begin(), samples.end(),
+                   [](const Sample& a, const Sample& b) { return a.placement.bucket < b.placement.bucket; });
+  const image::DecodeOptions decoding{resolved.profile, options.background};
+  const auto dtype = *scalar_type(options.encode.dtype);
+  // On the CPU the net needs the cores itself; a GPU waits for pictures.
+  const auto cores = std::max(1u, std::thread::hardware_concurrency());
+  const int num_threads = static_cast<int>(device.is_cpu() ? std::max(1u, cores / 4) : std::clamp(cores, 2u, 16u));
+  const auto count = static_cast<int64_t>(samples.size());
+  Encoded out;
+  Progress progress("encoding", "images", count);
+  Ordered<Pixels> pictures(count, num_threads, 2 * num_threads + options.encode.batch_size, [&](int64_t i) {
+    const auto& sample = samples[static_cast<size_t>(i)];
+    return load_pixels(resolved.images[sample.image].file, sample, decoding);
+  });
+
+  const auto fail = [&](const Sample& sample, const std::string& reason) { out.failures.push_back({sample.key, reason}); };
+  for (int64_t next = 0; next < count;) {
+    stage::stop_if_asked(writer, "images");
+    std::vector<const Sample*> batch;
+    std::vector<at::Tensor> pixels;
+    const auto bucket = samples[static_cast<size_t>(next)].placement.bucket;
+    while (next < count && static_cast<int64_t>(batch.size()) < options.encode.batch_size &&
+           samples[static_cast<size_t>(next)].placement.bucket == bucket) {
+      const Stopwatch watch(out.wait_seconds);
+      const auto& sample = samples[static_cast<size_t>(next++)];
+      const auto picture = pictures.take();
+      if (!picture.reason.empty()) {
+        fail(sample, picture.reason);
+        continue;
+      }
+      batch.push_back(&sample);
+      pixels.push_back(from_values<float>(picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
+    }
+    if (batch.empty()) continue;
+    vae::Posterior posterior;
+    {
+      const Stopwatch watch(out.encode_seconds);
+      posterior = encode_batch(encoder, pixels, device);
+    }
+    const Stopwatch watch(out.write_seconds);
+    for (size_t i = 0; i < batch.size(); ++i) {
+      const Sample& sample = *batch[i];
+      const auto latents = stored_latents(posterior, static_cast<int64_t>(i), options.store, options.seed, sample.key);
+      const auto stored = to_dtype(latents, dtype).contiguous();
+      if (!at::isfinite(stored).all().item<bool>()) {
+        fail(sample, "its latents are not finite");
+        continue;
+      }
+      const auto bytes = host_bytes(stored);
+      writer.add(info_of(sample, resolved.images[sample.image].name), {{bytes}});
+      ++out.num_samples;
+    }
+    progress.update(next);
+  }
+  return out;
+}
+
+}  // namespace flux::latents
