@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <string>
 
@@ -53,6 +54,8 @@ void open_cuda() {
 }
 
 }  // namespace
+
+void use_huge_pages() { setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
 
 c10::Device resolve_device(DeviceChoice choice) {
   if (choice == DeviceChoice::kCpu) return {c10::DeviceType::CPU};

@@ -37,15 +37,6 @@ Weights read_weights_of(const Options& options) {
   return weights;
 }
 
-// The last run's manifest; one that cannot be read is the writer's matter.
-std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder) {
-  try {
-    return cache::read_manifest_if_there(folder);
-  } catch (const CacheError&) {
-    return std::nullopt;
-  }
-}
-
 std::string resolutions(const dataset::Resolved& resolved) {
   std::set<std::pair<int64_t, int64_t>> sizes;
   for (const auto& s : resolved.subsets) sizes.emplace(s.pixels.width, s.pixels.height);
@@ -95,9 +86,10 @@ void quarantine(const std::vector<Failure>& failures, const dataset::Resolved& r
 stage::Report run(const Options& options) {
   const double start = stage::monotonic_seconds();
   const auto resolved = stage::resolve(options.data, options.width, options.height);
+  use_huge_pages();
   const auto device = resolve_device(options.encode.device);
   const auto weights = read_weights_of(options);
-  const auto precision = stage::choose_precision(options.encode, previous_manifest(options.encode.out), stage::Precision::kF32);
+  const auto precision = stage::choose_precision(options.encode, stage::previous_manifest(options.encode.out), stage::Precision::kF32);
 
   KeyParameters keys;
   keys.profile = resolved.profile;
