@@ -157,6 +157,7 @@ std::vector<std::byte> encode(const SegmentHeader& header) {
 std::optional<SegmentHeader> decode_header(std::span<const std::byte> body, const std::filesystem::path& path) {
   const auto object = nlohmann::json::parse(reinterpret_cast<const char*>(body.data()),
                                             reinterpret_cast<const char*>(body.data()) + body.size(), nullptr, false);
+  if (!object.is_object()) return std::nullopt;
   const auto text = [&](const char* name) { return object.value(name, std::string()); };
   try {
     const std::string problem = schema_problem(object.at("schema_version").get<int64_t>(), text("tool"), text("tool_version"));
@@ -167,7 +168,6 @@ std::optional<SegmentHeader> decode_header(std::span<const std::byte> body, cons
     out.recipe = {kind == "latents" ? Kind::kLatents : Kind::kText, object.at("parameters"), object.at("weights"), object.at("tokenizers")};
     out.provenance = {text("tool"), text("tool_version"), text("command_line"), text("device")};
     out.created = text("created");
-    layout_of(out.recipe.kind, out.recipe.parameters);
     return out;
   } catch (const nlohmann::json::exception&) {
     return std::nullopt;
@@ -242,10 +242,15 @@ JournalContent parse_journal(std::span<const std::byte> bytes, const std::filesy
   const auto header_body = block_body(bytes, kHeaderMagic);
   if (!header_body) return out;
   const auto header = decode_header(*header_body, path);
-  if (!header) return out;
+  Layout layout;
+  try {
+    if (!header) return out;
+    layout = check_recipe(header->recipe);
+  } catch (const CacheError&) {
+    return out;
+  }
   out.header = *header;
   out.valid_bytes = 24 + header_body->size();
-  const Layout layout = layout_of(header->recipe.kind, header->recipe.parameters);
   while (const auto body = block_body(bytes.subspan(out.valid_bytes), kRecordMagic)) {
     auto record = decode_record(*body, layout);
     if (!record) break;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "common/core/error.h"
@@ -24,6 +25,31 @@ int64_t number(const nlohmann::json& parameters, const char* name, int64_t low, 
 }
 
 }  // namespace
+
+Layout check_recipe(const Recipe& recipe) {
+  for (const auto& [name, value] : recipe.parameters.items()) {
+    if (!value.is_string() && !value.is_number() && !value.is_boolean()) {
+      throw CacheError(fmt::format("parameters: '{}' is a JSON {}, expected a text, number or boolean", printable(name), value.type_name()));
+    }
+  }
+  const auto check_digests = [](const char* field, const nlohmann::json& digests) {
+    if (!digests.is_object()) throw CacheError(fmt::format("{}: is a JSON {}, expected an object", field, digests.type_name()));
+    for (const auto& [part, digest] : digests.items()) {
+      if (!digest.is_string() || !is_hex(digest.get_ref<const std::string&>(), 64)) {
+        throw CacheError(fmt::format("{}: '{}' is not 64 hex digits", field, printable(part)));
+      }
+    }
+  };
+  check_digests("weights", recipe.weights);
+  check_digests("tokenizers", recipe.tokenizers);
+  return layout_of(recipe.kind, recipe.parameters);
+}
+
+bool is_hex(std::string_view text, size_t digits) {
+  return text.size() == digits && std::all_of(text.begin(), text.end(), [](char c) {
+           return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+         });
+}
 
 std::string_view kind_name(Kind kind) { return kind == Kind::kLatents ? "latents" : "text"; }
 

@@ -56,6 +56,10 @@ struct Recipe {
   bool operator==(const Recipe&) const = default;
 };
 
+/// The layout of a recipe that is well-formed: flat parameters, 64 hex digits for each part. Throws CacheError naming the
+/// field and what it holds.
+Layout check_recipe(const Recipe& recipe);
+
 /// Who made it; never part of identity.
 struct Provenance {
   std::string tool, tool_version, command_line, device;
@@ -93,6 +97,9 @@ struct SampleInfo {
 
 /// Bytes of one decoded tensor: `which` 0 = latents or T5, 1 = CLIP. Latents use info's height and width.
 int64_t tensor_bytes(const Layout& layout, const SampleInfo& info, int which);
+/// Exactly `digits` lower-case hex digits.
+bool is_hex(std::string_view text, size_t digits);
+
 /// How many tensors a sample has: 1 for latents, 2 for text.
 int num_tensors(Kind kind);
 

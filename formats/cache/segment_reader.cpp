@@ -38,7 +38,7 @@ Segment::Segment(const std::filesystem::path& path) : file_(path) {
                         file_.text_attribute("command_line"), file_.text_attribute("device")};
   header_.created = file_.text_attribute("created");
   try {
-    layout_ = layout_of(recipe.kind, recipe.parameters);
+    layout_ = check_recipe(recipe);
   } catch (const CacheError& error) {
     file_.refuse(error.what());
   }

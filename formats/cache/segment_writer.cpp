@@ -94,9 +94,7 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<con
 std::string new_segment_name() { return "seg-" + random_name() + ".h5"; }
 
 bool is_segment_name(std::string_view name) {
-  const auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
-  return name.size() == 23 && name.starts_with("seg-") && name.ends_with(".h5") &&
-         std::all_of(name.begin() + 4, name.begin() + 20, hex);
+  return name.size() == 23 && name.starts_with("seg-") && name.ends_with(".h5") && is_hex(name.substr(4, 16), 16);
 }
 
 }  // namespace flux::cache

@@ -221,7 +221,7 @@ Writer::Writer(const fs::path& folder, const Recipe& recipe, const Provenance& p
   s.folder = folder;
   s.recipe = recipe;
   s.provenance = provenance;
-  s.layout = layout_of(recipe.kind, recipe.parameters);
+  s.layout = check_recipe(recipe);
   make_folder(folder);
   s.lock = std::make_unique<WriterLock>(folder);
   const auto names = names_in(folder);
