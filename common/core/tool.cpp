@@ -230,6 +230,13 @@ void Tool::flag(std::string_view name, double& value, std::string_view metavar, 
   });
 }
 
+void Tool::flag(std::string_view name, std::optional<double>& value, std::string_view metavar, std::string_view help,
+                double low, double high) {
+  flag(name, metavar, help, value ? fmt::format("{}", *value) : "", [&value, low, high](const std::string& text) {
+    value = parse_number<double>(text, low, high, "a number");
+  });
+}
+
 void Tool::arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help) {
   state_->positional = &values;
   state_->positional_metavar = metavar;

@@ -50,6 +50,8 @@ class Tool {
             int64_t low = 0, int64_t high = INT64_MAX);
   /// Numbers in [low, high], never NaN or infinite.
   void flag(std::string_view name, double& value, std::string_view metavar, std::string_view help, double low, double high);
+  void flag(std::string_view name, std::optional<double>& value, std::string_view metavar, std::string_view help, double low,
+            double high);
   /// One of the named values; the list is shown as a|b|c.
   template <class E>
   void flag(std::string_view name, E& value, const Choices<E>& choices, std::string_view help);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <set>
 #include <tuple>
 #include <unordered_map>
@@ -93,6 +94,23 @@ double number(const cache::Manifest& manifest, const std::filesystem::path& fold
                      "make the cache anew with flux-cache-latents");
   }
   return found->get<double>();
+}
+
+// Items by their digest, so that a rewritten index of the same content is the same data.
+std::string content_digest(const cache::Cache& cache) {
+  Sha256 hash;
+  hash.add_field(cache.manifest().plan_digest).add_field(cache::canonical_json(cache.manifest().recipe.parameters));
+  const cache::Index& index = cache.index();
+  std::vector<int64_t> order(static_cast<size_t>(index.num_items()));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index.item(a).item < index.item(b).item; });
+  for (const int64_t i : order) {
+    hash.add(index.item(i).item).add_u64(index.item(i).repeats).add_u64(index.item(i).flags);
+    for (const IndexVariant& variant : index.variants(i)) {
+      hash.add(variant.key).add(std::as_bytes(std::span(&variant.weight, 1)));
+    }
+  }
+  return to_hex(hash.digest());
 }
 
 }  // namespace
@@ -284,26 +302,8 @@ std::vector<std::pair<std::string, int64_t>> TrainingData::buckets() const {
   return out;
 }
 
-std::string TrainingData::digest() const {
-  Sha256 hash;
-  for (const auto* cache : {&state_->latents, &state_->text}) {
-    hash.add_field(cache->manifest().plan_digest).add_field(cache::canonical_json(cache->manifest().recipe.parameters));
-    // by digest of the item, so that a rewritten index of the same content is the same data
-    std::vector<int64_t> order(static_cast<size_t>(cache->index().num_items()));
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return cache->index().item(a).item < cache->index().item(b).item;
-    });
-    for (const int64_t i : order) {
-      const auto& item = cache->index().item(i);
-      hash.add(item.item).add_u64(item.repeats).add_u64(item.flags);
-      for (const IndexVariant& variant : cache->index().variants(i)) {
-        hash.add(variant.key).add(std::as_bytes(std::span(&variant.weight, 1)));
-      }
-    }
-  }
-  return to_hex(hash.digest());
-}
+std::string TrainingData::latents_digest() const { return content_digest(state_->latents); }
+std::string TrainingData::text_digest() const { return content_digest(state_->text); }
 
 std::vector<std::vector<Visit>> TrainingData::epoch_batches(int64_t epoch) const {
   const State& s = *state_;

@@ -62,8 +62,9 @@ class TrainingData {
   int64_t num_validation() const;
   /// Samples and buckets by number of batches, for metadata: "1024x768" (width x height in pixels) -> visits an epoch.
   std::vector<std::pair<std::string, int64_t>> buckets() const;
-  /// Hex digest of what the batches' content depends on besides the options: samples of both caches and the plan.
-  std::string digest() const;
+  /// Hex digests of all that batches take from each cache: its parameters, plan, items and samples.
+  std::string latents_digest() const;
+  std::string text_digest() const;
 
   /// The batches of an epoch in their order. Each holds visits of one data set and one bucket.
   std::vector<std::vector<Visit>> epoch_batches(int64_t epoch) const;

@@ -19,11 +19,14 @@ double global_norm(std::span<const at::Tensor> gradients) {
   return at::linalg_vector_norm(at::stack(norms).to(at::kDouble)).item<double>();
 }
 
+void clip_to_norm(std::span<const at::Tensor> gradients, double norm, double max_norm) {
+  if (max_norm <= 0 || norm + 1e-6 <= max_norm) return;
+  for (const at::Tensor& gradient : gradients) gradient.mul_(max_norm / (norm + 1e-6));
+}
+
 double clip_global_norm(std::span<const at::Tensor> gradients, double max_norm) {
   const double norm = global_norm(gradients);
-  if (max_norm > 0 && norm + 1e-6 > max_norm) {
-    for (const at::Tensor& gradient : gradients) gradient.mul_(max_norm / (norm + 1e-6));
-  }
+  clip_to_norm(gradients, norm, max_norm);
   return norm;
 }
 

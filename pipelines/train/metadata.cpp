@@ -1,0 +1,104 @@
+#include "pipelines/train/metadata.h"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "common/core/text.h"
+#include "common/core/tool.h"
+
+namespace flux::train {
+namespace {
+
+// As Python prints a float: 1e-05, 4.0, 0.01.
+std::string python_float(double value) { return nlohmann::json(value).dump(); }
+std::string python_bool(bool value) { return value ? "True" : "False"; }
+
+std::string utf8(const std::string& text) { return first_invalid_utf8(text) ? printable(text) : text; }
+
+}  // namespace
+
+std::map<std::string, std::string> lora_metadata(const Session& s) {
+  const Options& o = s.options;
+  const TrainingData& data = *s.data;
+  const nlohmann::json option = deciding_options(o);
+  const auto chosen = [&](const char* name, const std::string& otherwise) {
+    const auto found = option.find(name);
+    if (found == option.end()) return otherwise;
+    return found->is_string() ? found->get<std::string>() : found->dump();
+  };
+  nlohmann::json buckets = nlohmann::json::object();
+  std::string resolution = "1024x1024";
+  int64_t most = 0, number = 0;
+  for (const auto& [size, visits] : data.buckets()) {
+    const auto sides = split(size, 'x');
+    buckets[std::to_string(number++)] = {{"resolution", {std::stoll(sides[0]), std::stoll(sides[1])}}, {"count", visits}};
+    if (visits > most) {
+      most = visits;
+      resolution = size;
+    }
+  }
+  const int64_t epochs = (o.max_steps + data.num_batches() - 1) / data.num_batches();
+  const std::string variant = s.model.config.guidance ? "flux-1-dev" : "flux-1-schnell";
+  return {
+      {"ss_v2", "False"},
+      {"ss_base_model_version", "flux1"},
+      {"ss_model_type", "flux"},
+      {"ss_network_module", "networks.lora_flux"},
+      {"ss_network_dim", std::to_string(o.rank)},
+      {"ss_network_alpha", python_float(o.effective_alpha())},
+      {"ss_network_dropout", "None"},
+      {"ss_network_args", "{}"},
+      {"ss_output_name", "lora"},
+      {"ss_sd_model_name", utf8(o.model.filename().native())},
+      {"ss_learning_rate", python_float(o.lr.learning_rate)},
+      {"ss_unet_lr", python_float(o.lr.learning_rate)},
+      {"ss_text_encoder_lr", "None"},
+      {"ss_lr_scheduler", chosen("lr-scheduler", "constant")},
+      {"ss_lr_warmup_steps", std::to_string(o.lr.num_warmup_steps)},
+      {"ss_optimizer", fmt::format("AdamW(weight_decay={})", python_float(o.weight_decay))},
+      {"ss_max_grad_norm", python_float(o.max_grad_norm)},
+      {"ss_gradient_accumulation_steps", "1"},
+      {"ss_gradient_checkpointing", "False"},
+      {"ss_max_train_steps", std::to_string(o.max_steps)},
+      {"ss_steps", std::to_string(s.step)},
+      {"ss_num_epochs", std::to_string(epochs)},
+      {"ss_epoch", std::to_string(s.position.epoch + (s.position.batch > 0 ? 1 : 0))},
+      {"ss_num_train_images", std::to_string(data.num_items() - data.num_regularization())},
+      {"ss_num_reg_images", std::to_string(data.num_regularization())},
+      {"ss_num_batches_per_epoch", std::to_string(data.num_batches())},
+      {"ss_total_batch_size", o.batch_size > 0 ? std::to_string(o.batch_size) : "None"},
+      {"ss_bucket_info", nlohmann::json{{"buckets", buckets}}.dump()},
+      {"ss_resolution", resolution},
+      {"ss_cache_latents", "True"},
+      {"ss_seed", std::to_string(o.seed)},
+      {"ss_mixed_precision", s.compute == at::kFloat ? "no" : "bf16"},
+      {"ss_full_fp16", "False"},
+      {"ss_full_bf16", "False"},
+      {"ss_fp8_base", "False"},
+      {"ss_prior_loss_weight", python_float(o.prior_loss_weight)},
+      {"ss_loss_type", chosen("loss-type", "l2")},
+      {"ss_huber_schedule", chosen("huber-schedule", "None")},
+      {"ss_huber_c", chosen("huber-c", "None")},
+      {"ss_guidance_scale", python_float(s.guidance())},
+      {"ss_timestep_sampling", chosen("timestep-sampling", "")},
+      {"ss_sigmoid_scale", python_float(o.timesteps.sigmoid_scale)},
+      {"ss_discrete_flow_shift", python_float(o.timesteps.discrete_flow_shift)},
+      {"ss_weighting_scheme", chosen("weighting-scheme", "none")},
+      {"ss_logit_mean", python_float(o.timesteps.logit_mean)},
+      {"ss_logit_std", python_float(o.timesteps.logit_std)},
+      {"ss_mode_scale", python_float(o.timesteps.mode_scale)},
+      {"ss_model_prediction_type", "raw"},
+      {"ss_apply_t5_attn_mask",
+       python_bool(data.text_manifest().recipe.parameters.value("pad_policy", "") == "masked")},
+      {"modelspec.sai_model_spec", "1.0.1"},
+      {"modelspec.architecture", variant + "/lora"},
+      {"modelspec.implementation", "https://github.com/black-forest-labs/flux"},
+      {"modelspec.implementation_version", fmt::format("flux-stages {}", tool_version())},
+      {"modelspec.title", "lora"},
+      {"modelspec.resolution", resolution},
+      {"modelspec.prediction_type", "raw"},
+  };
+}
+
+}  // namespace flux::train

@@ -1,0 +1,14 @@
+// pipelines/train/metadata.h - what a saved LoRA says of its training, in sd-scripts' words.
+#pragma once
+#include <map>
+#include <string>
+
+#include "pipelines/train/load.h"
+
+namespace flux::train {
+
+/// `ss_*` and `modelspec.*` entries, all strings, without the hashes. They hold no caption, tag or path but the model's file
+/// name, and no time: equal training gives equal files. Source: sd-scripts notes 5.5; ModelSpec 1.0.1.
+std::map<std::string, std::string> lora_metadata(const Session& session);
+
+}  // namespace flux::train

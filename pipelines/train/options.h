@@ -1,0 +1,68 @@
+// pipelines/train/options.h - what flux-train is asked to do.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+
+#include "common/tensor/device.h"
+#include "common/train/loss.h"
+#include "common/train/lr_schedule.h"
+#include "common/train/timesteps.h"
+
+namespace flux {
+class Tool;
+}
+
+namespace flux::train {
+
+enum class Method { kLora, kFull };
+enum class Precision { kAuto, kF32, kBF16 };
+enum class Posterior { kSample, kMean };
+enum class SaveDtype { kBF16, kF16, kF32 };
+
+/// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps, guidance 1.
+struct Options {
+  std::filesystem::path latents, text, model, out;
+  bool resume = false, replace = false;
+  int64_t save_every = 0;  // steps; 0: at the end only
+
+  Method method = Method::kLora;
+  int64_t rank = 16;
+  double alpha = 0;  // 0: as rank
+  SaveDtype lora_dtype = SaveDtype::kBF16;
+  int64_t max_steps = 0;
+  LrOptions lr;  // num_steps is max_steps
+  double weight_decay = 0.01;
+  double max_grad_norm = 1;  // 0: no clipping
+  int64_t seed = 0;
+  int64_t batch_size = 0;  // 0: the plan's
+
+  Precision precision = Precision::kAuto;
+  DeviceChoice device = DeviceChoice::kAuto;
+
+  std::optional<double> guidance;  // nothing: 1, and not read by a model without guidance
+  TimestepOptions timesteps;
+  LossOptions loss;
+  Posterior posterior = Posterior::kSample;
+  double prior_loss_weight = 1;
+
+  int64_t reader_threads = 2;
+  bool rehash = false;
+  std::string command_line;  // for provenance
+
+  double effective_alpha() const { return alpha > 0 ? alpha : static_cast<double>(rank); }
+};
+
+void add_flags(Options& options, Tool& tool);
+/// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take effect is an error.
+/// Throws UsageError.
+void check(const Options& options, const Tool& tool);
+
+/// The options that decide the weights, by flag name, without those that have no effect: what a resumed run must repeat.
+nlohmann::json deciding_options(const Options& options);
+/// All of them as a file for --config.
+std::string run_toml(const Options& options);
+
+}  // namespace flux::train

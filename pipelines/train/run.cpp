@@ -1,0 +1,142 @@
+#include "pipelines/train/run.h"
+
+#include <fmt/format.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "common/core/cancel.h"
+#include "common/core/file.h"
+#include "common/core/log.h"
+#include "common/core/progress.h"
+#include "common/core/text.h"
+#include "formats/checkpoint/checkpoint.h"
+#include "pipelines/train/load.h"
+#include "pipelines/train/metrics.h"
+#include "pipelines/train/save.h"
+#include "pipelines/train/step.h"
+
+namespace flux::train {
+namespace {
+
+// Since this process was started, to 10 ms: what the loader does before main() counts too.
+double process_seconds() {
+  static const double started = [] {
+    const std::string stat = read_file("/proc/self/stat");
+    const auto fields = split(stat.substr(stat.rfind(')') + 2), ' ');
+    return std::stod(fields.at(19)) / static_cast<double>(sysconf(_SC_CLK_TCK));  // starttime, after the boot
+  }();
+  timespec now{};
+  clock_gettime(CLOCK_BOOTTIME, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9 - started;
+}
+
+void check_out(const Options& options) {
+  const auto steps = checkpoint::steps_in(options.out);
+  if (steps.empty() || options.resume || options.replace) return;
+  throw UsageError(fmt::format("--out: {} holds checkpoints up to step {}", show(options.out), steps.back()),
+                   "--resume goes on from there, --replace moves them aside and starts anew");
+}
+
+// After all inputs were found good, so that a run that cannot start moves nothing.
+void prepare_out(const Options& options) {
+  if (options.resume) {
+    checkpoint::remove_leftovers(options.out);
+  } else if (const auto moved = checkpoint::start_run(options.out)) {
+    log::info("moved the run that was there to {}", show(*moved));
+  }
+  write_file_atomic(options.out / "run.toml", run_toml(options));
+}
+
+void train_steps(Session& session, BatchReader& reader, Report& report) {
+  const Options& options = session.options;
+  Metrics metrics(options.out / "metrics.jsonl", session.step);
+  Progress progress("training", "steps", options.max_steps - session.step);
+  const int64_t first = session.step;
+  int64_t saved = first;
+  const auto save_now = [&] {
+    if (saved != session.step) save(session);
+    saved = session.step;
+  };
+  double waited = 0;
+  while (session.step < options.max_steps && !cancel::requested()) {
+    const auto start = std::chrono::steady_clock::now();
+    const Batch batch = reader.next();
+    const StepResult result = train_step(session, batch);
+    session.position = reader.position();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (!report.loss_first) {
+      report.loss_first = result.loss;
+      report.seconds_to_first_step = process_seconds();
+      log::info("step {}: loss {:.4f}, {:.2f} s after the start", session.step, result.loss, *report.seconds_to_first_step);
+    }
+    report.loss_last = result.loss;
+    metrics.write({{"step", session.step},
+                   {"epoch", batch.epoch + 1},
+                   {"loss", result.loss},
+                   {"learning_rate", result.learning_rate},
+                   {"grad_norm", result.grad_norm},
+                   {"samples", batch.size()},
+                   {"seconds", seconds},
+                   {"data_wait_seconds", reader.wait_seconds() - waited}});
+    waited = reader.wait_seconds();
+    progress.update(session.step - first, fmt::format("loss {:.4f}", result.loss));
+    if (options.save_every > 0 && session.step % options.save_every == 0) save_now();
+  }
+  save_now();
+}
+
+}  // namespace
+
+std::string Report::line() const {
+  const auto shown = [](const std::optional<double>& loss) { return loss ? fmt::format("{:.4f}", *loss) : std::string("none"); };
+  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}", steps, shown(loss_first),
+                     shown(loss_last), seconds, show_bytes(peak_rss_bytes));
+}
+
+nlohmann::json Report::object() const {
+  const auto value = [](const std::optional<double>& number) { return number ? nlohmann::json(*number) : nlohmann::json(); };
+  return {{"steps", steps},
+          {"loss_first", value(loss_first)},
+          {"loss_last", value(loss_last)},
+          {"seconds", seconds},
+          {"seconds_to_first_step", value(seconds_to_first_step)},
+          {"peak_rss_bytes", peak_rss_bytes}};
+}
+
+Report run(const Options& options) {
+  check_out(options);
+  Session session = open_data(options);
+  std::optional<checkpoint::Checkpoint> resumed;
+  if (options.resume) {
+    resumed = checkpoint::read_latest(options.out);
+    session.position = position_of(*resumed);
+    session.step = resumed->step;
+    if (session.step > options.max_steps) {
+      throw UsageError(fmt::format("--max-steps {}, but {} is beyond", options.max_steps, show(resumed->folder)),
+                       "give the number of steps in all, those done included");
+    }
+  }
+  // the first batches are read while the model is
+  BatchReader reader(*session.data, session.position,
+                     {.num_threads = options.reader_threads, .num_batches = options.max_steps - session.step});
+  load_model(session);
+  start_hashing(session);
+  if (resumed) {
+    restore(session, *resumed);
+    log::info("resumed {} at epoch {} batch {}", show(resumed->folder), session.position.epoch + 1, session.position.batch + 1);
+  }
+  prepare_out(options);
+
+  Report report;
+  train_steps(session, reader, report);
+  if (const auto signal = cancel::requested()) report.exit_code = *signal;
+  report.steps = session.step;
+  report.seconds = process_seconds();
+  report.peak_rss_bytes = peak_rss_bytes();
+  return report;
+}
+
+}  // namespace flux::train

@@ -1,0 +1,103 @@
+#include "pipelines/train/step.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
+#include <fmt/format.h>
+
+#include <cmath>
+#include <vector>
+
+#include "common/core/error.h"
+#include "common/core/rng.h"
+#include "common/core/text.h"
+#include "common/models/flux/packing.h"
+#include "common/optim/adamw.h"
+#include "common/tensor/tensor.h"
+#include "common/train/flow_matching.h"
+#include "common/train/gradient_clip.h"
+
+namespace flux::train {
+namespace {
+
+at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
+  const int64_t num_tokens = batch.latents.size(2) / 2 * (batch.latents.size(3) / 2);
+  std::vector<float> sigmas;
+  for (const uint64_t visit : batch.visits) {
+    const RandomStream stream(static_cast<uint64_t>(session.options.seed), Purpose::kTimestep,
+                              static_cast<uint64_t>(batch.epoch), visit);
+    sigmas.push_back(static_cast<float>(sampled_sigma(session.options.timesteps, stream, num_tokens)));
+  }
+  return from_values<float>(sigmas, std::vector<int64_t>{batch.size()});
+}
+
+[[noreturn]] void refuse_not_finite(const Session& session, const Batch& batch, double loss, double grad_norm) {
+  std::vector<std::string> names;
+  for (const std::string& name : batch.names) names.push_back(show(name));
+  const bool data = !batch.latents.isfinite().all().item<bool>() ||
+                    !batch.prompt_embedding.isfinite().all().item<bool>() ||
+                    !batch.pooled_embedding.isfinite().all().item<bool>();
+  throw InputError(fmt::format("step {}: loss is {}, gradient norm {}, on {}", session.step + 1, loss, grad_norm,
+                               join_some(names, names.size())),
+                   data ? "the cached values of these samples are not finite: run flux-cache verify, and make them anew"
+                        : "use a lower --learning-rate, and --resume from the last checkpoint");
+}
+
+}  // namespace
+
+at::Tensor flow_loss(const dit::Config& config, const dit::Weights& weights, const LossOptions& options,
+                     const FlowInputs& in) {
+  const int64_t rows = in.latents.size(2), columns = in.latents.size(3);
+  const auto device = in.latents.device();
+  const at::Tensor noisy = dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));  // [B, N, 64]
+  const at::Tensor target = dit::pack_latents(velocity_target(in.latents, in.noise));          // [B, N, 64]
+  dit::Inputs inputs;
+  inputs.img = noisy;
+  inputs.txt = in.prompt_embedding;
+  inputs.y = in.pooled_embedding;
+  inputs.timestep = in.sigma;
+  if (config.guidance) inputs.guidance = at::full_like(in.sigma, in.guidance);
+  inputs.img_ids = dit::image_ids(rows, columns).to(device);
+  inputs.txt_ids = dit::text_ids(in.prompt_embedding.size(1)).to(device);
+  if (in.text_mask.defined()) inputs.text_mask = in.text_mask;
+  const at::Tensor output = dit::forward(config, weights, inputs);  // [B, N, 64]
+  const at::Tensor loss = loss_per_sample(options, output, noisy, target, in.sigma);
+  return in.loss_weight.defined() ? (loss * in.loss_weight).mean() : loss.mean();
+}
+
+StepResult train_step(Session& session, const Batch& batch) {
+  const auto on_device = [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(session.device) : tensor; };
+  const at::Tensor loss = flow_loss(session.model.config, session.model.weights, session.options.loss,
+                                    {.latents = on_device(batch.latents),
+                                     .noise = on_device(batch.noise),
+                                     .sigma = on_device(draw_sigmas(session, batch)),
+                                     .prompt_embedding = on_device(batch.prompt_embedding),
+                                     .pooled_embedding = on_device(batch.pooled_embedding),
+                                     .text_mask = on_device(batch.text_mask),
+                                     .loss_weight = on_device(batch.loss_weight),
+                                     .guidance = session.guidance()});
+  loss.backward();
+
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> gradients;
+  for (const Parameter& parameter : session.parameters) {
+    gradients.push_back(parameter.value.grad());
+    parameter.value.mutable_grad() = at::Tensor();  // freed with `gradients`, at the end of this step
+  }
+  LrOptions lr = session.options.lr;
+  lr.num_steps = session.options.max_steps;
+  StepResult result{loss.item<double>(), 0, learning_rate(lr, session.step)};
+  result.grad_norm = global_norm(gradients);
+  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
+    refuse_not_finite(session, batch, result.loss, result.grad_norm);
+  }
+  clip_to_norm(gradients, result.grad_norm, session.options.max_grad_norm);
+  ++session.step;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Parameter& p = session.parameters[i];
+    adamw_step(p.value.detach(), gradients[i], p.exp_avg, p.exp_avg_sq, result.learning_rate,
+               {.weight_decay = session.options.weight_decay}, session.step);
+  }
+  return result;
+}
+
+}  // namespace flux::train

@@ -1,0 +1,16 @@
+// tools/flux-train/main.cpp - trains FLUX.1 on cached latents and text.
+#include "common/core/tool.h"
+#include "pipelines/train/options.h"
+#include "pipelines/train/run.h"
+
+int main(int argc, char** argv) {
+  return flux::run_tool("flux-train", argc, argv, [](flux::Tool& tool) {
+    flux::train::Options opts;
+    flux::train::add_flags(opts, tool);
+    if (!tool.parse()) return flux::ExitCode::kOk;
+    flux::train::check(opts, tool);
+    const auto report = flux::train::run(opts);
+    tool.summary(report.line(), report.object());
+    return report.exit_code;
+  });
+}
