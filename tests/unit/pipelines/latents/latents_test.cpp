@@ -1,0 +1,316 @@
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+
+#include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "common/core/rng.h"
+#include "common/image/bucket.h"
+#include "common/models/vae/vae.h"
+#include "common/tensor/tensor.h"
+#include "common/tensor/weight_file.h"
+#include "formats/cache/reader.h"
+#include "pipelines/latents/encode.h"
+#include "pipelines/latents/options.h"
+#include "pipelines/latents/run.h"
+#include "pipelines/latents/scan.h"
+#include "tests/support/temporary_folder.h"
+
+namespace flux::latents {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string le(uint32_t value, int bytes) {
+  std::string out;
+  for (int i = 0; i < bytes; ++i) out += static_cast<char>(value >> (8 * i));
+  return out;
+}
+
+/// A BMP file of noise.
+std::string picture(uint32_t width, uint32_t height, uint64_t seed) {
+  const RandomStream random(seed, Purpose::kDemo);
+  std::string rows;
+  for (uint32_t y = 0; y < height; ++y) {
+    for (uint32_t x = 0; x < (width * 3 + 3) / 4 * 4; ++x) rows += static_cast<char>(random.bits(y * 4096 + x));
+  }
+  return "BM" + le(54 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) + le(54, 4) + le(40, 4) + le(width, 4) +
+         le(height, 4) + le(1, 2) + le(24, 2) + le(0, 24) + rows;
+}
+
+/// An autoencoder of one narrow block a level.
+void write_autoencoder(const fs::path& path, uint64_t seed) {
+  vae::Config config;
+  config.channels = 32, config.channel_mult = {1, 1, 1, 1}, config.num_res_blocks = 1, config.has_decoder = false;
+  TensorMap tensors;
+  uint64_t number = 0;
+  for (const auto& [name, shape] : vae::tensor_shapes(config)) {
+    auto tensor = at::empty(shape);
+    RandomStream(seed, Purpose::kTinyModel, number++).fill_normal({tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel())});
+    tensors[name] = tensor * 0.1;
+  }
+  write_weights(path, tensors, {});
+}
+
+class Latents : public testing::Test {
+ protected:
+  Latents() {
+    setenv("XDG_CACHE_HOME", (folder / "user-cache").c_str(), 1);
+    write_autoencoder(folder / "ae.safetensors", 1);
+    options.ae = folder / "ae.safetensors";
+    options.data.images = folder / "photos";
+    options.encode.out = folder / "cache";
+    options.encode.device = DeviceChoice::kCpu;
+    options.width = options.height = 64;
+  }
+  void three_photos() {
+    folder.write("photos/a.bmp", picture(64, 64, 1)), folder.write("photos/b.bmp", picture(90, 60, 2));
+    folder.write("photos/c.bmp", picture(40, 80, 3));
+  }
+  fs::path manifest() const { return options.encode.out / "manifest.json"; }
+  /// Bytes of an item's variant, by the item's place.
+  std::vector<std::byte> latents(int64_t item, size_t variant = 0) const {
+    const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+    return cache.read(cache.index().variants(item)[variant]).tensors.at(0);
+  }
+
+  test::TemporaryFolder folder;
+  Options options;
+};
+
+TEST_F(Latents, SecondRunEncodesNothingAndTouchesNothing) {
+  three_photos();
+  const auto first = run(options);
+  EXPECT_EQ(first.encoded, 3);
+  EXPECT_EQ(first.kept, 0);
+  EXPECT_EQ(first.exit_code, ExitCode::kOk);
+  const auto time = fs::last_write_time(manifest());
+  const auto second = run(options);
+  EXPECT_EQ(second.encoded, 0);
+  EXPECT_EQ(second.kept, 3);
+  EXPECT_EQ(second.changed, 0);
+  EXPECT_EQ(second.unwanted, 0);
+  EXPECT_EQ(fs::last_write_time(manifest()), time);
+  options.encode.rehash = true;
+  EXPECT_EQ(run(options).encoded, 0);
+}
+
+TEST_F(Latents, EditedImageIsEncodedAlone) {
+  three_photos();
+  run(options);
+  const auto before = latents(1), other = latents(0);
+  folder.write("photos/b.bmp", picture(90, 60, 22));
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded, 1);
+  EXPECT_EQ(report.changed, 1);
+  EXPECT_EQ(report.kept, 2);
+  EXPECT_EQ(report.unwanted, 1);
+  EXPECT_NE(latents(1), before);
+  EXPECT_EQ(latents(0), other);
+}
+
+TEST_F(Latents, RenamedFolderOrCopyEncodesNothing) {
+  three_photos();
+  run(options);
+  const auto time = fs::last_write_time(manifest());
+  fs::rename(folder / "photos", folder / "my photos");
+  options.data.images = folder / "my photos";
+  EXPECT_EQ(run(options).encoded, 0);
+  EXPECT_EQ(fs::last_write_time(manifest()), time);
+  fs::copy_file(folder / "my photos/a.bmp", folder / "my photos/d.bmp");  // a new item, no new latents
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded, 0);
+  EXPECT_EQ(report.kept, 3);
+  EXPECT_EQ(latents(0), latents(3));
+}
+
+TEST_F(Latents, ParametersAndWeightsDecideWhatIsKept) {
+  three_photos();
+  run(options);
+  auto changed = options;
+  changed.width = 96;
+  EXPECT_GT(run(changed).encoded, 0);
+  EXPECT_EQ(run(options).encoded, 0);  // both live in one folder
+  changed = options;
+  changed.encode.dtype = DType::kF32;
+  EXPECT_EQ(run(changed).encoded, 3);
+  changed = options;
+  write_autoencoder(folder / "other.safetensors", 2);
+  changed.ae = folder / "other.safetensors";
+  const auto report = run(changed);
+  EXPECT_EQ(report.encoded, 3);
+  EXPECT_EQ(report.changed, 3);
+  fs::copy_file(options.ae, folder / "copy.safetensors");
+  changed.ae = folder / "copy.safetensors";
+  EXPECT_EQ(run(changed).encoded, 0);
+}
+
+TEST_F(Latents, BadImageIsQuarantinedAndStopsNothing) {
+  three_photos();
+  folder.write("photos/bad.png", "no picture");
+  folder.write("photos/cut.bmp", picture(64, 64, 9).substr(0, 4000));
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded, 3);
+  EXPECT_EQ(report.failed, 2);
+  EXPECT_EQ(report.exit_code, ExitCode::kTooManyFailed);
+  EXPECT_FALSE(fs::exists(manifest()));
+  EXPECT_TRUE(fs::exists(options.encode.out / "quarantine.jsonl"));
+  options.encode.max_failed = 2;
+  const auto again = run(options);
+  EXPECT_EQ(again.encoded, 0);
+  EXPECT_EQ(again.kept, 3);
+  EXPECT_EQ(again.exit_code, ExitCode::kOk);
+  const auto published = cache::read_manifest(options.encode.out);
+  EXPECT_EQ(published.num_items, 3);
+  ASSERT_EQ(published.quarantined.size(), 2u);
+  EXPECT_NE(published.quarantined[0].reason.find("not a picture"), std::string::npos);
+}
+
+TEST_F(Latents, PictureThatFailsWhenDecodedIsQuarantined) {
+  three_photos();
+  auto file = picture(64, 64, 9);
+  file[28] = 16, file[30] = 3;  // bits and masks that its head does not have room for: the size can be read, the pixels not
+  folder.write("photos/bad.bmp", file);
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded, 3);
+  EXPECT_EQ(report.failed, 1);
+}
+
+TEST_F(Latents, OddFileNamesAreEncodedLikeOthers) {
+  const std::string names[] = {"a b\n.bmp", "\xFF\xFE.bmp", "-- \"quoted\" 'x'.BMP", "\\x41.bmp"};
+  uint64_t seed = 0;
+  for (const auto& name : names) folder.write("photos/" + name, picture(64, 64, ++seed));
+  EXPECT_EQ(run(options).encoded, 4);
+  const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+  std::vector<std::string> found;
+  for (int64_t i = 0; i < cache.index().num_items(); ++i) found.emplace_back(cache.index().path(i));
+  EXPECT_TRUE(std::is_permutation(found.begin(), found.end(), std::begin(names), std::end(names)));
+  EXPECT_EQ(run(options).encoded, 0);
+}
+
+TEST_F(Latents, BitsDoNotDependOnTheBatch) {
+  for (int i = 0; i < 5; ++i) folder.write("photos/" + std::to_string(i) + ".bmp", picture(64, 64, 100 + static_cast<uint64_t>(i)));
+  run(options);
+  std::vector<std::vector<std::byte>> one_by_one;
+  for (int64_t i = 0; i < 5; ++i) one_by_one.push_back(latents(i));
+  options.encode.out = folder / "batched";
+  options.encode.batch_size = 3;
+  run(options);
+  for (int64_t i = 0; i < 5; ++i) EXPECT_EQ(latents(i), one_by_one[static_cast<size_t>(i)]) << i;
+}
+
+TEST_F(Latents, AreThePosteriorOfThePlacedPixels) {
+  folder.write("photos/b.bmp", picture(90, 60, 2));
+  options.encode.dtype = DType::kF32;
+  run(options);
+  image::BucketOptions bucket;
+  bucket.resolution = {64, 64}, bucket.min_side = 32, bucket.max_side = 256, bucket.steps = 16;
+  const auto file = picture(90, 60, 2);
+  const auto rgb = image::decode(as_bytes(file));
+  const auto placement = image::Buckets(bucket).place(rgb.size);
+  const auto placed = image::place(rgb, placement, image::Interpolation::kAuto);
+  auto pixels = at::empty({1, 3, placed.size.height, placed.size.width});
+  image::to_pixels(placed, {pixels.data_ptr<float>(), static_cast<size_t>(pixels.numel())});
+  const auto weights = vae::canonical(take_net(read_weights(options.ae), NetKind::kAutoEncoder));
+  const auto encoder = vae::Encoder::load(weights, vae::Config::from_weights(weights, options.ae), at::kFloat, at::kCPU);
+  const auto posterior = encoder.encode(pixels);
+  const auto expected = at::cat({posterior.mean[0], posterior.logvar[0]}).contiguous();
+  const auto stored = latents(0);
+  ASSERT_EQ(stored.size(), static_cast<size_t>(expected.numel()) * 4);
+  EXPECT_EQ(std::memcmp(stored.data(), expected.data_ptr(), stored.size()), 0);
+}
+
+TEST_F(Latents, StoredSampleDependsOnSeedAlone) {
+  folder.write("photos/a.bmp", picture(64, 64, 1));
+  options.store = Store::kSample;
+  options.seed = 5;
+  EXPECT_EQ(run(options).encoded, 1);
+  const auto first = latents(0);
+  EXPECT_EQ(first.size(), 16u * 8 * 8 * 2);
+  options.encode.out = folder / "again";
+  run(options);
+  EXPECT_EQ(latents(0), first);
+  options.seed = 6;
+  EXPECT_EQ(run(options).encoded, 1);
+  EXPECT_NE(latents(0), first);
+}
+
+TEST_F(Latents, FlipAugAddsTheMirroredImage) {
+  three_photos();
+  options.data.dataset = folder.write("set.toml", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
+                                                      (folder / "photos").native() + "'\nflip_aug = true\nnum_repeats = 2\n");
+  options.data.images.clear();
+  options.width = options.height = 0;
+  EXPECT_EQ(run(options).encoded, 6);
+  const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+  ASSERT_EQ(cache.index().num_items(), 3);
+  EXPECT_EQ(cache.index().item(0).repeats, 2u);
+  const auto variants = cache.index().variants(0);
+  ASSERT_EQ(variants.size(), 2u);
+  EXPECT_EQ(variants[0].weight, 0.5);
+  EXPECT_EQ(variants[1].flags, cache::kSampleFlipped);
+  EXPECT_NE(latents(0, 0), latents(0, 1));
+}
+
+TEST_F(Latents, FolderKeepsItsPrecision) {
+  folder.write("photos/a.bmp", picture(64, 64, 1));
+  options.encode.precision = stage::Precision::kBF16;
+  EXPECT_EQ(run(options).encoded, 1);
+  options.encode.precision.reset();
+  EXPECT_EQ(run(options).encoded, 0);
+  options.encode.precision = stage::Precision::kF32;
+  EXPECT_EQ(run(options).encoded, 1);
+}
+
+TEST_F(Latents, NextRunGoesOnAfterASignal) {
+  three_photos();
+  cancel::set(ExitCode::kInterrupt);
+  EXPECT_THROW(run(options), Interrupted);
+  cancel::set(std::nullopt);
+  EXPECT_FALSE(fs::exists(manifest()));
+  EXPECT_EQ(run(options).encoded, 3);
+}
+
+TEST_F(Latents, NotANumberIsAFailedItem) {
+  three_photos();
+  auto weights = read_weights(options.ae).tensors;
+  weights["encoder.conv_in.bias"] = at::full({32}, std::nan(""));
+  write_weights(folder / "nan.safetensors", weights, {});
+  options.ae = folder / "nan.safetensors";
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded, 0);
+  EXPECT_EQ(report.failed, 3);
+  EXPECT_EQ(report.exit_code, ExitCode::kTooManyFailed);
+}
+
+TEST_F(Latents, RefusesWhatItCannotRead) {
+  fs::create_directories(folder / "photos");
+  EXPECT_THROW(run(options), InputError);  // no images
+  three_photos();
+  auto wrong = options;
+  wrong.ae = folder / "absent.safetensors";
+  EXPECT_THROW(run(wrong), InputError);
+  wrong = options;
+  wrong.data.images.clear();
+  wrong.data.dataset = folder.write("set.toml", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
+                                                    (folder / "photos").native() + "'\n");
+  EXPECT_THROW(run(wrong), UsageError);  // --resolution without effect
+  EXPECT_FALSE(fs::exists(options.encode.out));
+}
+
+TEST(LatentsOptions, ParseSizesAndColours) {
+  EXPECT_EQ(parse_resolution("512x768"), (std::pair<int64_t, int64_t>{512, 768}));
+  EXPECT_EQ(parse_resolution("512"), (std::pair<int64_t, int64_t>{512, 512}));
+  for (const char* bad : {"", "x", "512x", "16x512", "512x512x512", "-512", "9000", "5e2"}) {
+    EXPECT_THROW(parse_resolution(bad), UsageError) << bad;
+  }
+  EXPECT_EQ(parse_background("#0a0B0c"), (std::array<uint8_t, 3>{10, 11, 12}));
+  for (const char* bad : {"", "red", "#12345", "#12345g", "0a0b0c"}) EXPECT_THROW(parse_background(bad), UsageError) << bad;
+}
+
+}  // namespace
+}  // namespace flux::latents
