@@ -14,10 +14,12 @@ void add_flags(DatasetOptions& options, Tool& tool) {
             "rules for reading images and captions; kohya is what sd-scripts does");
 }
 
-void check(const DatasetOptions& options, int64_t others) {
-  const int64_t given = (options.dataset.empty() ? 0 : 1) + (options.images.empty() ? 0 : 1) + others;
-  if (given == 0) throw UsageError("nothing to read: --dataset FILE.toml or --images DIR is required");
-  if (given > 1) throw UsageError("--dataset and --images exclude each other", "give one of them");
+void check(const DatasetOptions& options, std::string_view other_flag, const std::filesystem::path& other) {
+  std::string flags = "--dataset FILE.toml, --images DIR";
+  if (!other_flag.empty()) flags += fmt::format(", --{} FILE", other_flag);
+  const int given = (options.dataset.empty() ? 0 : 1) + (options.images.empty() ? 0 : 1) + (other.empty() ? 0 : 1);
+  if (given == 0) throw UsageError("nothing to read: one of " + flags + " is required");
+  if (given > 1) throw UsageError("only one of " + flags + " can be given");
 }
 
 dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height) {
@@ -64,6 +66,14 @@ void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto) {
 
 void check(const EncodeOptions& options) {
   if (options.out.empty()) throw UsageError("--out DIR is required");
+}
+
+std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder) {
+  try {
+    return cache::read_manifest_if_there(folder);
+  } catch (const CacheError&) {
+    return std::nullopt;
+  }
 }
 
 Precision choose_precision(const EncodeOptions& options, const std::optional<cache::Manifest>& previous, Precision otherwise) {

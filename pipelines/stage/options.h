@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/core/dtype.h"
@@ -23,8 +24,9 @@ struct DatasetOptions {
 };
 /// --dataset, --images, --profile.
 void add_flags(DatasetOptions& options, Tool& tool);
-/// Throws UsageError if both or none are given. `others` are further ways to say it that were given (--prompts).
-void check(const DatasetOptions& options, int64_t others = 0);
+/// Throws UsageError unless exactly one of the paths is given. A tool with one more way to say what to read names its flag
+/// ("prompts") and gives its value.
+void check(const DatasetOptions& options, std::string_view other_flag = {}, const std::filesystem::path& other = {});
 /// Reads the file or the folder, and refuses what a cache cannot honour. `width` and `height`: --resolution, 0 = not given.
 /// Throws InputError; UsageError if --resolution has no effect because the file says it everywhere.
 dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height);
@@ -46,6 +48,8 @@ struct EncodeOptions {
 void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto);
 /// Throws UsageError if --out is missing.
 void check(const EncodeOptions& options);
+/// The manifest in a folder, if there is one that can be read: one that cannot is the writer's matter.
+std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder);
 /// What was asked for, else what the manifest in the folder says, else `otherwise`.
 Precision choose_precision(const EncodeOptions& options, const std::optional<cache::Manifest>& previous, Precision otherwise);
 

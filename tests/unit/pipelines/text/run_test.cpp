@@ -1,0 +1,352 @@
+#include "pipelines/text/run.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/text.h"
+#include "common/tensor/tensor.h"
+#include "formats/cache/reader.h"
+#include "pipelines/model/tiny.h"
+#include "pipelines/text/nets.h"
+#include "tests/support/temporary_folder.h"
+
+namespace flux {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using text::Options;
+
+/// Small models, made once.
+const fs::path& models() {
+  static const test::TemporaryFolder folder;
+  static const bool made = [] {
+    model::TinyOptions options;
+    options.out = folder.path();
+    options.seed = 3;
+    model::tiny(options);
+    return true;
+  }();
+  (void)made;
+  return folder.path();
+}
+
+class TextPipeline : public testing::Test {
+ protected:
+  TextPipeline() {
+    options.data.images = folder.path() / "images";
+    options.t5 = models() / "t5.safetensors";
+    options.clip = models() / "clip.safetensors";
+    options.encode.out = folder.path() / "cache";
+    options.encode.device = DeviceChoice::kCpu;
+    options.command_line = "test";
+    fs::create_directory(options.data.images);
+    setenv("XDG_CACHE_HOME", (folder.path() / "home").c_str(), 1);
+  }
+  ~TextPipeline() override { cancel::set(std::nullopt); }
+
+  void image(const std::string& name, const std::string& caption) const {
+    image_alone(name);
+    folder.write("images/" + name + ".txt", caption);
+  }
+  // no picture is opened by this stage
+  void image_alone(const std::string& name) const { folder.write("images/" + name + ".png", "picture"); }
+  void dataset(const std::string& subset_keys) {
+    options.data.images.clear();
+    options.data.dataset = folder.write("dataset.toml", "[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '" +
+                                                            (folder.path() / "images").native() + "'\n" + subset_keys);
+  }
+  /// The caption -> its decoded tensors.
+  std::map<std::string, std::vector<std::vector<std::byte>>> samples() const {
+    const cache::Cache cache(options.encode.out, cache::Kind::kText);
+    std::map<std::string, std::vector<std::vector<std::byte>>> out;
+    for (const auto& variant : cache.index().variants()) {
+      auto sample = cache.read(variant);
+      out[sample.info.text] = std::move(sample.tensors);
+    }
+    return out;
+  }
+  std::string error_of() const {
+    try {
+      text::run(options);
+    } catch (const Error& error) {
+      return std::to_string(static_cast<int>(error.exit_code())) + " " + error.what();
+    }
+    return "no error";
+  }
+
+  test::TemporaryFolder folder;
+  Options options;
+};
+
+TEST_F(TextPipeline, EncodesEachDistinctCaptionOnce) {
+  image("a", "a red circle"), image("b", "a blue square"), image("c", "a red circle");
+  const auto report = text::run(options);
+  EXPECT_EQ(report.encoded, 2);
+  EXPECT_EQ(report.kept, 0);
+  EXPECT_EQ(report.exit_code, ExitCode::kOk);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  EXPECT_EQ(cache.manifest().num_items, 3);
+  EXPECT_EQ(cache.manifest().num_samples, 2);
+  EXPECT_EQ(cache.index().path(0), "a.png");
+  EXPECT_EQ(cache.index().variants(0)[0].key, cache.index().variants(2)[0].key);
+  EXPECT_EQ(cache.info(cache.index().variants(1)[0]).text, "a blue square");
+}
+
+TEST_F(TextPipeline, SecondRunEncodesNothingAndKeepsTheManifest) {
+  image("a", "a red circle"), image("b", "a blue square");
+  text::run(options);
+  const auto before = file_stamp(options.encode.out / "manifest.json");
+  const auto report = text::run(options);
+  EXPECT_EQ(report.encoded, 0);
+  EXPECT_EQ(report.kept, 2);
+  EXPECT_EQ(file_stamp(options.encode.out / "manifest.json"), before);
+}
+
+TEST_F(TextPipeline, EncodesTheEditedCaptionAlone) {
+  image("a", "a red circle"), image("b", "a blue square");
+  text::run(options);
+  image("b", "a green square");
+  const auto report = text::run(options);
+  EXPECT_EQ(report.encoded, 1);
+  EXPECT_EQ(report.changed, 1);
+  EXPECT_EQ(report.kept, 1);
+  EXPECT_EQ(report.unwanted, 1);
+}
+
+TEST_F(TextPipeline, StoresWhatTheNetsGive) {
+  image("a", "a photo of the dog");
+  options.encode.dtype = DType::kF32;
+  options.t5_length_tokens = 256;
+  text::run(options);
+  text::ClipFiles clip = text::read_clip(options);
+  text::T5Files t5 = text::read_t5(options);
+  const auto tensor_of = [](const std::vector<int32_t>& ids) {
+    return at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).unsqueeze(0);
+  };
+  const auto clip_ids = tensor_of(clip.tokenizer.padded(clip.tokenizer.encode("a photo of the dog"), 77).ids);
+  const auto t5_ids = tensor_of(t5.tokenizer.padded(t5.tokenizer.encode("a photo of the dog"), 256).ids);
+  const auto pooled = clip::TextModel::load(clip.weights, clip.config, at::kFloat, at::kCPU).encode(clip_ids).pooled;
+  const auto prompt = t5::Encoder::load(t5.weights, t5.config, at::kFloat, at::kCPU).encode(t5_ids);
+  const auto stored = samples().at("a photo of the dog");
+  const auto bytes = [](const at::Tensor& t) {
+    const auto host = host_bytes(t);
+    return std::vector<std::byte>(host.begin(), host.end());
+  };
+  EXPECT_EQ(stored[0], bytes(prompt.contiguous()));
+  EXPECT_EQ(stored[1], bytes(pooled.contiguous()));
+}
+
+TEST_F(TextPipeline, BitsDoNotDependOnTheBatch) {
+  for (int i = 0; i < 5; ++i) image("i" + std::to_string(i), "a photo of " + std::string(static_cast<size_t>(i), 'x') + " dogs");
+  text::run(options);
+  const auto alone = samples();
+  options.encode.out = folder.path() / "batched";
+  options.encode.batch_size = 3;
+  text::run(options);
+  EXPECT_EQ(alone, samples());
+}
+
+TEST_F(TextPipeline, MaskedRowsAreZeroAndAnotherSample) {
+  image("a", "a red circle");
+  text::run(options);
+  options.pad_policy = text::PadPolicy::kMasked;
+  const auto report = text::run(options);
+  EXPECT_EQ(report.encoded, 1);
+  EXPECT_EQ(report.unwanted, 1);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  const auto sample = cache.read(cache.index().variants(0)[0]);
+  const size_t row_bytes = sample.tensors[0].size() / 512, live = sample.info.t5_tokens * row_bytes;
+  ASSERT_GT(live, 0u);
+  const auto is_zero = [](std::byte b) { return b == std::byte{0}; };
+  EXPECT_TRUE(std::all_of(sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live), sample.tensors[0].end(), is_zero));
+  EXPECT_FALSE(std::all_of(sample.tensors[0].begin(), sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live), is_zero));
+  EXPECT_EQ(cache.manifest().recipe.parameters.at("pad_policy"), "masked");
+}
+
+TEST_F(TextPipeline, MissingCaptionsEndTheRunByName) {
+  image("a", "a red circle");
+  for (int i = 0; i < 7; ++i) image_alone("no" + std::to_string(i));
+  EXPECT_THAT(error_of(), AllOf(HasSubstr("3 7 of 8 images have no caption: no0.png, no1.png"), HasSubstr("no4.png and 2 more")));
+  EXPECT_FALSE(fs::exists(options.encode.out / "manifest.json"));
+  options.missing_caption = text::MissingCaption::kEmpty;
+  EXPECT_EQ(text::run(options).encoded, 2);
+  EXPECT_TRUE(samples().contains(""));
+}
+
+TEST_F(TextPipeline, ClassTokensStandForMissingCaptions) {
+  image_alone("a");
+  dataset("class_tokens = 'sks dog'\n");
+  EXPECT_EQ(text::run(options).encoded, 1);
+  EXPECT_TRUE(samples().contains("sks dog"));
+}
+
+TEST_F(TextPipeline, DropoutNeedsTheEmptyCaption) {
+  image("a", "a red circle");
+  dataset("caption_extension = '.txt'\ncaption_dropout_rate = 0.1\n");
+  EXPECT_EQ(text::run(options).encoded, 2);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  EXPECT_EQ(cache.manifest().num_items, 1);
+  ASSERT_EQ(cache.index().num_items(), 2);
+  EXPECT_EQ(cache.index().item(1).flags, cache::kItemEmptyCaption);
+  EXPECT_EQ(cache.info(cache.index().variants(1)[0]).text, "");
+}
+
+TEST_F(TextPipeline, EnumeratesShuffledTags) {
+  image("a", "one, two, three");
+  dataset("caption_extension = '.txt'\nshuffle_caption = true\n");
+  EXPECT_EQ(text::run(options).encoded, 6);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  for (const auto& variant : cache.index().variants(0)) EXPECT_DOUBLE_EQ(variant.weight, 1.0 / 6);
+  options.text_variants = 2;
+  EXPECT_LE(text::run(options).kept, 2);
+}
+
+TEST_F(TextPipeline, ReadsPromptsLineByLine) {
+  options.data.images.clear();
+  options.prompts = folder.write("prompts.txt", "\uFEFFa red circle\r\n\n  # a comment\n a blue square \na red circle");
+  EXPECT_EQ(text::run(options).encoded, 2);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  ASSERT_EQ(cache.manifest().num_items, 3);
+  std::vector<std::string> captions;
+  for (int64_t i = 0; i < 3; ++i) captions.push_back(cache.info(cache.index().variants(i)[0]).text);
+  EXPECT_THAT(captions, ElementsAre("a red circle", "a blue square", "a red circle"));
+  EXPECT_EQ(cache.manifest().plan.at("kind"), "prompts");
+  options.prompts = folder.write("empty.txt", "\n# nothing\n");
+  EXPECT_THAT(error_of(), HasSubstr("3 " + show(options.prompts) + ": has no prompt"));
+  options.prompts = folder.write("bad.txt", "good\nb\xFF");
+  EXPECT_THAT(error_of(), HasSubstr("not UTF-8 at byte 6"));
+}
+
+TEST_F(TextPipeline, BadCaptionsAreQuarantinedAndCounted) {
+  image("a", "a red circle"), image("b", "caf\xE9"), image("c", "a blue square");
+  const auto refused = text::run(options);
+  EXPECT_EQ(refused.exit_code, ExitCode::kTooManyFailed);
+  EXPECT_EQ(refused.failed, 1);
+  EXPECT_EQ(refused.encoded, 2);
+  EXPECT_FALSE(fs::exists(options.encode.out / "manifest.json"));
+  EXPECT_THAT(read_file(options.encode.out / "quarantine.jsonl"), HasSubstr("b.png"));
+  options.encode.max_failed = 1;
+  const auto allowed = text::run(options);
+  EXPECT_EQ(allowed.exit_code, ExitCode::kOk);
+  EXPECT_EQ(allowed.kept, 2);
+  EXPECT_EQ(allowed.failed, 1);
+  const auto manifest = cache::read_manifest(options.encode.out);
+  EXPECT_EQ(manifest.num_items, 2);
+  ASSERT_EQ(manifest.quarantined.size(), 1u);
+  EXPECT_EQ(manifest.quarantined[0].path, "b.png");
+}
+
+TEST_F(TextPipeline, CountsWhatIsCutOff) {
+  std::string longer = "the";
+  for (int i = 0; i < 299; ++i) longer += " dog";
+  image("a", longer), image("b", "a red circle");
+  options.t5_length_tokens = 256;
+  text::run(options);
+  const cache::Cache cache(options.encode.out, cache::Kind::kText);
+  const auto info = cache.info(cache.index().variants(0)[0]);
+  EXPECT_EQ(info.t5_tokens, 256u);
+  EXPECT_EQ(info.t5_lost, 301u - 256u);
+  EXPECT_EQ(info.clip_tokens, 77u);
+  EXPECT_EQ(info.clip_lost, 302u - 77u);
+  const auto truncated = cache.manifest().provenance.at("truncated");
+  EXPECT_EQ(truncated.at("t5_captions"), 1);
+  EXPECT_EQ(truncated.at("t5_tokens_lost"), 45);
+  EXPECT_EQ(truncated.at("clip_captions"), 1);
+}
+
+TEST_F(TextPipeline, AFolderKeepsItsPrecision) {
+  image("a", "a red circle");
+  options.encode.precision = stage::Precision::kBF16;
+  text::run(options);
+  options.encode.precision.reset();
+  EXPECT_EQ(text::run(options).kept, 1);
+  options.encode.precision = stage::Precision::kF32;
+  EXPECT_EQ(text::run(options).encoded, 1);
+}
+
+TEST_F(TextPipeline, ASignalKeepsWhatIsFinished) {
+  constexpr int kCaptions = 120;
+  for (int i = 0; i < kCaptions; ++i) image("i" + std::to_string(i), "photo " + std::to_string(i));
+  std::jthread watch([&](const std::stop_token& stop) {  // a signal once the first sample is in the journal
+    while (!stop.stop_requested()) {
+      std::error_code ignored;
+      for (fs::directory_iterator entry(options.encode.out, ignored), end; entry != end; entry.increment(ignored)) {
+        if (entry->path().filename().native().starts_with(".journal-")) return cancel::set(ExitCode::kInterrupt);
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  });
+  EXPECT_THAT(error_of(), HasSubstr("130 "));
+  watch.request_stop();
+  watch.join();
+  cancel::set(std::nullopt);
+  const auto report = text::run(options);
+  EXPECT_GT(report.kept, 0);
+  EXPECT_GT(report.encoded, 0);
+  EXPECT_EQ(report.kept + report.encoded, kCaptions);
+}
+
+TEST_F(TextPipeline, FindsTokenizersInADiffusersFolder) {
+  image("a", "a red circle");
+  text::run(options);  // models() has them in `tokenizers`
+  const fs::path model = folder.path() / "FLUX.1-dev";
+  for (const char* name : {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}) fs::create_directories(model / name);
+  fs::copy_file(options.clip, model / "text_encoder/model.safetensors");
+  fs::copy_file(options.t5, model / "text_encoder_2/model.safetensors");
+  for (const char* name : {"vocab.json", "merges.txt"}) fs::copy_file(models() / "tokenizers/clip" / name, model / "tokenizer" / name);
+  fs::copy_file(models() / "tokenizers/t5/spiece.model", model / "tokenizer_2/spiece.model");
+  options.clip = model / "text_encoder/model.safetensors";
+  options.t5 = model / "text_encoder_2/model.safetensors";
+  EXPECT_EQ(text::run(options).kept, 1);  // identity is content, not place
+  fs::remove_all(model / "tokenizer_2");
+  EXPECT_THAT(error_of(), HasSubstr("2 --t5-tokenizer FILE is required"));
+}
+
+TEST_F(TextPipeline, RefusesATokenizerOfOtherWeights) {
+  image("a", "a red circle");
+  auto vocab = nlohmann::json::parse(read_file(models() / "tokenizers/clip/vocab.json"));
+  vocab["surplus</w>"] = vocab.size();
+  folder.write("clip/vocab.json", vocab.dump());
+  folder.write("clip/merges.txt", read_file(models() / "tokenizers/clip/merges.txt"));
+  options.clip_tokenizer = folder.path() / "clip";
+  EXPECT_THAT(error_of(), AllOf(HasSubstr("3 "), HasSubstr("ids, but CLIP has"), HasSubstr("rows")));
+}
+
+TEST_F(TextPipeline, RefusesSwappedWeights) {
+  image("a", "a red circle");
+  std::swap(options.t5, options.clip);
+  options.t5_tokenizer = models() / "tokenizers/t5/spiece.model";
+  options.clip_tokenizer = models() / "tokenizers/clip";
+  EXPECT_THAT(error_of(), HasSubstr("3 "));
+}
+
+TEST(TextOptions, RefuseWhatHasNoEffect) {
+  Options options;
+  options.t5 = "t5", options.clip = "clip", options.encode.out = "out";
+  EXPECT_THROW(text::check(options), UsageError);  // nothing to read
+  options.prompts = "prompts";
+  EXPECT_NO_THROW(text::check(options));
+  options.data.images = "images";
+  EXPECT_THROW(text::check(options), UsageError);
+  options.data.images.clear();
+  options.text_variants = 3;
+  EXPECT_THROW(text::check(options), UsageError);
+  options.text_variants.reset();
+  options.missing_caption = text::MissingCaption::kEmpty;
+  EXPECT_THROW(text::check(options), UsageError);
+}
+
+}  // namespace
+}  // namespace flux
