@@ -17,17 +17,20 @@ using at::Tensor;
 
 constexpr double kNormEpsilon = 1e-5;
 
-/// x [L, hidden] float32 -> its layer norm in `dtype`.
+}  // namespace
+
 Tensor layer_norm(const Tensor& x, const Affine& norm, at::ScalarType dtype) {
   return at::layer_norm(x, {x.size(1)}, norm.weight, norm.bias, kNormEpsilon).to(dtype);
 }
-
-Tensor linear(const Tensor& x, const Affine& affine) { return at::linear(x, affine.weight, affine.bias); }
 
 Tensor quick_gelu(const Tensor& x) {
   const Tensor y = x.to(at::kFloat);
   return (y * at::sigmoid(1.702 * y)).to(x.scalar_type());
 }
+
+namespace {
+
+Tensor linear(const Tensor& x, const Affine& affine) { return at::linear(x, affine.weight, affine.bias); }
 
 Tensor attend(const Tensor& n, const Layer& layer, const Config& config) {
   const int64_t length = n.size(0), head_size = config.hidden / config.num_heads;

@@ -69,4 +69,11 @@ struct TextModel {
   Output encode(const at::Tensor& ids) const;
 };
 
+// Parts of it, for checks against the reference.
+
+/// x [L, hidden] float32 -> its LayerNorm (eps 1e-5) in `dtype`.
+at::Tensor layer_norm(const at::Tensor& x, const Affine& norm, at::ScalarType dtype);
+/// x sigmoid(1.702 x), computed in float32.
+at::Tensor quick_gelu(const at::Tensor& x);
+
 }  // namespace flux::clip

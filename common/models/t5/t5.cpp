@@ -17,12 +17,12 @@ using at::Tensor;
 
 constexpr double kNormEpsilon = 1e-6;
 
-/// x [L, width] float32 -> its RMS norm in `dtype`; statistics and scale in float32.
+}  // namespace
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
   return (x * at::rsqrt(x.square().mean(-1, true) + kNormEpsilon) * weight).to(dtype);
 }
 
-/// Rows of the bias table for all pairs of `length` positions, as an additive mask.
 Tensor bias_of_length(const Tensor& table, int64_t length, at::ScalarType dtype) {
   std::vector<int64_t> buckets(static_cast<size_t>(length * length));
   for (int64_t query = 0; query < length; ++query)
@@ -31,6 +31,8 @@ Tensor bias_of_length(const Tensor& table, int64_t length, at::ScalarType dtype)
   const Tensor index = from_values<int64_t>(buckets, std::array<int64_t, 1>{length * length}).to(table.device());
   return table.to(dtype).t().contiguous().index_select(1, index).view({1, table.size(1), length, length});
 }
+
+namespace {
 
 /// One sample on its way through the layers.
 struct Sample {

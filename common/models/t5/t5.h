@@ -69,4 +69,12 @@ struct Encoder {
   at::Tensor encode(const at::Tensor& ids, const at::Tensor& mask = {}) const;
 };
 
+// Parts of it, for checks against the reference.
+
+/// x [L, width] float32 -> its RMS norm (eps 1e-6, no mean) in `dtype`; statistics and scale in float32.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, at::ScalarType dtype);
+/// Rows of the bias table [32, heads] for all pairs of `length` positions (query, key), as an additive mask
+/// [1, heads, length, length] in `dtype`.
+at::Tensor bias_of_length(const at::Tensor& table, int64_t length, at::ScalarType dtype);
+
 }  // namespace flux::t5

@@ -67,9 +67,14 @@ Tensor convolve(const Tensor& x, const Conv& conv, int64_t stride, int64_t paddi
 Tensor convolve_3x3(const Tensor& x, const Conv& conv) { return convolve(x, conv, 1, 1); }
 Tensor convolve_1x1(const Tensor& x, const Conv& conv) { return convolve(x, conv, 1, 0); }
 
+}  // namespace
+
 Tensor normalise(const Tensor& x, const Norm& norm) {
   return at::group_norm(x, kNormGroups, norm.weight, norm.bias, kNormEpsilon);
 }
+
+namespace {
+
 Tensor normalise_swish(const Tensor& x, const Norm& norm) {
   Tensor n = normalise(x, norm);
   return at::silu_(n);

@@ -111,4 +111,7 @@ struct Decoder {
   at::Tensor decode(const at::Tensor& raw) const;
 };
 
+/// GroupNorm of 32 groups, eps 1e-6: x [B, c, h, w]. For checks against the reference.
+at::Tensor normalise(const at::Tensor& x, const Norm& norm);
+
 }  // namespace flux::vae
