@@ -33,10 +33,10 @@ Kind read_header(const Hdf5File& file, std::string_view content, std::initialize
   };
   if (text("format") != kFormat) file.refuse("is not a file of a cache (root attribute 'format')");
   const std::string problem = schema_problem(file.number_attribute("schema_version"), text("tool"), text("tool_version"));
-  if (!problem.empty()) file.refuse(problem, kSchemaHint);
+  if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(file.path()), problem));
   for (const auto& feature : split(file.text_attribute("required_features"), ',')) {
     if (!feature.empty()) {
-      file.refuse(fmt::format("needs the feature '{}', which this build does not know", printable(feature)), kSchemaHint);
+      throw SchemaError(fmt::format("{}: needs the feature '{}', which this build does not know", show(file.path()), printable(feature)));
     }
   }
   file.refuse_oddities();

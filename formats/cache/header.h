@@ -4,12 +4,19 @@
 #include <string>
 #include <string_view>
 
+#include "common/core/error.h"
 #include "formats/cache/hdf5_file.h"
 #include "formats/cache/schema.h"
 
 namespace flux::cache {
 
 inline constexpr char kSegmentContent[] = "segment", kIndexContent[] = "index";
+
+/// A file of a schema or with a feature that this build does not know: nothing is wrong with it, so nothing may replace it.
+struct SchemaError : CacheError {
+  explicit SchemaError(const std::string& message)
+      : CacheError(message, "make the cache again with this version, or use a newer one of these tools") {}
+};
 
 void write_header(Hdf5Image& image, Kind kind, std::string_view content);
 
@@ -19,6 +26,5 @@ Kind read_header(const Hdf5File& file, std::string_view content, std::initialize
 
 /// "schema 3, this build reads 1 to 2 / written by ..." or nothing if this build reads `schema`. For manifests too.
 std::string schema_problem(int64_t schema, std::string_view tool, std::string_view tool_version);
-inline constexpr char kSchemaHint[] = "make the cache again with this version, or use a newer one of these tools";
 
 }  // namespace flux::cache

@@ -161,7 +161,7 @@ std::optional<SegmentHeader> decode_header(std::span<const std::byte> body, cons
   const auto text = [&](const char* name) { return object.value(name, std::string()); };
   try {
     const std::string problem = schema_problem(object.at("schema_version").get<int64_t>(), text("tool"), text("tool_version"));
-    if (!problem.empty()) throw CacheError(fmt::format("{}: {}", show(path), problem), kSchemaHint);
+    if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(path), problem));
     const std::string kind = object.at("kind");
     if (kind != "latents" && kind != "text") return std::nullopt;
     SegmentHeader out;

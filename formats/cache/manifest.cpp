@@ -162,9 +162,9 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
   const json provenance = fields.object("provenance");
   const auto from = [&](const char* name) { return provenance.contains(name) && provenance[name].is_string() ? provenance[name].get<std::string>() : std::string(); };
   const std::string problem = schema_problem(fields.count("schema_version"), from("tool"), from("tool_version"));
-  if (!problem.empty()) throw CacheError(fmt::format("{}: {}", show(path), problem), kSchemaHint);
+  if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(path), problem));
   for (const auto& feature : fields.list("required_features")) {
-    fields.refuse("required_features", fmt::format("names {}, which this build does not know", shown(feature)));
+    throw SchemaError(fmt::format("{}: needs the feature {}, which this build does not know", show(path), shown(feature)));
   }
   const std::string checksum = fields.hex(kChecksum, 32), found = checksum_of(object);
   if (checksum != found) {

@@ -19,6 +19,7 @@
 #include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
+#include "formats/cache/header.h"
 #include "formats/cache/journal.h"
 #include "formats/cache/lock.h"
 #include "formats/cache/segment_reader.h"
@@ -114,6 +115,8 @@ struct Writer::State {
       const auto path = folder / kIndexName;
       if (xxh3_128_hex(MappedFile(path).bytes()) != previous->index_xxh3_128) throw CacheError(show(path) + ": is not the manifest's");
       previous_index = read_index(path, recipe.kind);
+    } catch (const SchemaError&) {
+      throw;
     } catch (const Error& error) {
       if (previous && previous->recipe.kind != recipe.kind) throw;
       // both can be made again from the segments, which is what this run does
@@ -141,6 +144,8 @@ struct Writer::State {
       std::optional<Segment> segment;
       try {
         segment.emplace(folder / name);
+      } catch (const SchemaError&) {
+        throw;
       } catch (const CacheError& error) {
         throw CacheError(error.what(), "remove that file and run again: what was in it is encoded again");
       }
