@@ -18,6 +18,12 @@ cache::Provenance begin(std::string_view tool, std::string_view command_line, co
   return out;
 }
 
+cache::Quarantined leave_out(const Sha256Digest& item, uint32_t subset, const std::string& path, std::string_view message) {
+  const std::string reason(message.substr(0, message.find('\n')));  // without its hint
+  log::warn("{}: left out: {}", show(path), reason);
+  return {item, subset, path, reason};
+}
+
 void announce(const cache::Writer& writer, const cache::Comparison& comparison, Report& report) {
   report.encoded = comparison.new_samples + comparison.changed;
   report.kept = comparison.kept;
@@ -40,19 +46,13 @@ void stop_if_asked(cache::Writer& writer, std::string_view noun) {
 }
 
 void finish(cache::Writer& writer, const cache::Publication& publication, int64_t max_failed, double start_seconds, Report& report) {
-  constexpr size_t kMaxLines = 20;
   report.failed = static_cast<int64_t>(publication.quarantined.size());
-  for (size_t i = 0; i < publication.quarantined.size() && i < kMaxLines; ++i) {
-    log::warn("{}: {}", show(publication.quarantined[i].path), publication.quarantined[i].reason);
-  }
-  if (publication.quarantined.size() > kMaxLines) {
-    log::warn("and {} more, see quarantine.jsonl", publication.quarantined.size() - kMaxLines);
-  }
   if (report.failed > max_failed) {
     writer.seal();
     writer.withdraw(publication.quarantined);
-    log::error("{} items failed, --max-failed allows {}: no manifest was written\n  hint: mend them, or allow them with "
-               "--max-failed {}; what was encoded is kept", report.failed, max_failed, report.failed);
+    log::error("{} {} failed, --max-failed allows {}: no manifest was written; the reasons are in quarantine.jsonl\n  hint: mend "
+               "them, or allow them with --max-failed {}; what was encoded is kept",
+               report.failed, report.failed == 1 ? "item" : "items", max_failed, report.failed);
     report.exit_code = ExitCode::kTooManyFailed;
   } else if (!writer.publish(publication)) {
     log::info("the cache is as it was; its manifest keeps its time");

@@ -11,6 +11,7 @@
 #include "common/core/text.h"
 #include "common/dataset/dataset.h"
 #include "formats/cache/index.h"
+#include "pipelines/stage/finish.h"
 
 namespace flux::text {
 namespace {
@@ -39,8 +40,6 @@ void require_storable(std::string_view text) {
     throw InputError(fmt::format("the caption has {}, at most {} are possible", show_bytes(text.size()), show_bytes(cache::kMaxTextBytes)));
   }
 }
-
-std::string first_line(std::string_view message) { return std::string(message.substr(0, message.find('\n'))); }
 
 bool asks_for_dropout(const dataset::Resolved& resolved) {
   return std::ranges::any_of(resolved.subsets, [](const dataset::Subset& subset) {
@@ -83,7 +82,7 @@ Wanted read_dataset(const Options& options) {
       for (const auto& variant : variants) item.uses.push_back({captions.number(variant.text), variant.weight});
       wanted.items.push_back(std::move(item));
     } catch (const InputError& error) {
-      wanted.quarantined.push_back({image.item, static_cast<uint32_t>(image.subset), image.name, first_line(error.what())});
+      wanted.quarantined.push_back(stage::leave_out(image.item, static_cast<uint32_t>(image.subset), image.name, error.what()));
     }
     progress.update(static_cast<int64_t>(i) + 1);
   }

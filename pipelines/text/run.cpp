@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -67,7 +68,7 @@ void quarantine(const std::vector<Failure>& failures, std::vector<cache::WantedI
     for (const auto& variant : item.variants) {
       const auto reason = reasons.find(variant.key);
       if (reason == reasons.end()) continue;
-      quarantined.push_back({item.item, item.subset, item.path, reason->second});
+      quarantined.push_back(stage::leave_out(item.item, item.subset, item.path, reason->second));
       return true;
     }
     return false;
@@ -89,6 +90,7 @@ void log_truncation(const Truncation& t, const Options& options, int64_t clip_le
 
 stage::Report run(const Options& options) {
   const double start = stage::monotonic_seconds();
+  use_huge_pages();
   const c10::Device device = resolve_device(options.encode.device);
   const cache::Provenance provenance = stage::begin("flux-cache-text", options.command_line, device);
   Wanted wanted = options.prompts.empty() ? read_dataset(options) : read_prompts(options.prompts);
@@ -125,6 +127,7 @@ stage::Report run(const Options& options) {
     publication.stage_seconds = {{"prepare", prepared - start}, {"clip", encoded.clip_seconds}, {"t5", encoded.t5_seconds}};
     quarantine(encoded.failures, publication.items, publication.quarantined);
     report.encoded -= std::ssize(encoded.failures);
+    report.changed = std::min(report.changed, report.encoded);
   } else if (const auto& previous = writer.previous()) {
     if (const auto it = previous->provenance.find("truncated"); it != previous->provenance.end()) publication.notes["truncated"] = *it;
   }
