@@ -69,7 +69,9 @@ std::vector<std::string> Case::files(std::string_view beginning, std::string_vie
   return names;
 }
 
-TensorMap Case::read_tensors(const std::string& file) const { return read_weights(folder / file).tensors; }
+TensorMap Case::read_tensors(const std::string& file) const {
+  return has(file) ? read_weights(folder / file).tensors : TensorMap{};
+}
 
 std::optional<fs::path> Case::path_of(const char* key) const {
   if (!json.contains(key)) return std::nullopt;

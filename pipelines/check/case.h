@@ -33,7 +33,7 @@ struct Case {
   bool has(const std::string& file) const;
   /// Names of the files in the folder that begin and end so, sorted.
   std::vector<std::string> files(std::string_view beginning, std::string_view ending) const;
-  /// Tensors of a safetensors file of the folder, on the CPU.
+  /// Tensors of a safetensors file of the folder, on the CPU; none if it is not there, so that nothing of it is checked.
   TensorMap read_tensors(const std::string& file) const;
   /// The file or folder that case.json names under `key`; nothing if it has no such key.
   std::optional<std::filesystem::path> path_of(const char* key) const;

@@ -147,9 +147,12 @@ void check_flux(const Case& c) {
   for (const std::string& file : c.files("forward_", ".safetensors")) {
     if (file != kDiffusersForward) forwards.emplace_back(file, c.read_tensors(file));
   }
-  if (c.has(kBfl) || c.json.contains("model")) {
-    const auto path = c.required("model", kBfl);
-    const dit::Model model = load_transformer(c, path);
+  // the diffusers file holds fewer blocks, and then has a forward pass of its own; without the other it may be the model
+  const bool only_diffusers = !c.has(kBfl) && !c.json.contains("model") && c.has(kDiffusers);
+  const auto path = c.required("model", only_diffusers ? kDiffusers : kBfl);
+  const dit::Model model = load_transformer(c, path);
+  const auto depth_is = [&](const char* key, int64_t depth) { return !c.config.contains(key) || c.config[key] == depth; };
+  if (!only_diffusers || (depth_is("depth", model.config.num_double_blocks) && depth_is("depth_single_blocks", model.config.num_single_blocks))) {
     if (!c.bf16) {
       check_config(c, model.config);
       if (c.has("layout.json")) check_layout(c, model.canonical, model.config);
@@ -159,16 +162,14 @@ void check_flux(const Case& c) {
       const std::string gradients = "gradients_" + file.substr(std::string_view("forward_").size());
       if (!c.bf16 && c.has(gradients)) check_gradients(c, path, gradients, vectors);
     }
-    if (!c.bf16 && c.has(kDiffusers)) {  // the same values in the other layout
-      const dit::Model other = load_transformer(c, c.folder / kDiffusers);
-      for (const auto& [name, tensor] : other.canonical) {
-        const auto it = model.canonical.find(name);
-        if (it != model.canonical.end()) c.report->equal("diffusers " + name, tensor, it->second);
-        else c.report->verdict("diffusers " + name, false, "not in the BFL file");
-      }
+  }
+  if (!c.bf16 && !only_diffusers && c.has(kDiffusers)) {  // the same values in the other layout
+    const dit::Model other = load_transformer(c, c.folder / kDiffusers);
+    for (const auto& [name, tensor] : other.canonical) {
+      const auto it = model.canonical.find(name);
+      if (it != model.canonical.end()) c.report->equal("diffusers " + name, tensor, it->second);
+      else c.report->verdict("diffusers " + name, false, "not in the BFL file");
     }
-  } else if (!c.has(kDiffusers)) {
-    throw InputError(fmt::format("{}: neither {} nor {} is there", c.title, kBfl, kDiffusers));
   }
   if (c.has(kDiffusers) && c.has(kDiffusersForward)) {
     const TensorMap wanted = c.read_tensors(kDiffusersForward);

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "common/core/error.h"
@@ -20,7 +21,12 @@ namespace {
 struct Context {
   const Case& c;
   const dit::Model& model;
-  const dit::Inputs& inputs;
+  std::optional<dit::Inputs> inputs;  // conversion needs none
+
+  const dit::Inputs& given_inputs() const {
+    if (!inputs) throw InputError(fmt::format("{}: the forward pass that holds its inputs is not there", c.title));
+    return *inputs;
+  }
 };
 
 lora::Adapters load_adapters(const Context& x, const std::string& file) {
@@ -38,7 +44,7 @@ void check_output(const Context& x, const lora::Adapters& adapters, const std::s
   const double multiplier = std::stod(name.substr(name.rfind("output.") + 7));
   dit::Model adapted = x.model;  // shares the base tensors
   lora::attach(adapters, adapted.weights, multiplier);
-  x.c.output(name, predict(adapted, x.inputs), wanted);
+  x.c.output(name, predict(adapted, x.given_inputs()), wanted);
 }
 
 /// Loss at strength 1 with gradients in downs and ups.
@@ -49,7 +55,7 @@ at::Tensor backward(const Context& x, lora::Adapters& adapters, const at::Tensor
   }
   dit::Model adapted = x.model;
   lora::attach(adapters, adapted.weights, 1.0);
-  const at::Tensor loss = (dit::forward(adapted.config, adapted.weights, x.inputs) - x.c.on_device(target)).square().mean();
+  const at::Tensor loss = (dit::forward(adapted.config, adapted.weights, x.given_inputs()) - x.c.on_device(target)).square().mean();
   loss.backward();
   return loss;
 }
@@ -156,8 +162,11 @@ void check_peft(const Context& x) {
 
 void check_lora(const Case& c) {
   const dit::Model model = load_transformer(c, c.required("model", "weights_bfl.safetensors"));
-  const dit::Inputs inputs = inputs_of(c, read_weights(c.required("inputs", "inputs.safetensors")).tensors);
-  const Context context{c, model, inputs};
+  Context context{c, model, {}};
+  std::error_code error;
+  if (const auto inputs = c.path_of("inputs"); inputs && std::filesystem::exists(*inputs, error)) {
+    context.inputs = inputs_of(c, read_weights(*inputs).tensors);
+  }
   if (c.has("kohya.safetensors") && c.has("kohya_vectors.safetensors")) check_kohya(context);
   check_peft(context);
 }

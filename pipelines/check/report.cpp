@@ -27,7 +27,7 @@ std::string limited(const char* name, double error, const std::optional<double>&
   return limit ? fmt::format("  {} {:.1e} of {:.1e}", name, error, *limit) : fmt::format("  {} {:.1e}", name, error);
 }
 
-std::string joined(const std::set<std::string>& names) { return fmt::format("{}", fmt::join(names, ", ")); }
+std::string joined(const std::set<std::string>& names) { return fmt::format("{}", fmt::join(names, ",")); }
 
 }  // namespace
 

@@ -154,6 +154,7 @@ lora::Adapters starting_adapters(const Case& c, const dit::Config& config) {
 void check_train(const Case& c) {
   const auto path = c.required("model", "weights_bfl.safetensors");
   const TensorMap data = c.read_tensors("data.safetensors");
+  if (data.empty()) return;
   for (const char* name : {"full", "accumulate"}) {
     if (!c.has(std::string(name) + ".safetensors")) continue;
     Run run{name, std::string_view(name) == "full" ? 1 : setting(c, "accumulate", int64_t{2}), load_transformer(c, path), {}, {}};

@@ -15,8 +15,7 @@ const at::Tensor& golden(const TensorMap& vectors, const std::string& name) {
 }
 
 dit::Model load_transformer(const Case& c, const std::filesystem::path& path) {
-  dit::Model model = dit::load_model(path, c.dtype(), c.device);
-  return model;
+  return dit::load_model(path, c.dtype(), c.device);
 }
 
 dit::Inputs inputs_of(const Case& c, const TensorMap& vectors) {
@@ -27,7 +26,8 @@ dit::Inputs inputs_of(const Case& c, const TensorMap& vectors) {
   dit::Inputs in;
   in.img = input("img");
   if (!in.img.defined()) {
-    if (const at::Tensor latents = input("latents"); latents.defined()) in.img = dit::pack_latents(latents);
+    const at::Tensor latents = input("latents").defined() ? input("latents") : input("noise");
+    if (latents.defined()) in.img = dit::pack_latents(latents);
   }
   in.txt = input("txt");
   in.y = input("y");
@@ -35,6 +35,12 @@ dit::Inputs inputs_of(const Case& c, const TensorMap& vectors) {
   in.guidance = input("guidance");
   in.img_ids = input("img_ids");
   in.txt_ids = input("txt_ids");
+  if (!in.img.defined() || !in.txt.defined()) throw InputError("the vectors hold no input.img or no input.txt");
+  if (!in.img_ids.defined()) {
+    const at::Tensor latents = golden(vectors, "input.latents");
+    in.img_ids = c.on_device(dit::image_ids(latents.size(2), latents.size(3)));
+  }
+  if (!in.txt_ids.defined()) in.txt_ids = c.on_device(dit::text_ids(in.txt.size(1)));
   return in;
 }
 

@@ -13,7 +13,8 @@ namespace flux::check {
 const at::Tensor& golden(const TensorMap& vectors, const std::string& name);
 /// The model that the case leans on, in the case's precision and on its device.
 dit::Model load_transformer(const Case& c, const std::filesystem::path& path);
-/// `input.*` of a vectors file, on the case's device.
+/// `input.*` of a vectors file, on the case's device; packed latents and positions are made from input.latents (or
+/// input.noise, where a sampling run starts) if they are not there.
 dit::Inputs inputs_of(const Case& c, const TensorMap& vectors);
 /// Output without gradients.
 at::Tensor predict(const dit::Model& model, const dit::Inputs& inputs, const dit::Tap& tap = {});
