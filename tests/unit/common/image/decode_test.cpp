@@ -28,7 +28,7 @@ std::string error_of(const std::string& bytes) {
 
 std::string le(uint32_t value, int bytes) {
   std::string out;
-  for (int i = 0; i < bytes; ++i) out += static_cast<char>(value >> (8 * i));
+  for (int i = 0; i < bytes; ++i) out += static_cast<char>(i < 4 ? value >> (8 * i) : 0);
   return out;
 }
 
