@@ -251,21 +251,37 @@ ClipTokenizer::~ClipTokenizer() = default;
 ClipTokenizer ClipTokenizer::load(const fs::path& path) {
   const fs::path file = file_in(path, {"vocab.json", "tokenizer.json"});
   const std::string bytes = read_file(file, kLargestFile_bytes);
-  const bool in_two_files = file != path && file.filename() == "vocab.json";
-  const std::string merges = in_two_files ? read_file(path / "merges.txt", kLargestFile_bytes) : "";
+  if (file == path || file.filename() == "tokenizer.json") return parse_json(bytes, file);
+  return parse(bytes, read_file(path / "merges.txt", kLargestFile_bytes), path);
+}
+
+namespace {
+
+// Turns what a malformed file throws into an InputError that names it.
+template <class Parse>
+auto naming(const fs::path& name, const Parse& parse) {
   try {
-    auto model = in_two_files ? Model::from_vocab_and_merges(bytes, merges) : Model::from_json(bytes);
-    Sha256 hash;
-    hash.add_field(bytes);
-    if (in_two_files) hash.add_field(merges);
-    model->sha256 = hash.digest();
-    return ClipTokenizer(std::move(model));
+    return parse();
   } catch (const std::invalid_argument& e) {
-    throw InputError(fmt::format("{}: {}", show(in_two_files ? path : file), e.what()),
+    throw InputError(fmt::format("{}: {}", show(name), e.what()),
                      "CLIP's tokenizer is a folder with vocab.json and merges.txt, or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
-    throw InputError(fmt::format("{}: not a CLIP vocabulary: {}", show(file), printable(e.what())));
+    throw InputError(fmt::format("{}: not a CLIP vocabulary: {}", show(name), printable(e.what())));
   }
+}
+
+}  // namespace
+
+ClipTokenizer ClipTokenizer::parse(std::string_view vocab, std::string_view merges, const fs::path& name) {
+  auto model = naming(name, [&] { return Model::from_vocab_and_merges(vocab, merges); });
+  model->sha256 = Sha256().add_field(vocab).add_field(merges).digest();
+  return ClipTokenizer(std::move(model));
+}
+
+ClipTokenizer ClipTokenizer::parse_json(std::string_view bytes, const fs::path& name) {
+  auto model = naming(name, [&] { return Model::from_json(bytes); });
+  model->sha256 = Sha256().add_field(bytes).digest();
+  return ClipTokenizer(std::move(model));
 }
 
 std::vector<int32_t> ClipTokenizer::encode(std::string_view utf8) const {

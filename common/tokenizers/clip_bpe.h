@@ -22,6 +22,9 @@ class ClipTokenizer {
   /// Reads a folder that holds vocab.json and merges.txt, or else tokenizer.json; or a tokenizer.json itself. Throws
   /// InputError that names the file and the reason.
   static ClipTokenizer load(const std::filesystem::path& path);
+  /// The same of the bytes of vocab.json and merges.txt, or of tokenizer.json; `name` stands for them in messages.
+  static ClipTokenizer parse(std::string_view vocab, std::string_view merges, const std::filesystem::path& name);
+  static ClipTokenizer parse_json(std::string_view bytes, const std::filesystem::path& name);
   ClipTokenizer(ClipTokenizer&&) noexcept;
   ClipTokenizer& operator=(ClipTokenizer&&) noexcept;
   ~ClipTokenizer();

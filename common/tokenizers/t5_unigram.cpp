@@ -240,15 +240,18 @@ T5Tokenizer::~T5Tokenizer() = default;
 
 T5Tokenizer T5Tokenizer::load(const fs::path& path) {
   const fs::path file = file_in(path, {"spiece.model", "tokenizer.json"});
-  const std::string bytes = read_file(file, kLargestFile_bytes);
+  return parse(read_file(file, kLargestFile_bytes), file);
+}
+
+T5Tokenizer T5Tokenizer::parse(std::string_view bytes, const fs::path& name) {
   try {
     auto model = is_json(bytes) ? Model::from_json(bytes) : Model::from_sentencepiece(bytes);
     model->sha256 = flux::sha256(bytes);
     return T5Tokenizer(std::move(model));
   } catch (const std::invalid_argument& e) {
-    throw InputError(fmt::format("{}: {}", show(file), e.what()), "T5's tokenizer is spiece.model or tokenizer.json");
+    throw InputError(fmt::format("{}: {}", show(name), e.what()), "T5's tokenizer is spiece.model or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
-    throw InputError(fmt::format("{}: not a T5 tokenizer.json: {}", show(file), printable(e.what())));
+    throw InputError(fmt::format("{}: not a T5 tokenizer.json: {}", show(name), printable(e.what())));
   }
 }
 

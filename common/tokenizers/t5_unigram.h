@@ -24,6 +24,8 @@ class T5Tokenizer {
   /// holds one of the two, looked for in that order. Throws InputError that names the file and the reason: absent,
   /// truncated, not a unigram model, or a normaliser that this pipeline does not follow.
   static T5Tokenizer load(const std::filesystem::path& path);
+  /// The same of a file's bytes; `name` stands for it in messages.
+  static T5Tokenizer parse(std::string_view bytes, const std::filesystem::path& name);
   T5Tokenizer(T5Tokenizer&&) noexcept;
   T5Tokenizer& operator=(T5Tokenizer&&) noexcept;
   ~T5Tokenizer();

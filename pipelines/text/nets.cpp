@@ -59,10 +59,10 @@ void require_rows(std::string_view net, const fs::path& weights, int64_t rows, c
 }  // namespace
 
 ClipFiles read_clip(const Options& options) {
+  const NetTensors net = take_net(read_weights(options.clip), NetKind::kClip);
   const fs::path path = tokenizer_path(options.clip_tokenizer, "--clip-tokenizer DIR", options.clip, "tokenizer", "clip",
                                        {"vocab.json", "tokenizer.json"});
   auto tokenizer = tokenizers::ClipTokenizer::load(path);
-  const NetTensors net = take_net(read_weights(options.clip), NetKind::kClip);
   TensorMap weights = clip::canonical(net);
   const auto json = config_beside(options.clip);
   const auto config = clip::Config::from_weights(weights, json ? &*json : nullptr, net.path);
@@ -78,10 +78,10 @@ ClipFiles read_clip(const Options& options) {
 }
 
 T5Files read_t5(const Options& options) {
+  const NetTensors net = take_net(read_weights(options.t5), NetKind::kT5);
   const fs::path path = tokenizer_path(options.t5_tokenizer, "--t5-tokenizer FILE", options.t5, "tokenizer_2", "t5",
                                        {"spiece.model", "tokenizer.json"});
   auto tokenizer = tokenizers::T5Tokenizer::load(path);
-  const NetTensors net = take_net(read_weights(options.t5), NetKind::kT5);
   TensorMap weights = t5::canonical(net);
   const auto config = t5::Config::from_weights(weights, net.path);
   require_rows("T5", options.t5, config.vocabulary, path, tokenizer.vocab_size());
