@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "common/core/cancel.h"
@@ -24,9 +26,11 @@ namespace {
 // Since this process was started, to 10 ms: what the loader does before main() counts too.
 double process_seconds() {
   static const double started = [] {
-    const std::string stat = read_file("/proc/self/stat");
+    std::ifstream file("/proc/self/stat");
+    const std::string stat(std::istreambuf_iterator<char>(file), {});
+    // behind the program's name, which may hold anything: the 20th field is starttime, in ticks after the boot
     const auto fields = split(stat.substr(stat.rfind(')') + 2), ' ');
-    return std::stod(fields.at(19)) / static_cast<double>(sysconf(_SC_CLK_TCK));  // starttime, after the boot
+    return std::stod(fields.at(19)) / static_cast<double>(sysconf(_SC_CLK_TCK));
   }();
   timespec now{};
   clock_gettime(CLOCK_BOOTTIME, &now);

@@ -1,0 +1,313 @@
+#include "pipelines/train/run.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <thread>
+
+#include "common/core/cancel.h"
+#include "common/core/file.h"
+#include "common/core/hash.h"
+#include "common/core/text.h"
+#include "common/tensor/weight_file.h"
+#include "formats/checkpoint/checkpoint.h"
+#include "formats/safetensors/reader.h"
+#include "tests/support/temporary_folder.h"
+#include "tests/support/tiny_flux.h"
+#include "tests/support/training_caches.h"
+
+namespace flux::train {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+
+test::TrainingCaches small_caches() {
+  test::TrainingCaches caches;
+  caches.items = {{"a.png", 4, 4}, {"b.png", 4, 6}, {"c.png", 4, 4}};
+  return caches;
+}
+
+// Caches, a model and options that fit, in a folder of their own.
+struct Scene {
+  explicit Scene(const test::TrainingCaches& caches = small_caches(), bool guidance = true) {
+    caches.write(folder.path());
+    options.latents = folder / "latents";
+    options.text = folder / "text";
+    options.model = test::write_tiny_flux(folder / "flux.safetensors", guidance);
+    options.out = folder / "run";
+    options.rank = 4;
+    options.max_steps = 3;
+    options.lr.learning_rate = 1e-3;
+    options.seed = 5;
+    options.device = DeviceChoice::kCpu;
+    options.reader_threads = 1;
+    options.command_line = "flux-train --test";
+  }
+  test::TemporaryFolder folder;
+  Options options;
+};
+
+std::string message_of(const Options& options) {
+  try {
+    run(options);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+std::vector<nlohmann::json> metrics(const std::filesystem::path& run) {
+  std::vector<nlohmann::json> out;
+  for (const std::string& line : split(read_file(run / "metrics.jsonl"), '\n')) {
+    if (!line.empty()) out.push_back(nlohmann::json::parse(line));
+  }
+  return out;
+}
+
+TEST(Train, WritesCheckpointMetricsAndReport) {
+  Scene scene;
+  scene.options.save_every = 2;
+  const Report report = run(scene.options);
+  EXPECT_EQ(report.exit_code, ExitCode::kOk);
+  EXPECT_EQ(report.steps, 3);
+  EXPECT_GT(*report.loss_first, 0);
+  EXPECT_GT(*report.seconds_to_first_step, 0);
+  EXPECT_GT(report.peak_rss_bytes, 1u << 20);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{2, 3}));
+  const auto lines = metrics(scene.options.out);
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_EQ(lines[0]["loss"], *report.loss_first);
+  EXPECT_EQ(lines[2]["loss"], *report.loss_last);
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(lines[i]["step"], i + 1);
+    EXPECT_EQ(lines[i]["epoch"], 1);
+    EXPECT_EQ(lines[i]["samples"], 1);
+    EXPECT_GT(lines[i]["grad_norm"], 0.0);
+    EXPECT_GE(lines[i]["seconds"], lines[i]["data_wait_seconds"]);
+  }
+}
+
+TEST(Train, SavesALoraInSdScriptsLayoutWithItsMetadata) {
+  Scene scene;
+  scene.options.alpha = 2;
+  run(scene.options);
+  const auto file = scene.options.out / "step-000003/lora.safetensors";
+  const WeightFile lora = read_weights(file);
+  EXPECT_EQ(lora.tensors.size(), 3u * (10 + 3));  // a double and a single block
+  const at::Tensor& down = lora.tensors.at("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight");
+  EXPECT_EQ(down.sizes(), (at::IntArrayRef{4, 128}));
+  EXPECT_EQ(down.scalar_type(), at::kBFloat16);
+  EXPECT_EQ(lora.tensors.at("lora_unet_single_blocks_0_linear1.alpha").item<float>(), 2);
+  const auto& up = lora.tensors.at("lora_unet_single_blocks_0_linear1.lora_up.weight");
+  EXPECT_GT(up.abs().max().item<float>(), 0);
+  for (const auto& [key, value] : std::map<std::string, std::string>{{"ss_network_module", "networks.lora_flux"},
+                                                                     {"ss_network_dim", "4"},
+                                                                     {"ss_network_alpha", "2.0"},
+                                                                     {"ss_base_model_version", "flux1"},
+                                                                     {"ss_steps", "3"},
+                                                                     {"ss_guidance_scale", "1.0"},
+                                                                     {"ss_timestep_sampling", "flux_shift"},
+                                                                     {"ss_model_prediction_type", "raw"},
+                                                                     {"ss_apply_t5_attn_mask", "False"},
+                                                                     {"ss_num_train_images", "3"},
+                                                                     {"modelspec.architecture", "flux-1-dev/lora"}}) {
+    EXPECT_EQ(lora.metadata.at(key), value) << key;
+  }
+  Sha256 hash;
+  const auto opened = safetensors::File::open(file);
+  for (const auto& tensor : opened->tensors()) hash.add(tensor.bytes);
+  EXPECT_EQ(lora.metadata.at("sshs_model_hash"), to_hex(hash.digest()));
+  EXPECT_EQ(lora.metadata.at("sshs_legacy_hash").size(), 8u);
+}
+
+TEST(Train, ResumesBitForBit) {
+  Scene straight, halves;
+  straight.options.max_steps = 6;
+  run(straight.options);
+  run(halves.options);
+  halves.options.max_steps = 6;
+  halves.options.resume = true;
+  const Report report = run(halves.options);
+  EXPECT_EQ(report.steps, 6);
+  for (const char* name : {"step-000006/lora.safetensors", "step-000006/state.safetensors"}) {
+    EXPECT_EQ(read_file(straight.options.out / name), read_file(halves.options.out / name)) << name;
+  }
+  const auto a = metrics(straight.options.out), b = metrics(halves.options.out);
+  ASSERT_EQ(a.size(), 6u);
+  ASSERT_EQ(b.size(), 6u);
+  for (size_t i = 0; i < 6; ++i) {
+    for (const char* field : {"step", "epoch", "loss", "grad_norm", "learning_rate"}) EXPECT_EQ(a[i][field], b[i][field]) << i;
+  }
+  EXPECT_EQ(a[5]["epoch"], 2);
+}
+
+TEST(Train, ResumingAFinishedRunDoesNothing) {
+  Scene scene;
+  run(scene.options);
+  scene.options.resume = true;
+  const Report report = run(scene.options);
+  EXPECT_EQ(report.steps, 3);
+  EXPECT_FALSE(report.loss_first);
+  EXPECT_EQ(report.object()["loss_last"], nullptr);
+  scene.options.max_steps = 2;
+  EXPECT_THAT(message_of(scene.options), HasSubstr("--max-steps 2"));
+}
+
+TEST(Train, DropsMetricsThatWereNotSaved) {
+  Scene scene;
+  run(scene.options);
+  std::ofstream(scene.options.out / "metrics.jsonl", std::ios::app) << R"({"step":4,"loss":9})" << "\n{\"step\":5,\"lo";
+  scene.options.resume = true;
+  scene.options.max_steps = 4;
+  run(scene.options);
+  const auto lines = metrics(scene.options.out);
+  ASSERT_EQ(lines.size(), 4u);
+  EXPECT_NE(lines[3]["loss"], 9);
+}
+
+TEST(Train, DoesNotDependOnReaderThreads) {
+  Scene one, four;
+  four.options.reader_threads = 4;
+  run(one.options);
+  run(four.options);
+  EXPECT_EQ(read_file(one.options.out / "step-000003/state.safetensors"),
+            read_file(four.options.out / "step-000003/state.safetensors"));
+}
+
+TEST(Train, SeedAndOptionsChangeTheResult) {
+  Scene one, other;
+  other.options.seed = 6;
+  EXPECT_NE(*run(one.options).loss_first, *run(other.options).loss_first);
+}
+
+TEST(Train, KeepsAFinishedRunUnlessToldOtherwise) {
+  Scene scene;
+  run(scene.options);
+  const std::string before = read_file(scene.options.out / "step-000003/state.json");
+  EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("--resume"), HasSubstr("--replace"), HasSubstr("step 3")));
+  EXPECT_EQ(read_file(scene.options.out / "step-000003/state.json"), before);
+  scene.options.replace = true;
+  scene.options.max_steps = 1;
+  run(scene.options);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{1}));
+  EXPECT_EQ(checkpoint::steps_in(scene.folder / "run.old-1"), (std::vector<int64_t>{3}));
+}
+
+TEST(Train, ReplacesNothingIfTheNewRunCannotStart) {
+  Scene scene;
+  run(scene.options);
+  scene.options.replace = true;
+  scene.options.model = scene.folder / "absent.safetensors";
+  EXPECT_THAT(message_of(scene.options), HasSubstr("absent"));
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{3}));
+}
+
+TEST(Train, ResumeRefusesWhatWouldChangeTheResult) {
+  Scene scene;
+  run(scene.options);
+  scene.options.resume = true;
+  scene.options.max_steps = 6;
+  const auto with = [&](const std::function<void(Options&)>& change) {
+    Options options = scene.options;
+    change(options);
+    return message_of(options);
+  };
+  EXPECT_THAT(with([](Options& o) { o.lr.learning_rate = 1e-4; }),
+              AllOf(HasSubstr("--learning-rate is 0.0001"), HasSubstr("0.001"), HasSubstr("step-000003")));
+  EXPECT_THAT(with([](Options& o) { o.rank = 8; }), AllOf(HasSubstr("8"), HasSubstr("4")));
+  EXPECT_THAT(with([](Options& o) { o.guidance = 2; }), HasSubstr("--guidance"));
+  EXPECT_THAT(with([](Options& o) { o.precision = Precision::kBF16; }), HasSubstr("--precision"));
+  const auto other_model = test::write_tiny_flux(scene.folder / "other.safetensors", true, 2);
+  EXPECT_THAT(with([&](Options& o) { o.model = other_model; }), AllOf(HasSubstr("other.safetensors"), HasSubstr("weights_sha256")));
+  test::TrainingCaches changed = small_caches();
+  changed.items[1].num_captions = 2;
+  changed.write_text(scene.folder / "other-text");
+  EXPECT_THAT(with([&](Options& o) { o.text = scene.folder / "other-text"; }), HasSubstr("other-text"));
+  EXPECT_THAT(with([&](Options& o) { o.out = scene.folder / "nothing"; }), HasSubstr("no checkpoint"));
+  EXPECT_EQ(message_of(scene.options), "no error");
+}
+
+TEST(Train, ResumeRefusesADamagedState) {
+  Scene scene;
+  run(scene.options);
+  scene.options.resume = true;
+  scene.options.max_steps = 6;
+  const auto file = scene.options.out / "step-000003/state.safetensors";
+  const std::string whole = read_file(file);
+  scene.folder.write("run/step-000003/state.safetensors", whole.substr(0, whole.size() / 2));
+  EXPECT_THAT(message_of(scene.options), HasSubstr("state.safetensors"));
+}
+
+TEST(Train, RefusesCachesThatDoNotFitTheModelFieldByField) {
+  const auto message = [](const std::function<void(test::TrainingCaches&)>& change, bool guidance = true) {
+    test::TrainingCaches caches = small_caches();
+    change(caches);
+    const Scene scene(caches, guidance);
+    const std::string text = message_of(scene.options);
+    EXPECT_FALSE(std::filesystem::exists(scene.options.out)) << text;
+    return text;
+  };
+  EXPECT_THAT(message([](auto& c) { c.t5_width = 32; }), AllOf(HasSubstr("t5_width is 32"), HasSubstr("16")));
+  EXPECT_THAT(message([](auto& c) { c.clip_width = 4; }), AllOf(HasSubstr("clip_width is 4"), HasSubstr("8")));
+  EXPECT_THAT(message([](auto& c) { c.t5_length = 256; }), AllOf(HasSubstr("t5_length is 256"), HasSubstr("512")));
+  EXPECT_THAT(message([](auto& c) { c.t5_length = 128; }, false), AllOf(HasSubstr("t5_length is 128"), HasSubstr("512")));
+  EXPECT_THAT(message([](auto& c) { c.plan["datasets"][0]["batch_size"] = nullptr; }), HasSubstr("batch_size"));
+}
+
+TEST(Train, TakesSchnellWithShortAndLongText) {
+  for (const int64_t length : {256, 512}) {
+    test::TrainingCaches caches = small_caches();
+    caches.t5_length = length;
+    Scene scene(caches, false);
+    scene.options.max_steps = 1;
+    EXPECT_EQ(run(scene.options).steps, 1);
+    EXPECT_EQ(read_weights(scene.options.out / "step-000001/lora.safetensors").metadata.at("modelspec.architecture"),
+              "flux-1-schnell/lora");
+    scene.options.replace = true;
+    scene.options.guidance = 3.5;
+    EXPECT_THAT(message_of(scene.options), HasSubstr("--guidance has no effect"));
+  }
+}
+
+TEST(Train, TakesMaskedTextOneStoredSampleAndBFloat16) {
+  test::TrainingCaches caches = small_caches();
+  caches.pad_policy = "masked";
+  caches.store = "sample";
+  Scene scene(caches);
+  scene.options.precision = Precision::kBF16;
+  scene.options.batch_size = 2;
+  const Report report = run(scene.options);
+  EXPECT_TRUE(std::isfinite(*report.loss_last));
+  const WeightFile lora = read_weights(scene.options.out / "step-000003/lora.safetensors");
+  EXPECT_EQ(lora.metadata.at("ss_apply_t5_attn_mask"), "True");
+  EXPECT_EQ(lora.metadata.at("ss_mixed_precision"), "bf16");
+}
+
+TEST(Train, SavesAndStopsOnASignal) {
+  Scene scene;
+  scene.options.max_steps = 1'000'000;
+  std::jthread signal([&] {
+    while (!std::filesystem::exists(scene.options.out / "metrics.jsonl") || metrics(scene.options.out).size() < 2) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    cancel::set(ExitCode::kInterrupt);
+  });
+  const Report report = run(scene.options);
+  cancel::set(std::nullopt);
+  EXPECT_EQ(report.exit_code, ExitCode::kInterrupt);
+  EXPECT_GE(report.steps, 2);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{report.steps}));
+}
+
+TEST(Train, StopsWithTheSamplesNamesIfTheLossIsNotFinite) {
+  Scene scene;
+  scene.options.lr.learning_rate = 1e30;
+  scene.options.max_steps = 20;
+  EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("loss is"), HasSubstr(".png"), HasSubstr("--learning-rate")));
+}
+
+}  // namespace
+}  // namespace flux::train
