@@ -76,7 +76,7 @@ TensorMap Case::read_tensors(const std::string& file) const {
 std::optional<fs::path> Case::path_of(const char* key) const {
   if (!json.contains(key)) return std::nullopt;
   if (!json[key].is_string()) throw InputError(fmt::format("{}: {} is not a path", show(folder / "case.json"), key));
-  return folder / json[key].get<std::string>();
+  return (folder / json[key].get<std::string>()).lexically_normal();
 }
 
 fs::path Case::required(const char* key, const std::string& fallback) const {

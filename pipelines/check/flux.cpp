@@ -65,6 +65,18 @@ void check_layout(const Case& c, const TensorMap& canonical, const dit::Config& 
   c.report->verdict("layout to diffusers and back", same, same ? "exact" : "not equal");
 }
 
+/// A file of the diffusers layout by the hashes of layout.json, as far as both go.
+void check_hashes(const Case& c, const std::string& file) {
+  const TensorMap tensors = c.read_tensors(file);
+  for (const auto& entry : nlohmann::json::parse(read_file(c.folder / "layout.json"))) {
+    const std::string name = entry.at("diffusers");
+    const auto it = tensors.find(name);
+    if (it == tensors.end()) continue;
+    const bool same = sha256_of(it->second) == entry.at("sha256").get<std::string>();
+    c.report->verdict("layout " + name, same, same ? "exact" : "other bytes");
+  }
+}
+
 /// Each sample alone, with its masked text cut off.
 at::Tensor predict_trimmed(const dit::Model& model, const dit::Inputs& in, const at::Tensor& mask) {
   std::vector<at::Tensor> rows;
@@ -171,6 +183,7 @@ void check_flux(const Case& c) {
       else c.report->verdict("diffusers " + name, false, "not in the BFL file");
     }
   }
+  if (!c.bf16 && only_diffusers && c.has("layout.json")) check_hashes(c, kDiffusers);
   if (c.has(kDiffusers) && c.has(kDiffusersForward)) {
     const TensorMap wanted = c.read_tensors(kDiffusersForward);
     const at::Tensor& output = golden(wanted, "output");

@@ -99,7 +99,7 @@ void Report::verdict(std::string_view name, bool ok, std::string_view note) {
 void Report::error(std::string_view message) {
   ++num_errors_;
   ++num_in_case_;
-  print_(fmt::format("{}: cannot be checked: {}", title_, message));
+  print_(fmt::format("{}: cannot be checked: {}", title_, printable(message.substr(0, message.find('\n')))));
   results_.push_back({{"case", title_}, {"kind", kind_}, {"error", printable(message)}, {"ok", false}});
 }
 

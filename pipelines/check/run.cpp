@@ -42,6 +42,7 @@ void run_case(const std::filesystem::path& folder, const Options& options, c10::
     c = Case::read(folder);
   } catch (const InputError& error) {
     report.start(show(folder), "");
+    log::error("{}", error.what());
     return report.error(error.what());
   }
   const auto* const kind = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const Kind& k) { return k.name == c.kind; });
@@ -55,6 +56,7 @@ void run_case(const std::filesystem::path& folder, const Options& options, c10::
     kind->check(c);
     if (report.num_in_case() == 0) report.verdict("case", false, "holds nothing that can be checked");
   } catch (const InputError& error) {
+    log::error("{}", error.what());
     report.error(error.what());
   } catch (const Error&) {
     throw;  // no memory, no device, a signal: not the case's fault
