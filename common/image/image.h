@@ -59,6 +59,8 @@ enum class Interpolation { kAuto, kLanczos, kBox, kArea, kLinear, kCubic, kNeare
 /// sd-scripts' words: empty = kAuto, lanczos, box, area, linear or bilinear, cubic or bicubic, nearest.
 /// Throws std::invalid_argument.
 Interpolation interpolation_from_name(std::string_view name);
+/// One word each: "auto", "lanczos", "box", "area", "linear", "cubic", "nearest".
+std::string_view interpolation_name(Interpolation interpolation);
 
 /// Scales to `size`. kAuto: nothing if the size is right; area averaging if both sides shrink or stay; else Lanczos. Lanczos
 /// and box are Pillow's (support 3 * max(1, 1/scale), 22-bit coefficients, horizontal pass first, u8 between the passes), the

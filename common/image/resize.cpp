@@ -152,6 +152,11 @@ Interpolation interpolation_from_name(std::string_view name) {
   throw std::invalid_argument("unknown interpolation " + std::string(name));
 }
 
+std::string_view interpolation_name(Interpolation interpolation) {
+  constexpr std::string_view kNames[] = {"auto", "lanczos", "box", "area", "linear", "cubic", "nearest"};
+  return kNames[static_cast<int>(interpolation)];
+}
+
 Rgb resize(const Rgb& image, Size size, Interpolation interpolation) {
   return resize_window(image, {size, size, 0, 0}, interpolation);
 }

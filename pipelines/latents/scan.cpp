@@ -126,7 +126,7 @@ Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
                      {"dtype", p.dtype},
                      {"store", p.store}};
   if (p.store == "sample") key["seed"] = p.seed;
-  if (s.interpolation != image::Interpolation::kAuto) key["interpolation"] = static_cast<int>(s.interpolation);
+  if (s.interpolation != image::Interpolation::kAuto) key["interpolation"] = image::interpolation_name(s.interpolation);
   return sha256(cache::canonical_json(key));
 }
 

@@ -256,6 +256,20 @@ TEST_F(Latents, FlipAugAddsTheMirroredImage) {
   EXPECT_NE(latents(0, 0), latents(0, 1));
 }
 
+TEST_F(Latents, KeyIsTheOneOfTheFormat) {  // golden: canonical JSON written by hand
+  Sample s;
+  s.source_sha256 = sha256("picture");
+  s.placement = {{96, 64}, {64, 64}, 16, 0};
+  KeyParameters p;
+  p.weights_sha256 = "ab", p.precision = "f32", p.dtype = "bf16", p.store = "mean_logvar", p.seed = 9;
+  const std::string head = R"({"background":"#ffffff","bucket":[64,64],"crop":[0,16],"dtype":"bf16","flip":false,)";
+  const std::string tail = R"("kind":"latents","precision":"f32","profile":"default","resized":[64,96],"revision":1,)";
+  const std::string source = R"("source_sha256":")" + to_hex(s.source_sha256) + R"(","store":"mean_logvar","weights":"ab"})";
+  EXPECT_EQ(sample_key(s, p), sha256(head + tail + source));
+  s.interpolation = image::Interpolation::kCubic;
+  EXPECT_EQ(sample_key(s, p), sha256(head + R"("interpolation":"cubic",)" + tail + source));
+}
+
 TEST_F(Latents, FolderKeepsItsPrecision) {
   folder.write("photos/a.bmp", picture(64, 64, 1));
   options.encode.precision = stage::Precision::kBF16;
