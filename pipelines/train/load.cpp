@@ -1,8 +1,10 @@
 #include "pipelines/train/load.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <utility>
 
 #include "common/core/cancel.h"
@@ -54,6 +56,13 @@ std::vector<Parameter> make_parameters(lora::Adapters& adapters, c10::Device dev
   return parameters;
 }
 
+// Threads that wait for each other at the end of every small operation cost more than they save: a model of 7 M parameters has
+// its first loss 1.5 empty LibTorch starts after its own with one thread, and 3 to 6 with two while other programs are busy.
+void limit_threads(const dit::Config& config) {
+  constexpr int64_t kSmallModel = 50'000'000;
+  if (config.num_parameters() < kSmallModel && std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
+}
+
 }  // namespace
 
 std::string precision_word(at::ScalarType compute) { return compute == at::kFloat ? "f32" : "bf16"; }
@@ -88,6 +97,7 @@ void load_model(Session& session) {
   dit::Model& model = session.model;
   model.config = dit::read_config(net);
   check_fit(options, *session.data, model.config);
+  limit_threads(model.config);
   model.canonical = dit::canonical_tensors(net, model.config);
   model.stamps = std::move(net.stamps);
   model.weights = dit::make_weights(model.config, model.canonical, session.compute, session.device);
