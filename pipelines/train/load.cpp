@@ -4,7 +4,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
-#include <cstdlib>
 #include <utility>
 
 #include "common/core/cancel.h"
@@ -60,7 +59,7 @@ std::vector<Parameter> make_parameters(lora::Adapters& adapters, c10::Device dev
 // its first loss 1.5 empty LibTorch starts after its own with one thread, and 3 to 6 with two while other programs are busy.
 void limit_threads(const dit::Config& config) {
   constexpr int64_t kSmallModel = 50'000'000;
-  if (config.num_parameters() < kSmallModel && std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
+  if (config.num_parameters() < kSmallModel) at::set_num_threads(1);
 }
 
 }  // namespace
@@ -73,8 +72,8 @@ Session open_data(const Options& options) {
   session.device = resolve_device(options.device);
   const bool bf16 = options.precision == Precision::kBF16 || (options.precision == Precision::kAuto && !session.device.is_cpu());
   session.compute = bf16 ? at::kBFloat16 : at::kFloat;
-  log::info("{}", options.command_line);
-  log::info("flux-stages {}, device {}, precision {}", tool_version(), session.device.str(), precision_word(session.compute));
+  log::info("version {} device={} precision={} command: {}", tool_version(), session.device.str(),
+            precision_word(session.compute), options.command_line);
 
   session.data = std::make_unique<TrainingData>(options.latents, options.text,
                                                 DataOptions{.seed = static_cast<uint64_t>(options.seed),
