@@ -1,4 +1,5 @@
-// common/tensor/fwd.h - tensors by name only, for headers that pass them: a torch header costs seconds per file.
+// common/tensor/fwd.h - tensors by name only, for headers that pass them: a torch header costs
+// seconds per file.
 #pragma once
 #include <cstdint>
 #include <map>

@@ -59,23 +59,32 @@ DType dtype_of(ScalarType type) {
 
 DType dtype_of(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
-std::string shape_text(const at::Tensor& tensor) { return shape_text(std::span<const int64_t>(tensor.sizes())); }
+std::string shape_text(const at::Tensor& tensor) {
+  return shape_text(std::span<const int64_t>(tensor.sizes()));
+}
 
-void check_shape(std::string_view name, const at::Tensor& tensor, std::span<const int64_t> expected) {
+void check_shape(std::string_view name,
+                 const at::Tensor& tensor,
+                 std::span<const int64_t> expected) {
   bool equal = static_cast<size_t>(tensor.dim()) == expected.size();
   for (size_t i = 0; equal && i < expected.size(); ++i) {
     equal = expected[i] == -1 || expected[i] == tensor.size(static_cast<int64_t>(i));
   }
   if (!equal) {
-    throw std::invalid_argument(fmt::format("{} has shape {}, expected {}", name, shape_text(tensor), shape_text(expected)));
+    throw std::invalid_argument(fmt::format(
+        "{} has shape {}, expected {}", name, shape_text(tensor), shape_text(expected)));
   }
 }
 
-void check_shape(std::string_view name, const at::Tensor& tensor, std::initializer_list<int64_t> expected) {
+void check_shape(std::string_view name,
+                 const at::Tensor& tensor,
+                 std::initializer_list<int64_t> expected) {
   check_shape(name, tensor, std::span(expected.begin(), expected.size()));
 }
 
-at::Tensor borrow(std::span<const std::byte> bytes, DType dtype, std::span<const int64_t> shape,
+at::Tensor borrow(std::span<const std::byte> bytes,
+                  DType dtype,
+                  std::span<const int64_t> shape,
                   std::shared_ptr<const void> owner) {
   const auto type = scalar_type(dtype);
   if (!type) throw std::invalid_argument(fmt::format("no tensor type for {}", dtype_name(dtype)));
@@ -85,11 +94,12 @@ at::Tensor borrow(std::span<const std::byte> bytes, DType dtype, std::span<const
   for (const int64_t length : shape) {
     const auto n = static_cast<size_t>(length);
     fits = fits && length >= 0 && !__builtin_mul_overflow(expected, n, &expected) &&
-           !__builtin_mul_overflow(extent, std::max<size_t>(n, 1), &extent) && extent <= size_t{INT64_MAX};
+           !__builtin_mul_overflow(extent, std::max<size_t>(n, 1), &extent) &&
+           extent <= size_t{INT64_MAX};
   }
   if (!fits || expected != bytes.size()) {
-    throw std::invalid_argument(
-        fmt::format("{} {} does not fit in {} bytes", dtype_name(dtype), shape_text(shape), bytes.size()));
+    throw std::invalid_argument(fmt::format(
+        "{} {} does not fit in {} bytes", dtype_name(dtype), shape_text(shape), bytes.size()));
   }
   const auto options = at::TensorOptions(*type);
   const at::IntArrayRef sizes(shape.data(), shape.size());
@@ -99,15 +109,20 @@ at::Tensor borrow(std::span<const std::byte> bytes, DType dtype, std::span<const
     if (!bytes.empty()) std::memcpy(copy.mutable_data_ptr(), bytes.data(), bytes.size());
     return copy;
   }
-  return at::from_blob(const_cast<std::byte*>(bytes.data()), sizes, [owner = std::move(owner)](void*) mutable { owner.reset(); },
-                       options);
+  return at::from_blob(
+      const_cast<std::byte*>(bytes.data()),
+      sizes,
+      [owner = std::move(owner)](void*) mutable { owner.reset(); },
+      options);
 }
 
 template <class T>
 at::Tensor from_values(std::span<const T> values, std::span<const int64_t> shape) {
-  at::Tensor tensor = at::empty(at::IntArrayRef(shape.data(), shape.size()), c10::CppTypeToScalarType<T>::value);
+  at::Tensor tensor =
+      at::empty(at::IntArrayRef(shape.data(), shape.size()), c10::CppTypeToScalarType<T>::value);
   if (tensor.numel() != static_cast<int64_t>(values.size())) {
-    throw std::invalid_argument(fmt::format("{} values for shape {}", values.size(), shape_text(shape)));
+    throw std::invalid_argument(
+        fmt::format("{} values for shape {}", values.size(), shape_text(shape)));
   }
   if (!values.empty()) std::memcpy(tensor.mutable_data_ptr(), values.data(), values.size_bytes());
   return tensor;
@@ -120,7 +135,8 @@ template at::Tensor from_values(std::span<const uint8_t>, std::span<const int64_
 
 std::span<const std::byte> host_bytes(const at::Tensor& tensor) {
   if (!tensor.device().is_cpu() || !tensor.is_contiguous()) {
-    throw std::invalid_argument("host_bytes needs a contiguous CPU tensor, got one of shape " + shape_text(tensor));
+    throw std::invalid_argument("host_bytes needs a contiguous CPU tensor, got one of shape " +
+                                shape_text(tensor));
   }
   return {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()};
 }

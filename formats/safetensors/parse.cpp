@@ -1,4 +1,5 @@
-// The header of one file: JSON by events, so that repeated keys, floats and deep nesting are seen before they are lost.
+// The header of one file: JSON by events, so that repeated keys, floats and deep nesting are seen
+// before they are lost.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -19,10 +20,13 @@
 namespace flux::safetensors {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "files are little-endian and read in place");
+static_assert(std::endian::native == std::endian::little,
+              "files are little-endian and read in place");
 
 /// False on overflow of 64 bits.
-bool multiply(uint64_t& product, uint64_t factor) { return !__builtin_mul_overflow(product, factor, &product); }
+bool multiply(uint64_t& product, uint64_t factor) {
+  return !__builtin_mul_overflow(product, factor, &product);
+}
 
 /// product(shape) * bits; nothing on overflow.
 std::optional<uint64_t> size_bits(DType dtype, std::span<const int64_t> shape) {
@@ -40,7 +44,8 @@ std::string shown_name(std::string_view name) {
   return fmt::format("'{}{}'", text, name.size() > kLongest ? "..." : "");
 }
 
-/// Receives the JSON events of a header. A method that returns false has put the reason into `reason`.
+/// Receives the JSON events of a header. A method that returns false has put the reason into
+/// `reason`.
 class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
  public:
   Contents contents;
@@ -53,21 +58,27 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
         key_ = std::move(name);
         return true;
       case Level::kMetadata:
-        if (contents.metadata.contains(name)) return refuse("metadata key {} appears twice", shown_name(name));
+        if (contents.metadata.contains(name))
+          return refuse("metadata key {} appears twice", shown_name(name));
         key_ = std::move(name);
         return true;
-      default: break;
+      default:
+        break;
     }
     const auto* const field = std::find(kFields.begin(), kFields.end(), name);
-    if (field == kFields.end()) return refuse("{} has an unknown field {}", entry(), shown_name(name));
+    if (field == kFields.end())
+      return refuse("{} has an unknown field {}", entry(), shown_name(name));
     field_ = static_cast<size_t>(field - kFields.begin());
-    if (std::exchange(seen_[field_], true)) return refuse("{} has {} twice", entry(), kFields[field_]);
+    if (std::exchange(seen_[field_], true))
+      return refuse("{} has {} twice", entry(), kFields[field_]);
     return true;
   }
 
   bool start_object(size_t) override {
     switch (level_) {
-      case Level::kFile: level_ = Level::kTop; return true;
+      case Level::kFile:
+        level_ = Level::kTop;
+        return true;
       case Level::kTop:
         if (key_ == "__metadata__") {
           level_ = Level::kMetadata;
@@ -81,7 +92,8 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
         seen_ = {};
         num_offsets_ = 0;
         return true;
-      default: return refuse_value("an object");
+      default:
+        return refuse_value("an object");
     }
   }
 
@@ -123,10 +135,12 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
 
   bool number_unsigned(uint64_t value) override {
     if (level_ != Level::kShape && level_ != Level::kOffsets) return refuse_value("a number");
-    if (value > INT64_MAX) return refuse("{} of {} has {}, which is above 2^63-1", kFields[field_], entry(), value);
+    if (value > INT64_MAX)
+      return refuse("{} of {} has {}, which is above 2^63-1", kFields[field_], entry(), value);
     Tensor& tensor = contents.tensors.back();
     if (level_ == Level::kShape) {
-      if (tensor.shape.size() >= static_cast<size_t>(kMaxRank)) return refuse("{} has more than {} dimensions", entry(), kMaxRank);
+      if (tensor.shape.size() >= static_cast<size_t>(kMaxRank))
+        return refuse("{} has more than {} dimensions", entry(), kMaxRank);
       tensor.shape.push_back(static_cast<int64_t>(value));
     } else {
       (num_offsets_ == 0 ? tensor.begin : tensor.end) = value;
@@ -159,17 +173,23 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
 
   bool refuse_value(std::string_view what) {
     switch (level_) {
-      case Level::kFile: return refuse("the header is {}, not an object", what);
+      case Level::kFile:
+        return refuse("the header is {}, not an object", what);
       case Level::kTop:
         if (key_ == "__metadata__") return refuse("__metadata__ is {}, not an object", what);
         return refuse("the entry of {} is {}, not an object", entry(), what);
-      case Level::kMetadata: return refuse("metadata {} is {}, not a string", shown_name(key_), what);
-      default: return refuse("{} of {} holds {}", kFields[field_], entry(), what);
+      case Level::kMetadata:
+        return refuse("metadata {} is {}, not a string", shown_name(key_), what);
+      default:
+        return refuse("{} of {} holds {}", kFields[field_], entry(), what);
     }
   }
   bool refuse_number(std::string_view text) {
     if (level_ != Level::kShape && level_ != Level::kOffsets) return refuse_value("a number");
-    return refuse("{} of {} has {}, not a whole number from 0 to 2^63-1", kFields[field_], entry(), printable(text));
+    return refuse("{} of {} has {}, not a whole number from 0 to 2^63-1",
+                  kFields[field_],
+                  entry(),
+                  printable(text));
   }
 
   Level level_ = Level::kFile;
@@ -190,7 +210,8 @@ std::string_view other_kind(std::string_view head) {
       {"\x80\x03"sv, "a pickle"},
       {"\x80\x04"sv, "a pickle"},
       {"\x80\x05"sv, "a pickle"},
-      {"version https://git-lfs"sv, "a Git LFS pointer: the weights themselves were never downloaded"},
+      {"version https://git-lfs"sv,
+       "a Git LFS pointer: the weights themselves were never downloaded"},
       {"\x89HDF"sv, "an HDF5 file"},
       {"\x89PNG"sv, "a PNG image"},
       {"\xff\xd8\xff"sv, "a JPEG image"},
@@ -203,9 +224,10 @@ std::string_view other_kind(std::string_view head) {
     return "a web page, perhaps an error page saved by a download";
   }
   const std::string_view sample = head.substr(0, 512);
-  const bool text = !sample.empty() && std::all_of(sample.begin(), sample.end(), [](unsigned char c) {
-    return c >= 0x20 || c == '\n' || c == '\r' || c == '\t';
-  });
+  const bool text =
+      !sample.empty() && std::all_of(sample.begin(), sample.end(), [](unsigned char c) {
+        return c >= 0x20 || c == '\n' || c == '\r' || c == '\t';
+      });
   return text ? "a text file" : "";
 }
 
@@ -214,15 +236,17 @@ std::string_view other_kind(std::string_view head) {
 uint64_t tensor_bytes(DType dtype, std::span<const int64_t> shape) {
   const auto bits = size_bits(dtype, shape);
   if (!bits || *bits % 8 != 0) {
-    throw std::invalid_argument(fmt::format("{} {} has no size in whole bytes below 2^61", dtype_name(dtype), shape_text(shape)));
+    throw std::invalid_argument(fmt::format(
+        "{} {} has no size in whole bytes below 2^61", dtype_name(dtype), shape_text(shape)));
   }
   return *bits / 8;
 }
 
 Contents parse(std::span<const std::byte> file, std::string_view where) {
   const auto refuse = [&](std::string_view reason) {
-    throw InputError(fmt::format("{}: broken safetensors file: {}", where, reason),
-                     "the file is damaged or was written by a faulty program: download or convert it again");
+    throw InputError(
+        fmt::format("{}: broken safetensors file: {}", where, reason),
+        "the file is damaged or was written by a faulty program: download or convert it again");
   };
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.size());
 
@@ -235,7 +259,8 @@ Contents parse(std::span<const std::byte> file, std::string_view where) {
   } else {
     std::memcpy(&header_size, file.data(), sizeof header_size);
     if (header_size > kMaxHeaderBytes) {
-      start = fmt::format("header of {} bytes, at most {} are allowed", header_size, kMaxHeaderBytes);
+      start =
+          fmt::format("header of {} bytes, at most {} are allowed", header_size, kMaxHeaderBytes);
     } else if (header_size > file.size() - sizeof header_size) {
       start = fmt::format("header of {} bytes in a file of {}", header_size, file.size());
     } else if (header_size < 2) {
@@ -246,18 +271,23 @@ Contents parse(std::span<const std::byte> file, std::string_view where) {
   }
   if (!start.empty()) {
     const std::string_view kind = other_kind(text);
-    throw InputError(fmt::format("{}: not a safetensors file: {}", where,
-                                 kind.empty() ? start : fmt::format("it looks like {} ({})", kind, start)),
-                     "give weights in safetensors format");
+    throw InputError(
+        fmt::format("{}: not a safetensors file: {}",
+                    where,
+                    kind.empty() ? start : fmt::format("it looks like {} ({})", kind, start)),
+        "give weights in safetensors format");
   }
 
   std::string_view header = text.substr(sizeof header_size, header_size);
-  if (const auto at = first_invalid_utf8(header)) refuse(fmt::format("the header is not UTF-8 at byte {}", *at));
+  if (const auto at = first_invalid_utf8(header))
+    refuse(fmt::format("the header is not UTF-8 at byte {}", *at));
   // the JSON parser takes a NUL byte for the end of its input
   if (header.find('\0') != std::string_view::npos) refuse("NUL bytes in the header");
-  header = header.substr(0, header.find_last_not_of(' ') + 1);  // padding; it starts with '{', so something is left
+  header = header.substr(
+      0, header.find_last_not_of(' ') + 1);  // padding; it starts with '{', so something is left
   HeaderEvents events;
-  if (!nlohmann::json::sax_parse(header.begin(), header.end(), &events)) refuse("header: " + events.reason);
+  if (!nlohmann::json::sax_parse(header.begin(), header.end(), &events))
+    refuse("header: " + events.reason);
   if (header.back() != '}') refuse("the header is padded with something other than spaces");
 
   Contents contents = std::move(events.contents);
@@ -267,19 +297,33 @@ Contents parse(std::span<const std::byte> file, std::string_view where) {
   });
   uint64_t covered = 0;
   for (Tensor& tensor : contents.tensors) {
-    const auto entry = [&] { return fmt::format("tensor {} at {} to {}", shown_name(tensor.name), tensor.begin, tensor.end); };
+    const auto entry = [&] {
+      return fmt::format(
+          "tensor {} at {} to {}", shown_name(tensor.name), tensor.begin, tensor.end);
+    };
     if (tensor.end < tensor.begin) refuse(entry() + " ends before it begins");
-    if (tensor.end > data.size()) refuse(fmt::format("{} ends after the file's {} bytes of data", entry(), data.size()));
+    if (tensor.end > data.size())
+      refuse(fmt::format("{} ends after the file's {} bytes of data", entry(), data.size()));
     if (tensor.begin != covered) {
-      refuse(fmt::format("{} {}; it should begin at {}", entry(),
-                         tensor.begin < covered ? "overlaps the one before it" : "leaves a hole before it", covered));
+      refuse(fmt::format(
+          "{} {}; it should begin at {}",
+          entry(),
+          tensor.begin < covered ? "overlaps the one before it" : "leaves a hole before it",
+          covered));
     }
     const auto bits = size_bits(tensor.dtype, tensor.shape);
-    const auto what = [&] { return fmt::format("{} {}", dtype_name(tensor.dtype), shape_text(tensor.shape)); };
+    const auto what = [&] {
+      return fmt::format("{} {}", dtype_name(tensor.dtype), shape_text(tensor.shape));
+    };
     if (!bits) refuse(fmt::format("{}: the size of {} overflows 64 bits", entry(), what()));
-    if (*bits % 8 != 0) refuse(fmt::format("{}: {} is not a whole number of bytes", entry(), what()));
+    if (*bits % 8 != 0)
+      refuse(fmt::format("{}: {} is not a whole number of bytes", entry(), what()));
     if (*bits / 8 != tensor.end - tensor.begin) {
-      refuse(fmt::format("{}: {} needs {} bytes, the offsets give {}", entry(), what(), *bits / 8, tensor.end - tensor.begin));
+      refuse(fmt::format("{}: {} needs {} bytes, the offsets give {}",
+                         entry(),
+                         what(),
+                         *bits / 8,
+                         tensor.end - tensor.begin));
     }
     covered = tensor.end;
     tensor.bytes = data.subspan(tensor.begin, tensor.end - tensor.begin);

@@ -26,16 +26,22 @@ struct ShardName {
   std::string base;
   int64_t number = 0, total = 0;
 
-  std::string file(int64_t n) const { return fmt::format("{}-{:05d}-of-{:05d}.safetensors", base, n, total); }
+  std::string file(int64_t n) const {
+    return fmt::format("{}-{:05d}-of-{:05d}.safetensors", base, n, total);
+  }
 };
 
 std::optional<ShardName> shard_name(const std::string& name) {
   constexpr std::string_view kShape = "-00000-of-00000.safetensors";  // 0: any digit
   if (name.size() < kShape.size()) return std::nullopt;
   const std::string tail = name.substr(name.size() - kShape.size());
-  const auto fits = [](char shape, char c) { return shape == '0' ? c >= '0' && c <= '9' : shape == c; };
+  const auto fits = [](char shape, char c) {
+    return shape == '0' ? c >= '0' && c <= '9' : shape == c;
+  };
   if (!std::equal(kShape.begin(), kShape.end(), tail.begin(), fits)) return std::nullopt;
-  return ShardName{name.substr(0, name.size() - kShape.size()), std::stoll(tail.substr(1, 5)), std::stoll(tail.substr(10, 5))};
+  return ShardName{name.substr(0, name.size() - kShape.size()),
+                   std::stoll(tail.substr(1, 5)),
+                   std::stoll(tail.substr(10, 5))};
 }
 
 /// The set's tensors are each in one file only.
@@ -49,7 +55,9 @@ FileSet make_set(std::vector<fs::path> paths) {
     for (const Tensor& tensor : file.tensors()) {
       const auto [owner, fresh] = owners.emplace(tensor.name, &file);
       if (!fresh) {
-        throw InputError(fmt::format("{}: tensor '{}' is in {} too", show(path), printable(tensor.name),
+        throw InputError(fmt::format("{}: tensor '{}' is in {} too",
+                                     show(path),
+                                     printable(tensor.name),
                                      show(owner->second->path())),
                          "shards of different models may be mixed in this folder");
       }
@@ -61,16 +69,18 @@ FileSet make_set(std::vector<fs::path> paths) {
 
 FileSet open_shards(const fs::path& first, const ShardName& name) {
   if (name.number != 1) {
-    throw InputError(fmt::format("{}: is shard {} of {}", show(first), name.number, name.total),
-                     fmt::format("give the folder, the index or the first shard, {}", name.file(1)));
+    throw InputError(
+        fmt::format("{}: is shard {} of {}", show(first), name.number, name.total),
+        fmt::format("give the folder, the index or the first shard, {}", name.file(1)));
   }
   std::vector<fs::path> paths;
   for (int64_t n = 1; n <= name.total; ++n) {
     paths.push_back(first.parent_path() / name.file(n));
     std::error_code error;
     if (!fs::exists(paths.back(), error)) {
-      throw InputError(fmt::format("{}: shard {} of {} is not there", show(paths.back()), n, name.total),
-                       "download the whole set into one folder");
+      throw InputError(
+          fmt::format("{}: shard {} of {} is not there", show(paths.back()), n, name.total),
+          "download the whole set into one folder");
     }
   }
   return make_set(std::move(paths));
@@ -105,12 +115,14 @@ Index read_index(const fs::path& path) {
   } catch (const nlohmann::json::exception&) {
     refuse("it is not valid JSON");
   }
-  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) refuse("it has no weight_map");
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
+    refuse("it has no weight_map");
   Index index;
   for (const auto& [name, file] : json["weight_map"].items()) {
     if (!file.is_string()) refuse(fmt::format("the file of '{}' is not a string", printable(name)));
     const auto& file_name = file.get_ref<const std::string&>();
-    if (file_name.empty() || file_name == "." || file_name == ".." || file_name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
+    if (file_name.empty() || file_name == "." || file_name == ".." ||
+        file_name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
       refuse(fmt::format("'{}' is not a plain file name", printable(file_name)));
     }
     index.files.emplace(name, file_name);
@@ -118,7 +130,8 @@ Index read_index(const fs::path& path) {
   if (index.files.empty()) refuse("its weight_map is empty");
   if (json.contains("metadata") && json["metadata"].is_object()) {
     const auto total = json["metadata"].find("total_size");
-    if (total != json["metadata"].end() && total->is_number_unsigned()) index.total_size = total->get<uint64_t>();
+    if (total != json["metadata"].end() && total->is_number_unsigned())
+      index.total_size = total->get<uint64_t>();
   }
   return index;
 }
@@ -158,17 +171,22 @@ FileSet open_index(const fs::path& path) {
     }
   }
   std::string problems;
-  for (const auto& [what, list] : {std::pair("listed, but in no shard", &absent), std::pair("listed in another shard", &misplaced),
+  for (const auto& [what, list] : {std::pair("listed, but in no shard", &absent),
+                                   std::pair("listed in another shard", &misplaced),
                                    std::pair("in a shard, but not listed", &unlisted)}) {
-    if (!list->empty()) problems += fmt::format("\n  {} {}: {}", list->size(), what, join_some(*list));
+    if (!list->empty())
+      problems += fmt::format("\n  {} {}: {}", list->size(), what, join_some(*list));
   }
   if (!problems.empty()) {
-    throw InputError(fmt::format("{}: index and shards disagree{}", show(path), problems),
-                     "index and shards are of different downloads: fetch them again, or give the first shard");
+    throw InputError(
+        fmt::format("{}: index and shards disagree{}", show(path), problems),
+        "index and shards are of different downloads: fetch them again, or give the first shard");
   }
   if (index.total_size && *index.total_size != total) {
-    log::warn("index gives another size than its shards have path={} index_bytes={} shard_bytes={}", show(path),
-              *index.total_size, total);
+    log::warn("index gives another size than its shards have path={} index_bytes={} shard_bytes={}",
+              show(path),
+              *index.total_size,
+              total);
   }
   return set;
 }
@@ -187,15 +205,19 @@ FileSet open_folder(const fs::path& folder) {
   if (indexes.size() == 1) return open_index(folder / indexes[0]);
   const auto& names = indexes.empty() ? files : indexes;
   if (names.empty()) {
-    throw InputError(fmt::format("{}: no .safetensors file in this folder", show(folder)), "give the folder or file that holds the weights");
+    throw InputError(fmt::format("{}: no .safetensors file in this folder", show(folder)),
+                     "give the folder or file that holds the weights");
   }
   const auto first = shard_name(names[0]);
-  const bool one_set = first && first->number == 1 && static_cast<int64_t>(names.size()) == first->total;
+  const bool one_set =
+      first && first->number == 1 && static_cast<int64_t>(names.size()) == first->total;
   if (names.size() == 1 || one_set) return open_set(folder / names[0]);
   std::vector<std::string> shown;
   for (const std::string& name : names) shown.push_back(printable(name));
-  throw InputError(fmt::format("{}: holds {} files of weights: {}", show(folder), names.size(), join_some(shown)),
-                   "give one of them");
+  throw InputError(
+      fmt::format(
+          "{}: holds {} files of weights: {}", show(folder), names.size(), join_some(shown)),
+      "give one of them");
 }
 
 }  // namespace
@@ -204,7 +226,9 @@ File::File(const fs::path& path) : mapping_(path), contents_(parse(mapping_.byte
   for (const Tensor& tensor : contents_.tensors) by_name_.emplace(tensor.name, &tensor);
 }
 
-std::shared_ptr<const File> File::open(const fs::path& path) { return std::shared_ptr<const File>(new File(path)); }
+std::shared_ptr<const File> File::open(const fs::path& path) {
+  return std::shared_ptr<const File>(new File(path));
+}
 
 const Tensor* File::find(std::string_view name) const {
   const auto it = by_name_.find(name);

@@ -18,10 +18,12 @@ namespace {
 constexpr std::string_view kMetadataKey = "__metadata__";
 
 void check_text(std::string_view what, std::string_view text) {
-  if (first_invalid_utf8(text)) throw std::invalid_argument(fmt::format("{} '{}' is not UTF-8", what, printable(text)));
+  if (first_invalid_utf8(text))
+    throw std::invalid_argument(fmt::format("{} '{}' is not UTF-8", what, printable(text)));
 }
 
-/// The length word and the padded JSON. Written by hand where order matters: JSON objects of the library sort by key.
+/// The length word and the padded JSON. Written by hand where order matters: JSON objects of the
+/// library sort by key.
 std::string header_of(const std::vector<TensorSpec>& order, const Metadata& metadata) {
   std::string json = "{";
   if (!metadata.empty()) {
@@ -33,21 +35,29 @@ std::string header_of(const std::vector<TensorSpec>& order, const Metadata& meta
   }
   uint64_t offset = 0;
   for (const TensorSpec& tensor : order) {
-    if (tensor.name == kMetadataKey) throw std::invalid_argument("a tensor cannot be called __metadata__");
+    if (tensor.name == kMetadataKey)
+      throw std::invalid_argument("a tensor cannot be called __metadata__");
     check_text("tensor name", tensor.name);
     const uint64_t size = tensor_bytes(tensor.dtype, tensor.shape);
     uint64_t end = 0;
     if (__builtin_add_overflow(offset, size, &end) || end > static_cast<uint64_t>(INT64_MAX)) {
-      throw std::invalid_argument(fmt::format("tensors up to '{}' have more than 2^63 bytes", printable(tensor.name)));
+      throw std::invalid_argument(
+          fmt::format("tensors up to '{}' have more than 2^63 bytes", printable(tensor.name)));
     }
-    json += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}", json.size() > 1 ? "," : "",
-                        nlohmann::json(tensor.name).dump(), dtype_name(tensor.dtype), fmt::join(tensor.shape, ","), offset, end);
+    json += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                        json.size() > 1 ? "," : "",
+                        nlohmann::json(tensor.name).dump(),
+                        dtype_name(tensor.dtype),
+                        fmt::join(tensor.shape, ","),
+                        offset,
+                        end);
     offset = end;
   }
   json += "}";
   json.append((8 - json.size() % 8) % 8, ' ');
   if (json.size() > kMaxHeaderBytes) {
-    throw std::invalid_argument(fmt::format("header of {} bytes, at most {} are allowed", json.size(), kMaxHeaderBytes));
+    throw std::invalid_argument(
+        fmt::format("header of {} bytes, at most {} are allowed", json.size(), kMaxHeaderBytes));
   }
   const auto length = std::bit_cast<std::array<char, 8>>(static_cast<uint64_t>(json.size()));
   return std::string(length.data(), length.size()) + json;
@@ -65,7 +75,8 @@ std::vector<TensorSpec> in_file_order(std::vector<TensorSpec> tensors) {
   for (const TensorSpec& tensor : tensors) names.push_back(tensor.name);
   std::sort(names.begin(), names.end());
   const auto twice = std::adjacent_find(names.begin(), names.end());
-  if (twice != names.end()) throw std::invalid_argument(fmt::format("tensor '{}' is given twice", printable(*twice)));
+  if (twice != names.end())
+    throw std::invalid_argument(fmt::format("tensor '{}' is given twice", printable(*twice)));
   return tensors;
 }
 
@@ -75,15 +86,20 @@ std::string header_bytes(std::vector<TensorSpec> tensors, const Metadata& metada
 
 Metadata pt_metadata() { return {{"format", "pt"}}; }
 
-Writer::Writer(std::filesystem::path path, std::vector<TensorSpec> tensors, const Metadata& metadata)
-    : order_(in_file_order(std::move(tensors))), header_(header_of(order_, metadata)), file_(std::move(path)) {
+Writer::Writer(std::filesystem::path path,
+               std::vector<TensorSpec> tensors,
+               const Metadata& metadata)
+    : order_(in_file_order(std::move(tensors))),
+      header_(header_of(order_, metadata)),
+      file_(std::move(path)) {
   file_.write(header_);
   skip_full();
 }
 
 void Writer::skip_full() {
   // a tensor of no bytes needs no write()
-  while (next_ < order_.size() && written_ == tensor_bytes(order_[next_].dtype, order_[next_].shape)) {
+  while (next_ < order_.size() &&
+         written_ == tensor_bytes(order_[next_].dtype, order_[next_].shape)) {
     ++next_;
     written_ = 0;
   }
@@ -92,12 +108,15 @@ void Writer::skip_full() {
 void Writer::write(std::string_view name, std::span<const std::byte> bytes) {
   if (bytes.empty()) return;
   if (next_ == order_.size() || order_[next_].name != name) {
-    throw std::invalid_argument(fmt::format("tensor '{}' was written where {} is next", printable(name),
-                                            next_ == order_.size() ? "nothing" : printable(order_[next_].name)));
+    throw std::invalid_argument(
+        fmt::format("tensor '{}' was written where {} is next",
+                    printable(name),
+                    next_ == order_.size() ? "nothing" : printable(order_[next_].name)));
   }
   const uint64_t size = tensor_bytes(order_[next_].dtype, order_[next_].shape);
   if (bytes.size() > size - written_) {
-    throw std::invalid_argument(fmt::format("tensor '{}' has {} bytes, {} were given", printable(name), size, written_ + bytes.size()));
+    throw std::invalid_argument(fmt::format(
+        "tensor '{}' has {} bytes, {} were given", printable(name), size, written_ + bytes.size()));
   }
   file_.write(bytes);
   written_ += bytes.size();
@@ -106,7 +125,8 @@ void Writer::write(std::string_view name, std::span<const std::byte> bytes) {
 
 void Writer::commit() {
   if (next_ != order_.size()) {
-    throw std::invalid_argument(fmt::format("tensor '{}' was not written in full", printable(order_[next_].name)));
+    throw std::invalid_argument(
+        fmt::format("tensor '{}' was not written in full", printable(order_[next_].name)));
   }
   file_.commit();
 }

@@ -1,4 +1,5 @@
-// formats/safetensors/writer.h - writes safetensors files tensor by tensor, so that no model is in memory twice.
+// formats/safetensors/writer.h - writes safetensors files tensor by tensor, so that no model is in
+// memory twice.
 #pragma once
 #include <cstddef>
 #include <filesystem>
@@ -26,22 +27,26 @@ Metadata pt_metadata();
 
 /// The order of tensors in a file. Throws std::invalid_argument for a name twice.
 std::vector<TensorSpec> in_file_order(std::vector<TensorSpec> tensors);
-/// What a Writer of the same arguments writes before the tensors: the length word and the padded JSON. Throws as it does.
+/// What a Writer of the same arguments writes before the tensors: the length word and the padded
+/// JSON. Throws as it does.
 std::string header_bytes(std::vector<TensorSpec> tensors, const Metadata& metadata);
 
-/// The header is written at once, the tensors' bytes one after the other, and the file appears under its name on
-/// commit() only (temporary file, flush, rename). Equal input gives equal bytes: metadata by key, tensors sorted by
-/// element size (largest first), then dtype, then name; the header is padded with spaces to a multiple of 8.
+/// The header is written at once, the tensors' bytes one after the other, and the file appears
+/// under its name on commit() only (temporary file, flush, rename). Equal input gives equal bytes:
+/// metadata by key, tensors sorted by element size (largest first), then dtype, then name; the
+/// header is padded with spaces to a multiple of 8.
 class Writer {
  public:
-  /// Throws std::invalid_argument: a name twice or "__metadata__", text that is not UTF-8, a negative or overflowing
-  /// shape, a header above kMaxHeaderBytes. ResourceError: the file cannot be made.
+  /// Throws std::invalid_argument: a name twice or "__metadata__", text that is not UTF-8, a
+  /// negative or overflowing shape, a header above kMaxHeaderBytes. ResourceError: the file cannot
+  /// be made.
   Writer(std::filesystem::path path, std::vector<TensorSpec> tensors, const Metadata& metadata);
 
   /// The order in which tensors must be written.
   const std::vector<TensorSpec>& order() const { return order_; }
-  /// Bytes of the next tensor of order(), all at once or in pieces under the same name. Throws std::invalid_argument if it is
-  /// not that tensor's turn or the bytes are too many; ResourceError: the disk is full.
+  /// Bytes of the next tensor of order(), all at once or in pieces under the same name. Throws
+  /// std::invalid_argument if it is not that tensor's turn or the bytes are too many;
+  /// ResourceError: the disk is full.
   void write(std::string_view name, std::span<const std::byte> bytes);
   /// Throws std::invalid_argument if a tensor is missing or short.
   void commit();

@@ -24,14 +24,17 @@ nlohmann::json read_json(const fs::path& path) {
   return json;
 }
 
-/// Collects the folders with case.json; `seen` holds the real paths visited, against cycles of links.
+/// Collects the folders with case.json; `seen` holds the real paths visited, against cycles of
+/// links.
 void find_below(const fs::path& folder, std::set<fs::path>& seen, std::vector<fs::path>& found) {
   std::error_code error;
   const fs::path real = fs::canonical(folder, error);
   if (error || !seen.insert(real).second) return;
   if (fs::is_regular_file(folder / "case.json", error)) found.push_back(folder);
   std::vector<fs::path> below;
-  for (fs::directory_iterator it(folder, fs::directory_options::skip_permission_denied, error), end; !error && it != end; it.increment(error)) {
+  for (fs::directory_iterator it(folder, fs::directory_options::skip_permission_denied, error), end;
+       !error && it != end;
+       it.increment(error)) {
     std::error_code ignored;
     if (it->is_directory(ignored)) below.push_back(it->path());
   }
@@ -63,7 +66,9 @@ std::vector<std::string> Case::files(std::string_view beginning, std::string_vie
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().native();
-    if (name.starts_with(beginning) && name.ends_with(ending) && name.size() >= beginning.size() + ending.size()) names.push_back(name);
+    if (name.starts_with(beginning) && name.ends_with(ending) &&
+        name.size() >= beginning.size() + ending.size())
+      names.push_back(name);
   }
   std::sort(names.begin(), names.end());
   return names;
@@ -75,14 +80,16 @@ TensorMap Case::read_tensors(const std::string& file) const {
 
 std::optional<fs::path> Case::path_of(const char* key) const {
   if (!json.contains(key)) return std::nullopt;
-  if (!json[key].is_string()) throw InputError(fmt::format("{}: {} is not a path", show(folder / "case.json"), key));
+  if (!json[key].is_string())
+    throw InputError(fmt::format("{}: {} is not a path", show(folder / "case.json"), key));
   return (folder / json[key].get<std::string>()).lexically_normal();
 }
 
 fs::path Case::required(const char* key, const std::string& fallback) const {
   const fs::path path = path_of(key).value_or(folder / fallback);
   std::error_code error;
-  if (!fs::exists(path, error)) throw InputError(fmt::format("{}: is not there; the case needs it as its {}", show(path), key));
+  if (!fs::exists(path, error))
+    throw InputError(fmt::format("{}: is not there; the case needs it as its {}", show(path), key));
   return path;
 }
 
@@ -91,20 +98,25 @@ Limits Case::limits(std::string_view part) const {
     const auto it = object.is_object() ? object.find(name) : object.end();
     return object.is_object() && it != object.end() ? *it : nlohmann::json();
   };
-  const nlohmann::json all = member(json, "limits"), chosen = part.empty() ? all : member(all, part);
+  const nlohmann::json all = member(json, "limits"),
+                       chosen = part.empty() ? all : member(all, part);
   Limits out;
   for (const auto& [name, value] : {std::pair("rel", &out.rel), std::pair("max", &out.max)}) {
     if (const auto limit = member(chosen, name); limit.is_number()) *value = limit.get<double>();
   }
   if (!out.rel && !out.max) {
-    throw InputError(fmt::format("{}: no limits{}{} with rel or max", show(folder / "case.json"), part.empty() ? "" : ".", part));
+    throw InputError(fmt::format("{}: no limits{}{} with rel or max",
+                                 show(folder / "case.json"),
+                                 part.empty() ? "" : ".",
+                                 part));
   }
   return out;
 }
 
 double Case::limit(const char* part, const char* name) const {
   const auto& all = json.contains("limits") ? json["limits"] : nlohmann::json();
-  if (!all.is_object() || !all.contains(part) || !all[part].is_object() || !all[part].contains(name) || !all[part][name].is_number()) {
+  if (!all.is_object() || !all.contains(part) || !all[part].is_object() ||
+      !all[part].contains(name) || !all[part][name].is_number()) {
     throw InputError(fmt::format("{}: no limits.{}.{}", show(folder / "case.json"), part, name));
   }
   return all[part][name].get<double>();
@@ -114,18 +126,26 @@ void Case::output(std::string_view name, const at::Tensor& got, const at::Tensor
   report->compare(name, got, golden, limits(bf16 ? "bf16" : ""));
 }
 
-void Case::inner(std::string_view name, const at::Tensor& got, const at::Tensor& golden, const Limits& within) const {
+void Case::inner(std::string_view name,
+                 const at::Tensor& got,
+                 const at::Tensor& golden,
+                 const Limits& within) const {
   if (!bf16) report->compare(name, got, golden, within);
 }
 
-void Case::summary(const TensorMap& vectors, const std::string& kind_name, const std::string& name, const at::Tensor& got,
-                   const Limits& within, bool by_largest) const {
+void Case::summary(const TensorMap& vectors,
+                   const std::string& kind_name,
+                   const std::string& name,
+                   const at::Tensor& got,
+                   const Limits& within,
+                   bool by_largest) const {
   if (bf16) return;
   const auto find = [&](const std::string& key) {
     const auto it = vectors.find(key + "." + name);
     return it == vectors.end() ? at::Tensor() : it->second;
   };
-  const at::Tensor full = find(kind_name), samples = find(kind_name + "_samples"), stats = find(kind_name + "_stats");
+  const at::Tensor full = find(kind_name), samples = find(kind_name + "_samples"),
+                   stats = find(kind_name + "_stats");
   if (full.defined()) inner(kind_name + "." + name, got, full, within);
   if (samples.defined()) {
     const at::Tensor mine = samples_of(got, samples.numel()).view(samples.sizes());
@@ -133,32 +153,41 @@ void Case::summary(const TensorMap& vectors, const std::string& kind_name, const
     if (by_largest && stats.defined()) {
       const auto difference = (mine.to(at::kDouble) - samples.to(at::kDouble)).abs();
       const double largest = stats[2].item<double>();
-      errors = {difference.norm().item<double>() / std::sqrt(static_cast<double>(samples.numel())) / largest,
+      errors = {difference.norm().item<double>() / std::sqrt(static_cast<double>(samples.numel())) /
+                    largest,
                 difference.max().item<double>() / largest};
     }
     report->judge(kind_name + "_samples." + name, errors, within);
   }
   if (stats.defined()) {
     const auto exact = got.detach().cpu().to(at::kDouble);
-    const double norm = exact.norm().item<double>(), rms = norm / std::sqrt(static_cast<double>(std::max<int64_t>(1, exact.numel())));
+    const double norm = exact.norm().item<double>(),
+                 rms = norm / std::sqrt(static_cast<double>(std::max<int64_t>(1, exact.numel())));
     const auto golden = stats.to(at::kDouble);
     const auto off = [&](int64_t i, double value, double scale) {
       const double difference = std::abs(golden[i].item<double>() - value);
       return difference == 0 ? 0.0 : difference / scale;
     };
     // a mean may be near zero by chance: it is compared on the scale of the values
-    const double of_sums = std::max(off(0, norm, golden[0].item<double>()), off(1, exact.mean().item<double>(), rms));
-    report->judge(kind_name + "_stats." + name, {of_sums, off(2, exact.abs().max().item<double>(), golden[2].item<double>())}, within);
+    const double of_sums =
+        std::max(off(0, norm, golden[0].item<double>()), off(1, exact.mean().item<double>(), rms));
+    report->judge(kind_name + "_stats." + name,
+                  {of_sums, off(2, exact.abs().max().item<double>(), golden[2].item<double>())},
+                  within);
   }
 }
 
 std::vector<fs::path> find_cases(const fs::path& root) {
   std::error_code error;
-  if (!fs::is_directory(root, error)) throw InputError(fmt::format("{}: no such folder", show(root)), "give a folder with reference cases");
+  if (!fs::is_directory(root, error))
+    throw InputError(fmt::format("{}: no such folder", show(root)),
+                     "give a folder with reference cases");
   std::set<fs::path> seen;
   std::vector<fs::path> found;
   find_below(root, seen, found);
-  if (found.empty()) throw InputError(fmt::format("{}: no case.json below this folder", show(root)), "give a folder with reference cases");
+  if (found.empty())
+    throw InputError(fmt::format("{}: no case.json below this folder", show(root)),
+                     "give a folder with reference cases");
   return found;
 }
 

@@ -19,12 +19,12 @@ namespace flux::check {
 /// A folder with case.json. Files may be missing: what is there is checked.
 struct Case {
   std::filesystem::path folder;
-  std::string title;       // the folder, for people
+  std::string title;  // the folder, for people
   std::string kind;
-  nlohmann::json json;     // case.json
-  nlohmann::json config;   // config.json, or {}
+  nlohmann::json json;    // case.json
+  nlohmann::json config;  // config.json, or {}
   c10::Device device{c10::DeviceType::CPU};
-  bool bf16 = false;       // judge outputs only, by the bf16 limits
+  bool bf16 = false;  // judge outputs only, by the bf16 limits
   Report* report = nullptr;
 
   /// Reads case.json and config.json. Throws InputError: not JSON, or no kind.
@@ -33,17 +33,22 @@ struct Case {
   bool has(const std::string& file) const;
   /// Names of the files in the folder that begin and end so, sorted.
   std::vector<std::string> files(std::string_view beginning, std::string_view ending) const;
-  /// Tensors of a safetensors file of the folder, on the CPU; none if it is not there, so that nothing of it is checked.
+  /// Tensors of a safetensors file of the folder, on the CPU; none if it is not there, so that
+  /// nothing of it is checked.
   TensorMap read_tensors(const std::string& file) const;
   /// The file or folder that case.json names under `key`; nothing if it has no such key.
   std::optional<std::filesystem::path> path_of(const char* key) const;
-  /// The file that case.json names under `key`, else `fallback` in the folder. Throws InputError if it is not there.
+  /// The file that case.json names under `key`, else `fallback` in the folder. Throws InputError if
+  /// it is not there.
   std::filesystem::path required(const char* key, const std::string& fallback) const;
 
-  c10::ScalarType dtype() const { return bf16 ? c10::ScalarType::BFloat16 : c10::ScalarType::Float; }
+  c10::ScalarType dtype() const {
+    return bf16 ? c10::ScalarType::BFloat16 : c10::ScalarType::Float;
+  }
   at::Tensor on_device(const at::Tensor& tensor) const { return tensor.to(device); }
 
-  /// Limits of case.json: limits.PART, or the top ones for "". Throws InputError if they are not there.
+  /// Limits of case.json: limits.PART, or the top ones for "". Throws InputError if they are not
+  /// there.
   Limits limits(std::string_view part = "") const;
   /// limits.PART.NAME. Throws InputError if it is not there.
   double limit(const char* part, const char* name) const;
@@ -51,12 +56,20 @@ struct Case {
   /// An output of the networks: by the top limits, or the bf16 ones.
   void output(std::string_view name, const at::Tensor& got, const at::Tensor& golden) const;
   /// An intermediate result, in float32 only.
-  void inner(std::string_view name, const at::Tensor& got, const at::Tensor& golden, const Limits& within) const;
-  /// The tensor `name` of `vectors` against `got`, however it is kept: as KIND.NAME in full, or as KIND_samples.NAME and
-  /// KIND_stats.NAME = [l2 norm, mean, largest absolute value, ...]. In float32 only. `by_largest`: errors of samples are
-  /// relative to the largest value of the whole tensor, since samples may all be small.
-  void summary(const TensorMap& vectors, const std::string& kind_name, const std::string& name, const at::Tensor& got,
-               const Limits& within, bool by_largest) const;
+  void inner(std::string_view name,
+             const at::Tensor& got,
+             const at::Tensor& golden,
+             const Limits& within) const;
+  /// The tensor `name` of `vectors` against `got`, however it is kept: as KIND.NAME in full, or as
+  /// KIND_samples.NAME and KIND_stats.NAME = [l2 norm, mean, largest absolute value, ...]. In
+  /// float32 only. `by_largest`: errors of samples are relative to the largest value of the whole
+  /// tensor, since samples may all be small.
+  void summary(const TensorMap& vectors,
+               const std::string& kind_name,
+               const std::string& name,
+               const at::Tensor& got,
+               const Limits& within,
+               bool by_largest) const;
 };
 
 /// Folders with case.json at or below `root`, sorted. Follows symbolic links, each folder once.

@@ -1,4 +1,5 @@
-// Kind lora: adapter files of sd-scripts and PEFT, their effect, gradients, merged weights and conversion.
+// Kind lora: adapter files of sd-scripts and PEFT, their effect, gradients, merged weights and
+// conversion.
 #include <ATen/ops/cat.h>
 #include <fmt/format.h>
 
@@ -24,7 +25,9 @@ struct Context {
   std::optional<dit::Inputs> inputs;  // conversion needs none
 
   const dit::Inputs& given_inputs() const {
-    if (!inputs) throw InputError(fmt::format("{}: the forward pass that holds its inputs is not there", c.title));
+    if (!inputs)
+      throw InputError(
+          fmt::format("{}: the forward pass that holds its inputs is not there", c.title));
     return *inputs;
   }
 };
@@ -40,7 +43,10 @@ lora::Adapters load_adapters(const Context& x, const std::string& file) {
 }
 
 /// "output.0.5": the velocity with the adapters at that strength.
-void check_output(const Context& x, const lora::Adapters& adapters, const std::string& name, const at::Tensor& wanted) {
+void check_output(const Context& x,
+                  const lora::Adapters& adapters,
+                  const std::string& name,
+                  const at::Tensor& wanted) {
   const double multiplier = std::stod(name.substr(name.rfind("output.") + 7));
   dit::Model adapted = x.model;  // shares the base tensors
   lora::attach(adapters, adapted.weights, multiplier);
@@ -55,7 +61,10 @@ at::Tensor backward(const Context& x, lora::Adapters& adapters, const at::Tensor
   }
   dit::Model adapted = x.model;
   lora::attach(adapters, adapted.weights, 1.0);
-  const at::Tensor loss = (dit::forward(adapted.config, adapted.weights, x.given_inputs()) - x.c.on_device(target)).square().mean();
+  const at::Tensor loss =
+      (dit::forward(adapted.config, adapted.weights, x.given_inputs()) - x.c.on_device(target))
+          .square()
+          .mean();
   loss.backward();
   return loss;
 }
@@ -74,16 +83,20 @@ void check_kohya(const Context& x) {
   if (any_starts(v, "merged")) {
     dit::Model merged = x.model;
     lora::merge(adapters, merged.weights, 1.0);
-    const TensorMap weights = dit::named_tensors(merged.weights), before = dit::named_tensors(x.model.weights);
+    const TensorMap weights = dit::named_tensors(merged.weights),
+                    before = dit::named_tensors(x.model.weights);
     const Limits within = x.c.limits("merged");
     for (const auto& [name, weight] : weights) {
       x.c.summary(v, "merged", name, weight, within, false);
       const auto stats = v.find("merged_stats." + name);
       if (stats == v.end() || stats->second.numel() < 4) continue;
       // rounding of the merged weights is relative to their size, not to the change
-      const double change = (weight.to(at::kDouble) - before.at(name).to(at::kDouble)).norm().item<double>();
-      const double golden_change = stats->second[3].item<double>(), size = stats->second[0].item<double>();
-      x.c.report->judge("merged_change." + name, {std::abs(change - golden_change) / size, 0}, within);
+      const double change =
+          (weight.to(at::kDouble) - before.at(name).to(at::kDouble)).norm().item<double>();
+      const double golden_change = stats->second[3].item<double>(),
+                   size = stats->second[0].item<double>();
+      x.c.report->judge(
+          "merged_change." + name, {std::abs(change - golden_change) / size, 0}, within);
     }
   }
   if (v.contains("target") && any_starts(v, "grad")) {
@@ -102,20 +115,26 @@ void check_kohya(const Context& x) {
 }
 
 /// Gradients of the fused adapters under the names of the PEFT tensors that they were made of.
-TensorMap peft_gradients(const dit::Config& config, const lora::Adapters& fused, const TensorMap& file) {
+TensorMap peft_gradients(const dit::Config& config,
+                         const lora::Adapters& fused,
+                         const TensorMap& file) {
   std::map<std::string, const lora::Module*> modules;
-  for (const lora::Module& module : fused.modules) modules.emplace(module.path + ".weight", &module);
+  for (const lora::Module& module : fused.modules)
+    modules.emplace(module.path + ".weight", &module);
   std::map<std::string, int64_t> next_rank;  // of each fused module
   TensorMap out;
   for (const dit::DiffusersTensor& entry : dit::diffusers_layout(config)) {
     if (!entry.name.ends_with(".weight") || !modules.contains(entry.bfl)) continue;
-    const std::string name = "transformer." + entry.name.substr(0, entry.name.size() - std::string_view("weight").size());
+    const std::string name =
+        "transformer." +
+        entry.name.substr(0, entry.name.size() - std::string_view("weight").size());
     const auto down = file.find(name + "lora_A.weight");
     if (down == file.end()) continue;
     const lora::Module& module = *modules.at(entry.bfl);
     const int64_t rank = down->second.size(0), first = next_rank[entry.bfl];
     next_rank[entry.bfl] += rank;
-    at::Tensor up = module.up.grad().narrow(0, entry.first_row, entry.num_rows()).narrow(1, first, rank);
+    at::Tensor up =
+        module.up.grad().narrow(0, entry.first_row, entry.num_rows()).narrow(1, first, rank);
     if (entry.swap_halves) {
       const auto halves = up.chunk(2, 0);
       up = at::cat({halves[1], halves[0]}, 0);
@@ -127,7 +146,9 @@ TensorMap peft_gradients(const dit::Config& config, const lora::Adapters& fused,
 }
 
 void check_peft(const Context& x) {
-  const TensorMap v = x.c.has("peft_vectors.safetensors") ? x.c.read_tensors("peft_vectors.safetensors") : TensorMap{};
+  const TensorMap v = x.c.has("peft_vectors.safetensors")
+                          ? x.c.read_tensors("peft_vectors.safetensors")
+                          : TensorMap{};
   for (const auto& [name, wanted] : v) {  // FILE.output.MULTIPLIER
     const size_t end = name.find(".output.");
     if (end == std::string::npos || !x.c.has(name.substr(0, end) + ".safetensors")) continue;
@@ -147,14 +168,18 @@ void check_peft(const Context& x) {
   if (!x.c.has("peft_as_kohya.safetensors")) return;
   const TensorMap wanted = x.c.read_tensors("peft_as_kohya.safetensors");
   const auto dtype = wanted.empty() ? at::kBFloat16 : wanted.begin()->second.scalar_type();
-  const TensorMap converted = lora::to_kohya(lora::from_tensors(file.tensors, file.metadata, x.model.config), dtype);
+  const TensorMap converted =
+      lora::to_kohya(lora::from_tensors(file.tensors, file.metadata, x.model.config), dtype);
   for (const auto& [name, tensor] : wanted) {
     const auto it = converted.find(name);
-    if (it == converted.end()) x.c.report->verdict("peft_as_kohya " + name, false, "not among the converted tensors");
-    else x.c.report->equal("peft_as_kohya " + name, it->second, tensor);
+    if (it == converted.end())
+      x.c.report->verdict("peft_as_kohya " + name, false, "not among the converted tensors");
+    else
+      x.c.report->equal("peft_as_kohya " + name, it->second, tensor);
   }
   for (const auto& [name, tensor] : converted) {
-    if (!wanted.contains(name)) x.c.report->verdict("peft_as_kohya " + name, false, "not among the golden tensors");
+    if (!wanted.contains(name))
+      x.c.report->verdict("peft_as_kohya " + name, false, "not among the golden tensors");
   }
 }
 

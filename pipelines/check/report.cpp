@@ -24,19 +24,24 @@ double ratio(double difference, double golden) {
 }
 
 std::string limited(const char* name, double error, const std::optional<double>& limit) {
-  return limit ? fmt::format("  {} {:.1e} of {:.1e}", name, error, *limit) : fmt::format("  {} {:.1e}", name, error);
+  return limit ? fmt::format("  {} {:.1e} of {:.1e}", name, error, *limit)
+               : fmt::format("  {} {:.1e}", name, error);
 }
 
-std::string joined(const std::set<std::string>& names) { return fmt::format("{}", fmt::join(names, ",")); }
+std::string joined(const std::set<std::string>& names) {
+  return fmt::format("{}", fmt::join(names, ","));
+}
 
 }  // namespace
 
 Errors errors_of(const at::Tensor& got, const at::Tensor& golden) {
   if (got.sizes() != golden.sizes()) {
-    throw std::invalid_argument(fmt::format("shape {}, golden {}", shape_text(got), shape_text(golden)));
+    throw std::invalid_argument(
+        fmt::format("shape {}, golden {}", shape_text(got), shape_text(golden)));
   }
   if (golden.numel() == 0) return {};
-  const auto exact = golden.cpu().to(at::kDouble), difference = got.detach().cpu().to(at::kDouble) - exact;
+  const auto exact = golden.cpu().to(at::kDouble),
+             difference = got.detach().cpu().to(at::kDouble) - exact;
   return {ratio(difference.norm().item<double>(), exact.norm().item<double>()),
           ratio(difference.abs().max().item<double>(), exact.abs().max().item<double>())};
 }
@@ -44,7 +49,8 @@ Errors errors_of(const at::Tensor& got, const at::Tensor& golden) {
 at::Tensor samples_of(const at::Tensor& tensor, int64_t count) {
   const auto flat = tensor.detach().cpu().flatten();
   if (flat.numel() == 0) return flat;
-  return flat.index_select(0, (at::arange(count, at::kLong) * kSampleStride).remainder(flat.numel()));
+  return flat.index_select(0,
+                           (at::arange(count, at::kLong) * kSampleStride).remainder(flat.numel()));
 }
 
 void Report::start(std::string title, std::string kind) {
@@ -63,7 +69,10 @@ void Report::add(std::string_view name, bool ok, const std::string& text, nlohma
   results_.push_back(std::move(entry));
 }
 
-void Report::compare(std::string_view name, const at::Tensor& got, const at::Tensor& golden, const Limits& limits) {
+void Report::compare(std::string_view name,
+                     const at::Tensor& got,
+                     const at::Tensor& golden,
+                     const Limits& limits) {
   if (got.sizes() != golden.sizes()) {
     verdict(name, false, fmt::format("shape {}, golden {}", shape_text(got), shape_text(golden)));
   } else {
@@ -72,18 +81,29 @@ void Report::compare(std::string_view name, const at::Tensor& got, const at::Ten
 }
 
 void Report::judge(std::string_view name, const Errors& errors, const Limits& limits) {
-  const auto within = [](double error, const std::optional<double>& limit) { return !limit || error <= *limit; };  // NaN: no
-  const bool ok = within(errors.rel, limits.rel) && within(errors.max, limits.max) && (limits.rel || limits.max);
+  const auto within = [](double error, const std::optional<double>& limit) {
+    return !limit || error <= *limit;
+  };  // NaN: no
+  const bool ok = within(errors.rel, limits.rel) && within(errors.max, limits.max) &&
+                  (limits.rel || limits.max);
   nlohmann::json entry{{"rel", errors.rel}, {"max", errors.max}};
   if (limits.rel) entry["rel_limit"] = *limits.rel;
   if (limits.max) entry["max_limit"] = *limits.max;
-  add(name, ok, limited("rel", errors.rel, limits.rel) + limited("max", errors.max, limits.max), std::move(entry));
+  add(name,
+      ok,
+      limited("rel", errors.rel, limits.rel) + limited("max", errors.max, limits.max),
+      std::move(entry));
 }
 
 void Report::equal(std::string_view name, const at::Tensor& got, const at::Tensor& golden) {
   if (got.sizes() != golden.sizes() || got.scalar_type() != golden.scalar_type()) {
-    verdict(name, false, fmt::format("{} {}, golden {} {}", dtype_name(dtype_of(got)), shape_text(got),
-                                     dtype_name(dtype_of(golden)), shape_text(golden)));
+    verdict(name,
+            false,
+            fmt::format("{} {}, golden {} {}",
+                        dtype_name(dtype_of(got)),
+                        shape_text(got),
+                        dtype_name(dtype_of(golden)),
+                        shape_text(golden)));
     return;
   }
   const auto a = got.detach().cpu().contiguous(), b = golden.cpu().contiguous();
@@ -93,14 +113,19 @@ void Report::equal(std::string_view name, const at::Tensor& got, const at::Tenso
 }
 
 void Report::verdict(std::string_view name, bool ok, std::string_view note) {
-  add(name, ok, note.empty() ? "" : fmt::format("  {}", printable(note)), {{"note", printable(note)}});
+  add(name,
+      ok,
+      note.empty() ? "" : fmt::format("  {}", printable(note)),
+      {{"note", printable(note)}});
 }
 
 void Report::error(std::string_view message) {
   ++num_errors_;
   ++num_in_case_;
-  print_(fmt::format("{}: cannot be checked: {}", title_, printable(message.substr(0, message.find('\n')))));
-  results_.push_back({{"case", title_}, {"kind", kind_}, {"error", printable(message)}, {"ok", false}});
+  print_(fmt::format(
+      "{}: cannot be checked: {}", title_, printable(message.substr(0, message.find('\n')))));
+  results_.push_back(
+      {{"case", title_}, {"kind", kind_}, {"error", printable(message)}, {"ok", false}});
 }
 
 void Report::skip_kind(const std::string& title, const std::string& kind) {
@@ -114,7 +139,11 @@ void Report::unknown_kind(const std::string& title, const std::string& kind) {
 }
 
 std::string Report::line() const {
-  std::string out = fmt::format("cases={} tensors={} ok={} failed={}", num_cases_, num_checked_, num_checked_ - num_failed_, num_failed_);
+  std::string out = fmt::format("cases={} tensors={} ok={} failed={}",
+                                num_cases_,
+                                num_checked_,
+                                num_checked_ - num_failed_,
+                                num_failed_);
   if (num_errors_ > 0) out += fmt::format(" errors={}", num_errors_);
   if (!skipped_.empty()) out += fmt::format(" skipped_kinds={}", joined(skipped_));
   if (!unknown_.empty()) out += fmt::format(" unknown_kinds={}", joined(unknown_));
@@ -122,8 +151,13 @@ std::string Report::line() const {
 }
 
 nlohmann::json Report::json() const {
-  return {{"cases", num_cases_}, {"tensors", num_checked_}, {"failed", num_failed_}, {"errors", num_errors_},
-          {"skipped_kinds", skipped_}, {"unknown_kinds", unknown_}, {"results", results_}};
+  return {{"cases", num_cases_},
+          {"tensors", num_checked_},
+          {"failed", num_failed_},
+          {"errors", num_errors_},
+          {"skipped_kinds", skipped_},
+          {"unknown_kinds", unknown_},
+          {"results", results_}};
 }
 
 ExitCode Report::exit_code() const {

@@ -1,4 +1,5 @@
-// pipelines/check/report.h - how two tensors are compared, and the lines and totals that come of it.
+// pipelines/check/report.h - how two tensors are compared, and the lines and totals that come of
+// it.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -23,11 +24,12 @@ struct Limits {
 struct Errors {
   double rel = 0, max = 0;
 };
-/// Computed in float64 on the CPU; 0 for equal tensors, infinite against a golden tensor of zeros, NaN for NaN.
-/// Throws std::invalid_argument if the shapes differ.
+/// Computed in float64 on the CPU; 0 for equal tensors, infinite against a golden tensor of zeros,
+/// NaN for NaN. Throws std::invalid_argument if the shapes differ.
 Errors errors_of(const at::Tensor& got, const at::Tensor& golden);
 
-/// Elements (j * 1000003) mod numel of the flattened tensor for j = 0 .. count-1: how big golden tensors are kept.
+/// Elements (j * 1000003) mod numel of the flattened tensor for j = 0 .. count-1: how big golden
+/// tensors are kept.
 at::Tensor samples_of(const at::Tensor& tensor, int64_t count);
 
 /// Collects verdicts; each is shown as one line when it is made.
@@ -42,7 +44,10 @@ class Report {
   int64_t num_in_case() const { return num_in_case_; }
 
   /// One tensor against its golden values, within `limits`.
-  void compare(std::string_view name, const at::Tensor& got, const at::Tensor& golden, const Limits& limits);
+  void compare(std::string_view name,
+               const at::Tensor& got,
+               const at::Tensor& golden,
+               const Limits& limits);
   /// Errors computed elsewhere.
   void judge(std::string_view name, const Errors& errors, const Limits& limits);
   /// Shape and every element (bits for floats).

@@ -33,10 +33,14 @@ constexpr Kind kKinds[] = {
 };
 
 bool has_bf16_limits(const Case& c) {
-  return c.json.contains("limits") && c.json["limits"].is_object() && c.json["limits"].contains("bf16");
+  return c.json.contains("limits") && c.json["limits"].is_object() &&
+         c.json["limits"].contains("bf16");
 }
 
-void run_case(const std::filesystem::path& folder, const Options& options, c10::Device device, Report& report) {
+void run_case(const std::filesystem::path& folder,
+              const Options& options,
+              c10::Device device,
+              Report& report) {
   Case c;
   try {
     c = Case::read(folder);
@@ -45,7 +49,8 @@ void run_case(const std::filesystem::path& folder, const Options& options, c10::
     log::error("{}", error.what());
     return report.error(error.what());
   }
-  const auto* const kind = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const Kind& k) { return k.name == c.kind; });
+  const auto* const kind = std::find_if(
+      std::begin(kKinds), std::end(kKinds), [&](const Kind& k) { return k.name == c.kind; });
   if (kind == std::end(kKinds)) return report.unknown_kind(c.title, c.kind);
   c.bf16 = options.precision == Precision::kBF16;
   c.device = device;
@@ -54,7 +59,8 @@ void run_case(const std::filesystem::path& folder, const Options& options, c10::
   report.start(c.title, c.kind);
   try {
     kind->check(c);
-    if (report.num_in_case() == 0) report.verdict("case", false, "holds nothing that can be checked");
+    if (report.num_in_case() == 0)
+      report.verdict("case", false, "holds nothing that can be checked");
   } catch (const InputError& error) {
     log::error("{}", error.what());
     report.error(error.what());
@@ -73,7 +79,10 @@ Report run(const Options& options, Report::Print print) {
     for (auto& folder : find_cases(root)) folders.push_back(std::move(folder));
   }
   const c10::Device device = resolve_device(options.device);
-  log::info("{} cases on {} in {}", folders.size(), device.str(), options.precision == Precision::kBF16 ? "bf16" : "f32");
+  log::info("{} cases on {} in {}",
+            folders.size(),
+            device.str(),
+            options.precision == Precision::kBF16 ? "bf16" : "f32");
   Report report(std::move(print));
   for (const auto& folder : folders) {
     cancel::check();

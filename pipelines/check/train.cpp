@@ -41,9 +41,13 @@ T setting(const Case& c, const char* key, T fallback) {
 
 /// Loss of batch `step`: x_t and velocity of flow matching, timestep = sigma.
 at::Tensor batch_loss(const Case& c, const dit::Model& model, const TensorMap& data, int64_t step) {
-  const at::Tensor index = golden(data, "index")[step], noise = c.on_device(golden(data, "noise")[step]);
-  const auto rows = [&](const char* name) { return c.on_device(golden(data, name).index_select(0, index)); };
-  const at::Tensor latents = rows("latents"), sigma = c.on_device(golden(data, "sigma")[step]), txt = rows("txt");
+  const at::Tensor index = golden(data, "index")[step],
+                   noise = c.on_device(golden(data, "noise")[step]);
+  const auto rows = [&](const char* name) {
+    return c.on_device(golden(data, name).index_select(0, index));
+  };
+  const at::Tensor latents = rows("latents"), sigma = c.on_device(golden(data, "sigma")[step]),
+                   txt = rows("txt");
   dit::Inputs in;
   in.img = dit::pack_latents(noised_latents(latents, noise, sigma));
   in.txt = txt;
@@ -52,13 +56,20 @@ at::Tensor batch_loss(const Case& c, const dit::Model& model, const TensorMap& d
   in.guidance = at::full({index.numel()}, setting(c, "guidance", 1.0), sigma.options());
   in.img_ids = c.on_device(dit::image_ids(latents.size(2), latents.size(3)));
   in.txt_ids = c.on_device(dit::text_ids(txt.size(1)));
-  const at::Tensor output = dit::unpack_latents(dit::forward(model.config, model.weights, in), latents.size(2), latents.size(3));
-  return loss_per_sample(LossOptions{}, output, noise, velocity_target(latents, noise), sigma).mean();
+  const at::Tensor output = dit::unpack_latents(
+      dit::forward(model.config, model.weights, in), latents.size(2), latents.size(3));
+  return loss_per_sample(LossOptions{}, output, noise, velocity_target(latents, noise), sigma)
+      .mean();
 }
 
-void replay(const Case& c, const TensorMap& data, Run& run, std::vector<at::Tensor>& losses, std::vector<double>& norms) {
+void replay(const Case& c,
+            const TensorMap& data,
+            Run& run,
+            std::vector<at::Tensor>& losses,
+            std::vector<double>& norms) {
   const auto betas = setting(c, "betas", std::vector<double>{0.9, 0.999});
-  const AdamWOptions adamw{betas.at(0), betas.at(1), setting(c, "eps", 1e-8), setting(c, "weight_decay", 0.01)};
+  const AdamWOptions adamw{
+      betas.at(0), betas.at(1), setting(c, "eps", 1e-8), setting(c, "weight_decay", 0.01)};
   const double learning_rate = setting(c, "lr", 1e-3), max_norm = setting(c, "clip_norm", 1.0);
   struct Moments {
     at::Tensor first, second;
@@ -75,11 +86,18 @@ void replay(const Case& c, const TensorMap& data, Run& run, std::vector<at::Tens
     if ((step + 1) % run.accumulate != 0) continue;
     const at::NoGradGuard no_grad;
     std::vector<at::Tensor> gradients;
-    for (const auto& [parameter, moments] : state) gradients.push_back(parameter.grad().contiguous());
+    for (const auto& [parameter, moments] : state)
+      gradients.push_back(parameter.grad().contiguous());
     norms.push_back(clip_global_norm(gradients, max_norm));
     for (size_t i = 0; i < state.size(); ++i) {
       auto& [parameter, moments] = state[i];
-      adamw_step(parameter.detach(), gradients[i], moments.first, moments.second, learning_rate, adamw, static_cast<int64_t>(norms.size()));
+      adamw_step(parameter.detach(),
+                 gradients[i],
+                 moments.first,
+                 moments.second,
+                 learning_rate,
+                 adamw,
+                 static_cast<int64_t>(norms.size()));
       parameter.mutable_grad().reset();
     }
   }
@@ -87,42 +105,70 @@ void replay(const Case& c, const TensorMap& data, Run& run, std::vector<at::Tens
 
 void check_run(const Case& c, const TensorMap& data, Run& run) {
   const TensorMap v = c.read_tensors(run.name + ".safetensors");
-  for (const auto& [name, parameter] : run.parameters) run.start.emplace(name, parameter.detach().clone());
+  for (const auto& [name, parameter] : run.parameters)
+    run.start.emplace(name, parameter.detach().clone());
   std::vector<at::Tensor> losses;
   std::vector<double> norms;
   replay(c, data, run, losses, norms);
   const std::string label = run.name + " ";
-  if (v.contains("loss")) c.report->compare(label + "loss", at::stack(losses), v.at("loss"), c.limits("loss"));
-  if (v.contains("grad_norm")) c.report->compare(label + "grad_norm", at::tensor(norms), v.at("grad_norm"), c.limits("grad_norm"));
+  if (v.contains("loss"))
+    c.report->compare(label + "loss", at::stack(losses), v.at("loss"), c.limits("loss"));
+  if (v.contains("grad_norm"))
+    c.report->compare(
+        label + "grad_norm", at::tensor(norms), v.at("grad_norm"), c.limits("grad_norm"));
 
   int64_t num_samples = 0, num_beyond = 0;
   double largest = 0;
   for (const auto& [name, parameter] : run.parameters) {
     const at::Tensor value = parameter.detach().cpu();
     if (const auto it = v.find("final_samples." + name); it != v.end()) {
-      const double usual = c.limit("final_samples", "abs"), most = c.limit("final_samples", "abs_beyond");
-      const auto off = (samples_of(value, it->second.numel()).view(it->second.sizes()).to(at::kDouble) - it->second.to(at::kDouble)).abs();
+      const double usual = c.limit("final_samples", "abs"),
+                   most = c.limit("final_samples", "abs_beyond");
+      const auto off =
+          (samples_of(value, it->second.numel()).view(it->second.sizes()).to(at::kDouble) -
+           it->second.to(at::kDouble))
+              .abs();
       const double worst = off.max().item<double>();
       num_samples += off.numel();
       num_beyond += (off > usual).sum().item<int64_t>();
       largest = std::max(largest, worst);
-      c.report->verdict(label + "final_samples." + name, worst <= most, fmt::format("abs {:.1e} of {:.1e}, few of {:.1e}", worst, usual, most));
+      c.report->verdict(label + "final_samples." + name,
+                        worst <= most,
+                        fmt::format("abs {:.1e} of {:.1e}, few of {:.1e}", worst, usual, most));
     }
     if (const auto it = v.find("final_stats." + name); it != v.end()) {
-      const auto exact = value.to(at::kDouble), before = run.start.at(name).cpu().to(at::kDouble), wanted = it->second.to(at::kDouble);
-      const auto relative = [&](int64_t i, double got) { return std::abs(got - wanted[i].item<double>()) / std::abs(wanted[i].item<double>()); };
-      const double norm = relative(0, exact.norm().item<double>()), most = relative(2, exact.abs().max().item<double>());
-      const double change = wanted.numel() > 3 ? relative(3, (exact - before).norm().item<double>()) : 0;
-      const double limit = c.limit("final_stats", "rel"), change_limit = c.limit("final_stats", "change_rel");
-      c.report->verdict(label + "final_stats." + name, norm <= limit && most <= limit && change <= change_limit,
-                        fmt::format("norm {:.1e} largest {:.1e} of {:.1e}  change {:.1e} of {:.1e}", norm, most, limit, change, change_limit));
+      const auto exact = value.to(at::kDouble), before = run.start.at(name).cpu().to(at::kDouble),
+                 wanted = it->second.to(at::kDouble);
+      const auto relative = [&](int64_t i, double got) {
+        return std::abs(got - wanted[i].item<double>()) / std::abs(wanted[i].item<double>());
+      };
+      const double norm = relative(0, exact.norm().item<double>()),
+                   most = relative(2, exact.abs().max().item<double>());
+      const double change =
+          wanted.numel() > 3 ? relative(3, (exact - before).norm().item<double>()) : 0;
+      const double limit = c.limit("final_stats", "rel"),
+                   change_limit = c.limit("final_stats", "change_rel");
+      c.report->verdict(label + "final_stats." + name,
+                        norm <= limit && most <= limit && change <= change_limit,
+                        fmt::format("norm {:.1e} largest {:.1e} of {:.1e}  change {:.1e} of {:.1e}",
+                                    norm,
+                                    most,
+                                    limit,
+                                    change,
+                                    change_limit));
     }
   }
   if (num_samples == 0) return;
-  const double share = static_cast<double>(num_beyond) / static_cast<double>(num_samples), allowed = c.limit("final_samples", "allowed_beyond");
-  c.report->verdict(label + "final_samples", share <= allowed,
-                    fmt::format("{} of {} samples beyond {:.1e}, {:.2g} % allowed; largest {:.1e}", num_beyond, num_samples,
-                                c.limit("final_samples", "abs"), 100 * allowed, largest));
+  const double share = static_cast<double>(num_beyond) / static_cast<double>(num_samples),
+               allowed = c.limit("final_samples", "allowed_beyond");
+  c.report->verdict(label + "final_samples",
+                    share <= allowed,
+                    fmt::format("{} of {} samples beyond {:.1e}, {:.2g} % allowed; largest {:.1e}",
+                                num_beyond,
+                                num_samples,
+                                c.limit("final_samples", "abs"),
+                                100 * allowed,
+                                largest));
 }
 
 /// "lora_unet_double_blocks_0_img_attn_qkv".
@@ -135,10 +181,12 @@ std::string kohya_name(const lora::Module& module) {
 lora::Adapters starting_adapters(const Case& c, const dit::Config& config) {
   TensorMap start = c.read_tensors("lora_start.safetensors");
   for (const lora::Target& target : lora::all_targets(config)) {
-    const std::string name = kohya_name({target.path, at::zeros({1, target.in}), at::zeros({target.out, 1}), 1});
+    const std::string name =
+        kohya_name({target.path, at::zeros({1, target.in}), at::zeros({target.out, 1}), 1});
     const auto down = start.find(name + ".lora_down.weight");
     if (down == start.end()) continue;
-    start.try_emplace(name + ".lora_up.weight", at::zeros({target.out, down->second.size(0)}, down->second.scalar_type()));
+    start.try_emplace(name + ".lora_up.weight",
+                      at::zeros({target.out, down->second.size(0)}, down->second.scalar_type()));
   }
   lora::Adapters adapters = lora::from_tensors(start, {}, config);
   for (lora::Module& module : adapters.modules) {
@@ -157,7 +205,11 @@ void check_train(const Case& c) {
   if (data.empty()) return;
   for (const char* name : {"full", "accumulate"}) {
     if (!c.has(std::string(name) + ".safetensors")) continue;
-    Run run{name, std::string_view(name) == "full" ? 1 : setting(c, "accumulate", int64_t{2}), load_transformer(c, path), {}, {}};
+    Run run{name,
+            std::string_view(name) == "full" ? 1 : setting(c, "accumulate", int64_t{2}),
+            load_transformer(c, path),
+            {},
+            {}};
     run.parameters = make_leaves(run.model.weights);
     check_run(c, data, run);
   }

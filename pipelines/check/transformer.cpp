@@ -35,7 +35,8 @@ dit::Inputs inputs_of(const Case& c, const TensorMap& vectors) {
   in.guidance = input("guidance");
   in.img_ids = input("img_ids");
   in.txt_ids = input("txt_ids");
-  if (!in.img.defined() || !in.txt.defined()) throw InputError("the vectors hold no input.img or no input.txt");
+  if (!in.img.defined() || !in.txt.defined())
+    throw InputError("the vectors hold no input.img or no input.txt");
   if (!in.img_ids.defined()) {
     const at::Tensor latents = golden(vectors, "input.latents");
     in.img_ids = c.on_device(dit::image_ids(latents.size(2), latents.size(3)));

@@ -32,37 +32,68 @@ Found read_net(const NetTensors& net, NetKind kind) {
   switch (kind) {
     case NetKind::kFlux: {
       const dit::Config c = dit::read_config(net);
-      return {"flux", dit::canonical_tensors(net, c),
-              {{"hidden", c.hidden}, {"num_heads", c.num_heads}, {"mlp", c.mlp}, {"num_double_blocks", c.num_double_blocks},
-               {"num_single_blocks", c.num_single_blocks}, {"in_channels", c.in_channels}, {"out_channels", c.out_channels},
-               {"prompt_dim", c.prompt_dim}, {"pooled_dim", c.pooled_dim}, {"sinusoid_dim", c.sinusoid_dim},
-               {"axes", c.axes}, {"guidance", c.guidance}}};
+      return {"flux",
+              dit::canonical_tensors(net, c),
+              {{"hidden", c.hidden},
+               {"num_heads", c.num_heads},
+               {"mlp", c.mlp},
+               {"num_double_blocks", c.num_double_blocks},
+               {"num_single_blocks", c.num_single_blocks},
+               {"in_channels", c.in_channels},
+               {"out_channels", c.out_channels},
+               {"prompt_dim", c.prompt_dim},
+               {"pooled_dim", c.pooled_dim},
+               {"sinusoid_dim", c.sinusoid_dim},
+               {"axes", c.axes},
+               {"guidance", c.guidance}}};
     }
     case NetKind::kAutoEncoder: {
       TensorMap canonical = vae::canonical(net);
       const vae::Config c = vae::Config::from_weights(canonical, net.path);
-      return {"vae", std::move(canonical),
-              {{"channels", c.channels}, {"channel_mult", c.channel_mult}, {"num_res_blocks", c.num_res_blocks},
-               {"latent_channels", c.latent_channels}, {"stride", c.stride()}, {"has_encoder", c.has_encoder},
+      return {"vae",
+              std::move(canonical),
+              {{"channels", c.channels},
+               {"channel_mult", c.channel_mult},
+               {"num_res_blocks", c.num_res_blocks},
+               {"latent_channels", c.latent_channels},
+               {"stride", c.stride()},
+               {"has_encoder", c.has_encoder},
                {"has_decoder", c.has_decoder}}};
     }
     case NetKind::kT5: {
       TensorMap canonical = t5::canonical(net);
       const t5::Config c = t5::Config::from_weights(canonical, net.path);
-      return {"t5", std::move(canonical),
-              {{"width", c.width}, {"num_layers", c.num_layers}, {"num_heads", c.num_heads}, {"head_size", c.head_size},
-               {"mlp", c.mlp}, {"vocabulary", c.vocabulary}}};
+      return {"t5",
+              std::move(canonical),
+              {{"width", c.width},
+               {"num_layers", c.num_layers},
+               {"num_heads", c.num_heads},
+               {"head_size", c.head_size},
+               {"mlp", c.mlp},
+               {"vocabulary", c.vocabulary}}};
     }
     case NetKind::kClip: {
       TensorMap canonical = clip::canonical(net);
-      const fs::path beside = (fs::is_directory(net.path) ? net.path : net.path.parent_path()) / "config.json";
+      const fs::path beside =
+          (fs::is_directory(net.path) ? net.path : net.path.parent_path()) / "config.json";
       std::error_code error;
-      const json beside_json = fs::is_regular_file(beside, error) ? json::parse(read_file(beside, 1 << 20), nullptr, false) : json();
-      const bool clip_config = beside_json.is_object() && (beside_json.contains("num_attention_heads") || beside_json.contains("text_config"));
-      const clip::Config c = clip::Config::from_weights(canonical, clip_config ? &beside_json : nullptr, net.path);
-      return {"clip", std::move(canonical),
-              {{"hidden", c.hidden}, {"num_layers", c.num_layers}, {"num_heads", c.num_heads}, {"mlp", c.mlp},
-               {"num_positions", c.num_positions}, {"vocabulary", c.vocabulary}, {"eos_id", c.eos_id}}};
+      const json beside_json = fs::is_regular_file(beside, error)
+                                   ? json::parse(read_file(beside, 1 << 20), nullptr, false)
+                                   : json();
+      const bool clip_config =
+          beside_json.is_object() &&
+          (beside_json.contains("num_attention_heads") || beside_json.contains("text_config"));
+      const clip::Config c =
+          clip::Config::from_weights(canonical, clip_config ? &beside_json : nullptr, net.path);
+      return {"clip",
+              std::move(canonical),
+              {{"hidden", c.hidden},
+               {"num_layers", c.num_layers},
+               {"num_heads", c.num_heads},
+               {"mlp", c.mlp},
+               {"num_positions", c.num_positions},
+               {"vocabulary", c.vocabulary},
+               {"eos_id", c.eos_id}}};
     }
   }
   throw std::invalid_argument("no such net");
@@ -70,9 +101,12 @@ Found read_net(const NetTensors& net, NetKind kind) {
 
 /// "bfl" or "hf" where the file has the canonical names, else the other layout of that net.
 std::string layout_of(const NetTensors& net, const Found& found, NetKind kind) {
-  const bool canonical = std::all_of(found.canonical.begin(), found.canonical.end(),
-                                     [&](const auto& entry) { return net.tensors.contains(entry.first); });
-  if (kind == NetKind::kFlux || kind == NetKind::kAutoEncoder) return canonical ? "bfl" : "diffusers";
+  const bool canonical =
+      std::all_of(found.canonical.begin(), found.canonical.end(), [&](const auto& entry) {
+        return net.tensors.contains(entry.first);
+      });
+  if (kind == NetKind::kFlux || kind == NetKind::kAutoEncoder)
+    return canonical ? "bfl" : "diffusers";
   if (kind == NetKind::kClip) return canonical ? "hf" : "hf without text_model.";
   return canonical ? "hf" : "hf with encoder.embed_tokens";
 }
@@ -95,20 +129,26 @@ json describe(const WeightFile& file, NetKind kind, bool rehash) {
           {"dtypes", dtypes},
           {"tensors", found.canonical.size()},
           {"parameters", num_parameters},
-          {"weights_sha256", to_hex(remembered_weights_sha256(file.stamps, found.word, found.canonical, rehash))}};
+          {"weights_sha256",
+           to_hex(remembered_weights_sha256(file.stamps, found.word, found.canonical, rehash))}};
 }
 
 }  // namespace
 
 void add_flags(InfoOptions& options, Tool& tool) {
-  tool.about("Says which nets weight files hold: layout, sizes, dtypes and weights_sha256; or why a file is not supported.",
-             "flux-model info flux1-dev.safetensors");
-  tool.arguments(options.files, "FILE...", "safetensors file, sharded index, first shard, or folder");
-  tool.flag("rehash", options.rehash, "compute weights_sha256 anew instead of using the remembered one");
+  tool.about(
+      "Says which nets weight files hold: layout, sizes, dtypes and weights_sha256; or why a file "
+      "is not supported.",
+      "flux-model info flux1-dev.safetensors");
+  tool.arguments(
+      options.files, "FILE...", "safetensors file, sharded index, first shard, or folder");
+  tool.flag(
+      "rehash", options.rehash, "compute weights_sha256 anew instead of using the remembered one");
 }
 
 void check(const InfoOptions& options) {
-  if (options.files.empty()) throw UsageError("no file given", "flux-model info flux1-dev.safetensors");
+  if (options.files.empty())
+    throw UsageError("no file given", "flux-model info flux1-dev.safetensors");
 }
 
 InfoReport info(const InfoOptions& options) {
@@ -126,13 +166,24 @@ std::string InfoReport::text() const {
   std::string out;
   for (const json& net : nets) {
     const std::string prefix = net["prefix"];
-    out += fmt::format("{}: {}\n  layout          {}{}\n", net["file"].get<std::string>(), net["title"].get<std::string>(),
-                       net["layout"].get<std::string>(), prefix.empty() ? "" : " under " + printable(prefix));
+    out += fmt::format("{}: {}\n  layout          {}{}\n",
+                       net["file"].get<std::string>(),
+                       net["title"].get<std::string>(),
+                       net["layout"].get<std::string>(),
+                       prefix.empty() ? "" : " under " + printable(prefix));
     std::string config, dtypes;
-    for (const auto& [key, value] : net["config"].items()) config += fmt::format(" {}={}", key, value.dump());
-    for (const auto& [key, value] : net["dtypes"].items()) dtypes += fmt::format("{}{} x {}", dtypes.empty() ? "" : ", ", value.dump(), key);
-    out += fmt::format("  config         {}\n  tensors         {} ({})\n  parameters      {}\n  weights_sha256  {}\n", config,
-                       net["tensors"].dump(), dtypes, net["parameters"].dump(), net["weights_sha256"].get<std::string>());
+    for (const auto& [key, value] : net["config"].items())
+      config += fmt::format(" {}={}", key, value.dump());
+    for (const auto& [key, value] : net["dtypes"].items())
+      dtypes += fmt::format("{}{} x {}", dtypes.empty() ? "" : ", ", value.dump(), key);
+    out += fmt::format(
+        "  config         {}\n  tensors         {} ({})\n  parameters      {}\n  weights_sha256  "
+        "{}\n",
+        config,
+        net["tensors"].dump(),
+        dtypes,
+        net["parameters"].dump(),
+        net["weights_sha256"].get<std::string>());
   }
   if (!out.empty()) out.pop_back();
   return out;

@@ -5,9 +5,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <functional>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string_view>
 
@@ -43,12 +43,15 @@ Scale linear_scale(const std::vector<int64_t>& shape, double gain = 1) {
   return {0, gain / std::sqrt(static_cast<double>(fan_in))};
 }
 
-bool contains(std::string_view name, std::string_view part) { return name.find(part) != std::string_view::npos; }
+bool contains(std::string_view name, std::string_view part) {
+  return name.find(part) != std::string_view::npos;
+}
 
 Scale flux_scale(std::string_view name, const std::vector<int64_t>& shape) {
   if (name.ends_with("_norm.scale")) return {1, 0.1};
   if (name.ends_with(".bias")) return {0, 0.05};
-  // LoRAs do not reach the last layer: it must be able to put out a velocity (deviation about 1.4) by itself
+  // LoRAs do not reach the last layer: it must be able to put out a velocity (deviation about 1.4)
+  // by itself
   return linear_scale(shape, name == "final_layer.linear.weight" ? 1.5 : 1.0);
 }
 
@@ -64,7 +67,8 @@ Scale t5_scale(std::string_view name, const std::vector<int64_t>& shape) {
   if (contains(name, "layer_norm")) return {1, 0.1};
   if (name == "shared.weight" || contains(name, "relative_attention_bias")) return {0, 1};
   // scores are not divided by sqrt(head size)
-  if (contains(name, "SelfAttention.q.") || contains(name, "SelfAttention.k.")) return linear_scale(shape, 0.5);
+  if (contains(name, "SelfAttention.q.") || contains(name, "SelfAttention.k."))
+    return linear_scale(shape, 0.5);
   return linear_scale(shape);
 }
 
@@ -76,7 +80,8 @@ Scale clip_scale(std::string_view name, const std::vector<int64_t>& shape) {
   return linear_scale(shape, 1.5);
 }
 
-/// The log-variance half of the encoder's output: small and well below zero, as a trained autoencoder has it.
+/// The log-variance half of the encoder's output: small and well below zero, as a trained
+/// autoencoder has it.
 void calm_logvar(std::string_view name, std::span<float> values) {
   if (name == "encoder.conv_out.weight") {
     for (float& value : values.subspan(values.size() / 2)) value *= 0.1f;
@@ -85,7 +90,8 @@ void calm_logvar(std::string_view name, std::span<float> values) {
   }
 }
 
-/// Each tensor has a stream of its own, keyed by its name, so that it does not depend on what else is in the file.
+/// Each tensor has a stream of its own, keyed by its name, so that it does not depend on what else
+/// is in the file.
 RandomStream stream_of(uint64_t seed, std::string_view net, std::string_view name) {
   const Sha256Digest digest = Sha256().add_field(net).add_field(name).digest();
   uint64_t words[2];
@@ -94,7 +100,11 @@ RandomStream stream_of(uint64_t seed, std::string_view net, std::string_view nam
 }
 
 /// Writes a net of random values; returns its number of parameters.
-int64_t write_net(const fs::path& path, std::string_view net, uint64_t seed, const ShapeMap& shapes, DType dtype,
+int64_t write_net(const fs::path& path,
+                  std::string_view net,
+                  uint64_t seed,
+                  const ShapeMap& shapes,
+                  DType dtype,
                   const ScaleOf& scale_of) {
   std::vector<safetensors::TensorSpec> specs;
   for (const auto& [name, shape] : shapes) specs.push_back({name, dtype, shape});
@@ -102,10 +112,12 @@ int64_t write_net(const fs::path& path, std::string_view net, uint64_t seed, con
   int64_t num_parameters = 0;
   for (const safetensors::TensorSpec& spec : writer.order()) {
     at::Tensor tensor = at::empty(spec.shape, at::kFloat);
-    const std::span<float> values(tensor.mutable_data_ptr<float>(), static_cast<size_t>(tensor.numel()));
+    const std::span<float> values(tensor.mutable_data_ptr<float>(),
+                                  static_cast<size_t>(tensor.numel()));
     stream_of(seed, net, spec.name).fill_normal(values);
     const Scale scale = scale_of(spec.name, spec.shape);
-    for (float& value : values) value = static_cast<float>(scale.mean + scale.deviation * static_cast<double>(value));
+    for (float& value : values)
+      value = static_cast<float>(scale.mean + scale.deviation * static_cast<double>(value));
     calm_logvar(spec.name, values);
     writer.write(spec.name, host_bytes(to_dtype(tensor, *scalar_type(dtype))));
     num_parameters += tensor.numel();
@@ -114,15 +126,20 @@ int64_t write_net(const fs::path& path, std::string_view net, uint64_t seed, con
   return num_parameters;
 }
 
-/// Copies the first complete set of `choices` that `given` (a folder, or a file of a set) holds into `folder`, and takes
-/// away what an earlier run left there under the names of the other sets.
-void copy_vocabulary(const fs::path& given, const fs::path& folder, const std::vector<std::vector<std::string>>& choices) {
+/// Copies the first complete set of `choices` that `given` (a folder, or a file of a set) holds
+/// into `folder`, and takes away what an earlier run left there under the names of the other sets.
+void copy_vocabulary(const fs::path& given,
+                     const fs::path& folder,
+                     const std::vector<std::vector<std::string>>& choices) {
   const fs::path source = fs::is_directory(given) ? given : given.parent_path();
   const auto complete = [&](const std::vector<std::string>& names) {
-    return std::all_of(names.begin(), names.end(), [&](const std::string& name) { return fs::is_regular_file(source / name); });
+    return std::all_of(names.begin(), names.end(), [&](const std::string& name) {
+      return fs::is_regular_file(source / name);
+    });
   };
   const auto chosen = std::find_if(choices.begin(), choices.end(), [&](const auto& names) {
-    return complete(names) && (fs::is_directory(given) || std::count(names.begin(), names.end(), given.filename().native()));
+    return complete(names) && (fs::is_directory(given) ||
+                               std::count(names.begin(), names.end(), given.filename().native()));
   });
   make_folder(folder);
   std::vector<std::pair<std::string, std::string>> files;  // all read before anything is taken away
@@ -130,7 +147,10 @@ void copy_vocabulary(const fs::path& given, const fs::path& folder, const std::v
     for (const std::string& name : *chosen) files.emplace_back(name, read_file(source / name));
   } else {  // a vocabulary under a name of the user's own: what kind it is, its bytes say
     const std::string bytes = read_file(given);
-    files.emplace_back(trim(std::string_view(bytes).substr(0, 64)).starts_with('{') ? "tokenizer.json" : choices[0][0], bytes);
+    files.emplace_back(trim(std::string_view(bytes).substr(0, 64)).starts_with('{')
+                           ? "tokenizer.json"
+                           : choices[0][0],
+                       bytes);
   }
   for (const auto& names : choices) {
     for (const std::string& name : names) fs::remove(folder / name);
@@ -141,12 +161,22 @@ void copy_vocabulary(const fs::path& given, const fs::path& folder, const std::v
 }  // namespace
 
 void add_flags(TinyOptions& options, Tool& tool) {
-  tool.about("Writes small random models that the whole chain accepts: FLUX transformer, autoencoder, T5, CLIP, tokenizers.",
-             "flux-model tiny --out models --seed 1");
+  tool.about(
+      "Writes small random models that the whole chain accepts: FLUX transformer, autoencoder, T5, "
+      "CLIP, tokenizers.",
+      "flux-model tiny --out models --seed 1");
   tool.flag("out", options.out, "DIR", "folder to write into");
-  tool.flag("seed", options.seed, "N", "of the weight values; shapes and tokenizers do not depend on it");
-  tool.flag("t5-tokenizer", options.t5_tokenizer, "FILE", "size T5 to this vocabulary (spiece.model or tokenizer.json) and copy it");
-  tool.flag("clip-tokenizer", options.clip_tokenizer, "DIR", "size CLIP to this vocabulary (folder with vocab.json and merges.txt, or tokenizer.json) and copy it");
+  tool.flag(
+      "seed", options.seed, "N", "of the weight values; shapes and tokenizers do not depend on it");
+  tool.flag("t5-tokenizer",
+            options.t5_tokenizer,
+            "FILE",
+            "size T5 to this vocabulary (spiece.model or tokenizer.json) and copy it");
+  tool.flag("clip-tokenizer",
+            options.clip_tokenizer,
+            "DIR",
+            "size CLIP to this vocabulary (folder with vocab.json and merges.txt, or "
+            "tokenizer.json) and copy it");
 }
 
 void check(const TinyOptions& options) {
@@ -154,47 +184,73 @@ void check(const TinyOptions& options) {
 }
 
 TinyReport tiny(const TinyOptions& options) {
-  const fs::path t5_folder = options.out / "tokenizers" / "t5", clip_folder = options.out / "tokenizers" / "clip";
+  const fs::path t5_folder = options.out / "tokenizers" / "t5",
+                 clip_folder = options.out / "tokenizers" / "clip";
   // tokenizers first: what is wrong with a given one is found before anything is written
   if (!options.t5_tokenizer.empty()) tokenizers::T5Tokenizer::load(options.t5_tokenizer);
   if (!options.clip_tokenizer.empty()) tokenizers::ClipTokenizer::load(options.clip_tokenizer);
   make_folder(options.out);
   tokenizers::write_tiny_tokenizers(options.out / "tokenizers");
-  if (!options.t5_tokenizer.empty()) copy_vocabulary(options.t5_tokenizer, t5_folder, {{"spiece.model"}, {"tokenizer.json"}});
+  if (!options.t5_tokenizer.empty())
+    copy_vocabulary(options.t5_tokenizer, t5_folder, {{"spiece.model"}, {"tokenizer.json"}});
   if (!options.clip_tokenizer.empty()) {
-    copy_vocabulary(options.clip_tokenizer, clip_folder, {{"vocab.json", "merges.txt"}, {"tokenizer.json"}});
+    copy_vocabulary(
+        options.clip_tokenizer, clip_folder, {{"vocab.json", "merges.txt"}, {"tokenizer.json"}});
   }
 
-  // T5's table is longer than its vocabulary (32100 ids, 32128 rows), CLIP's is exactly as long: the end token is its last row
+  // T5's table is longer than its vocabulary (32100 ids, 32128 rows), CLIP's is exactly as long:
+  // the end token is its last row
   constexpr int64_t kRowMultiple = 128;
   t5::Config t5{.width = 64, .num_layers = 2, .num_heads = 4, .head_size = 16, .mlp = 160};
-  t5.vocabulary = (tokenizers::T5Tokenizer::load(t5_folder).vocab_size() + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  t5.vocabulary = (tokenizers::T5Tokenizer::load(t5_folder).vocab_size() + kRowMultiple - 1) /
+                  kRowMultiple * kRowMultiple;
   clip::Config clip{.hidden = 128, .num_layers = 2, .num_heads = 2, .mlp = 512};
   clip.vocabulary = tokenizers::ClipTokenizer::load(clip_folder).vocab_size();
   vae::Config ae{.channels = 32};
-  dit::Config flux{.pooled_dim = clip.hidden, .prompt_dim = t5.width, .hidden = 256, .mlp = 1024, .num_heads = 2,
-                   .num_double_blocks = 2, .num_single_blocks = 2};
+  dit::Config flux{.pooled_dim = clip.hidden,
+                   .prompt_dim = t5.width,
+                   .hidden = 256,
+                   .mlp = 1024,
+                   .num_heads = 2,
+                   .num_double_blocks = 2,
+                   .num_single_blocks = 2};
   ShapeMap flux_shapes;
   for (const auto& [name, shape] : dit::tensor_shapes(flux)) flux_shapes.emplace(name, shape);
 
   const auto seed = static_cast<uint64_t>(options.seed);
   TinyReport report;
   report.out = options.out;
-  report.flux_parameters = write_net(options.out / "flux.safetensors", "flux", seed, flux_shapes, DType::kBF16, flux_scale);
-  report.ae_parameters = write_net(options.out / "ae.safetensors", "vae", seed, vae::tensor_shapes(ae), DType::kF32, ae_scale);
-  report.t5_parameters = write_net(options.out / "t5.safetensors", "t5", seed, t5::tensor_shapes(t5), DType::kBF16, t5_scale);
-  report.clip_parameters = write_net(options.out / "clip.safetensors", "clip", seed, clip::tensor_shapes(clip), DType::kBF16, clip_scale);
+  report.flux_parameters = write_net(
+      options.out / "flux.safetensors", "flux", seed, flux_shapes, DType::kBF16, flux_scale);
+  report.ae_parameters = write_net(
+      options.out / "ae.safetensors", "vae", seed, vae::tensor_shapes(ae), DType::kF32, ae_scale);
+  report.t5_parameters = write_net(
+      options.out / "t5.safetensors", "t5", seed, t5::tensor_shapes(t5), DType::kBF16, t5_scale);
+  report.clip_parameters = write_net(options.out / "clip.safetensors",
+                                     "clip",
+                                     seed,
+                                     clip::tensor_shapes(clip),
+                                     DType::kBF16,
+                                     clip_scale);
   return report;
 }
 
 std::string TinyReport::line() const {
-  return fmt::format("wrote {} flux_parameters={} ae_parameters={} t5_parameters={} clip_parameters={}", show(out),
-                     flux_parameters, ae_parameters, t5_parameters, clip_parameters);
+  return fmt::format(
+      "wrote {} flux_parameters={} ae_parameters={} t5_parameters={} clip_parameters={}",
+      show(out),
+      flux_parameters,
+      ae_parameters,
+      t5_parameters,
+      clip_parameters);
 }
 
 nlohmann::json TinyReport::json() const {
-  return {{"out", printable(out.native())}, {"flux_parameters", flux_parameters}, {"ae_parameters", ae_parameters},
-          {"t5_parameters", t5_parameters}, {"clip_parameters", clip_parameters}};
+  return {{"out", printable(out.native())},
+          {"flux_parameters", flux_parameters},
+          {"ae_parameters", ae_parameters},
+          {"t5_parameters", t5_parameters},
+          {"clip_parameters", clip_parameters}};
 }
 
 }  // namespace flux::model

@@ -1,4 +1,5 @@
-// pipelines/model/tiny.h - flux-model tiny: small random models that the whole chain accepts, for tests and the demo.
+// pipelines/model/tiny.h - flux-model tiny: small random models that the whole chain accepts, for
+// tests and the demo.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -12,8 +13,8 @@ namespace flux::model {
 struct TinyOptions {
   std::filesystem::path out{};
   int64_t seed = 0;
-  std::filesystem::path t5_tokenizer{};   // empty: the project's own small vocabulary
-  std::filesystem::path clip_tokenizer{}; // empty: the same
+  std::filesystem::path t5_tokenizer{};    // empty: the project's own small vocabulary
+  std::filesystem::path clip_tokenizer{};  // empty: the same
 };
 
 void add_flags(TinyOptions& options, Tool& tool);
@@ -27,12 +28,13 @@ struct TinyReport {
   nlohmann::json json() const;
 };
 
-/// Writes flux.safetensors, ae.safetensors, t5.safetensors, clip.safetensors and the tokenizers' files below `out`:
-/// tokenizers/t5/spiece.model and tokenizers/clip/{vocab.json,merges.txt} (or tokenizer.json where that was given).
-/// Names, ratios and dtypes are those of the published files (BFL and Hugging Face names without prefix, heads of 128, MLP
-/// ratio 4, 16 latent channels, stride 8, guidance; BF16, autoencoder F32); embeddings are as long as the vocabularies.
-/// The same seed gives the same bytes on any machine; another seed changes weight values only.
-/// Throws InputError if a given tokenizer cannot be read, ResourceError if writing fails.
+/// Writes flux.safetensors, ae.safetensors, t5.safetensors, clip.safetensors and the tokenizers'
+/// files below `out`: tokenizers/t5/spiece.model and tokenizers/clip/{vocab.json,merges.txt} (or
+/// tokenizer.json where that was given). Names, ratios and dtypes are those of the published files
+/// (BFL and Hugging Face names without prefix, heads of 128, MLP ratio 4, 16 latent channels,
+/// stride 8, guidance; BF16, autoencoder F32); embeddings are as long as the vocabularies. The same
+/// seed gives the same bytes on any machine; another seed changes weight values only. Throws
+/// InputError if a given tokenizer cannot be read, ResourceError if writing fails.
 TinyReport tiny(const TinyOptions& options);
 
 }  // namespace flux::model

@@ -23,15 +23,20 @@ flux::ExitCode info(flux::Tool& tool) {
   if (!tool.parse()) return flux::ExitCode::kOk;
   flux::model::check(opts);
   const auto report = flux::model::info(opts);
-  if (tool.json()) tool.summary("", {{"nets", report.nets}});
-  else std::puts(report.text().c_str());  // several lines, escaped already
+  if (tool.json())
+    tool.summary("", {{"nets", report.nets}});
+  else
+    std::puts(report.text().c_str());  // several lines, escaped already
   return flux::ExitCode::kOk;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return flux::run_tool("flux-model", argc, argv, "looks into model files, and makes small ones",
+  return flux::run_tool("flux-model",
+                        argc,
+                        argv,
+                        "looks into model files, and makes small ones",
                         {{"info", "which nets a file holds, their sizes and identity", info},
                          {"tiny", "write small random models that the whole chain accepts", tiny}});
 }

@@ -35,7 +35,8 @@ std::optional<fs::path> memo_path() {
 std::string memo_key(std::span<const FileStamp> stamps, std::string_view net) {
   std::string text = fmt::format("1 {}", net);
   for (const FileStamp& s : stamps) {
-    text += fmt::format(" {}:{}:{}:{}:{}", s.device, s.inode, s.size_bytes, s.modified_ns, s.changed_ns);
+    text += fmt::format(
+        " {}:{}:{}:{}:{}", s.device, s.inode, s.size_bytes, s.modified_ns, s.changed_ns);
   }
   return to_hex(sha256(text));
 }
@@ -56,8 +57,8 @@ nlohmann::json read_memo(const fs::path& path) {
   }
   auto& entries = memo["entries"];
   for (auto it = entries.begin(); it != entries.end();) {
-    const bool sound = it->is_object() && it->contains("sha256") && (*it)["sha256"].is_string() && it->contains("used") &&
-                       (*it)["used"].is_number_integer();
+    const bool sound = it->is_object() && it->contains("sha256") && (*it)["sha256"].is_string() &&
+                       it->contains("used") && (*it)["used"].is_number_integer();
     it = sound ? std::next(it) : entries.erase(it);
   }
   return memo;
@@ -75,7 +76,9 @@ std::optional<Sha256Digest> remembered(const nlohmann::json& memo, const std::st
 }
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
 }
 
 void remember(const fs::path& path, const std::string& key, const Sha256Digest& digest) {
@@ -93,11 +96,13 @@ void remember(const fs::path& path, const std::string& key, const Sha256Digest& 
   write_file_atomic(path, memo.dump(1) + "\n");
 }
 
-/// Unchanged since they were opened, and for long enough that a change in the same clock tick cannot hide.
+/// Unchanged since they were opened, and for long enough that a change in the same clock tick
+/// cannot hide.
 bool settled(std::span<const FileStamp> stamps, int64_t opened_ns) {
   try {
     return std::all_of(stamps.begin(), stamps.end(), [&](const FileStamp& s) {
-      return std::max(s.modified_ns, s.changed_ns) + kSettleNanoseconds < opened_ns && file_stamp(s.path) == s;
+      return std::max(s.modified_ns, s.changed_ns) + kSettleNanoseconds < opened_ns &&
+             file_stamp(s.path) == s;
     });
   } catch (const InputError&) {
     return false;  // renamed or removed meanwhile
@@ -111,7 +116,9 @@ Sha256Digest weights_sha256(const TensorMap& canonical) {
   hash.add(kDefinition).add_u64(canonical.size());
   for (const auto& [name, tensor] : canonical) {
     const at::Tensor contiguous = tensor.contiguous();
-    hash.add_field(name).add_field(dtype_name(dtype_of(contiguous))).add_u64(static_cast<uint64_t>(contiguous.dim()));
+    hash.add_field(name)
+        .add_field(dtype_name(dtype_of(contiguous)))
+        .add_u64(static_cast<uint64_t>(contiguous.dim()));
     for (const int64_t length : contiguous.sizes()) hash.add_u64(static_cast<uint64_t>(length));
     const auto bytes = host_bytes(contiguous);
     hash.add_u64(bytes.size()).add(bytes);
@@ -119,7 +126,9 @@ Sha256Digest weights_sha256(const TensorMap& canonical) {
   return hash.digest();
 }
 
-Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps, std::string_view net, const TensorMap& canonical,
+Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
+                                       std::string_view net,
+                                       const TensorMap& canonical,
                                        bool rehash) {
   const auto path = stamps.empty() ? std::nullopt : memo_path();
   const std::string key = memo_key(stamps, net);

@@ -28,23 +28,33 @@ const std::vector<NetTraits>& all_traits() {
       {NetKind::kFlux,
        "FLUX transformer",
        {"model.diffusion_model.", "diffusion_model.", "transformer."},
-       {"double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.norm.key_norm.scale",
-        "single_blocks.0.linear1.weight", "transformer_blocks.0.attn.add_k_proj.weight",
-        "transformer_blocks.0.attn.norm_added_k.weight", "single_transformer_blocks.0.proj_mlp.weight"}},
+       {"double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "single_blocks.0.linear1.weight",
+        "transformer_blocks.0.attn.add_k_proj.weight",
+        "transformer_blocks.0.attn.norm_added_k.weight",
+        "single_transformer_blocks.0.proj_mlp.weight"}},
       {NetKind::kAutoEncoder,
        "autoencoder",
        {"vae.", "first_stage_model."},
-       {"encoder.down.0.block.0.norm1.weight", "encoder.down_blocks.0.resnets.0.norm1.weight",
-        "decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"}},
+       {"encoder.down.0.block.0.norm1.weight",
+        "encoder.down_blocks.0.resnets.0.norm1.weight",
+        "decoder.up.0.block.0.norm1.weight",
+        "decoder.up_blocks.0.resnets.0.norm1.weight"}},
       {NetKind::kT5,
        "T5 encoder",
        {"text_encoders.t5xxl.transformer.", "transformer."},
        {"encoder.block.0.layer.0.SelfAttention.q.weight"}},
       {NetKind::kClip,
        "CLIP text encoder",
-       {"text_encoders.clip_l.transformer.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "transformer."},
-       {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
-        "text_model.encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.self_attn.q_proj.weight"}},
+       {"text_encoders.clip_l.transformer.",
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        "transformer."},
+       {"text_model.embeddings.token_embedding.weight",
+        "embeddings.token_embedding.weight",
+        "text_model.encoder.layers.0.self_attn.q_proj.weight",
+        "encoder.layers.0.self_attn.q_proj.weight"}},
   };
   return traits;
 }
@@ -52,14 +62,20 @@ const std::vector<NetTraits>& all_traits() {
 const NetTraits& traits_of(NetKind kind) { return all_traits()[static_cast<size_t>(kind)]; }
 
 /// Beginnings of names that some all-in-one file uses, and that no net uses inside itself.
-constexpr std::string_view kSharedPrefixes[] = {"model.diffusion_model.", "diffusion_model.",   "vae.",        "first_stage_model.",
-                                                "text_encoders.",         "cond_stage_model.", "conditioner."};
+constexpr std::string_view kSharedPrefixes[] = {"model.diffusion_model.",
+                                                "diffusion_model.",
+                                                "vae.",
+                                                "first_stage_model.",
+                                                "text_encoders.",
+                                                "cond_stage_model.",
+                                                "conditioner."};
 
 /// The prefix under which the file holds the net.
 std::optional<std::string> find_prefix(const TensorMap& tensors, const NetTraits& net) {
   const auto holds = [&](std::string_view prefix) {
-    return std::any_of(net.anchors.begin(), net.anchors.end(),
-                       [&](std::string_view anchor) { return tensors.contains(std::string(prefix).append(anchor)); });
+    return std::any_of(net.anchors.begin(), net.anchors.end(), [&](std::string_view anchor) {
+      return tensors.contains(std::string(prefix).append(anchor));
+    });
   };
   if (holds("")) return "";
   for (const std::string_view prefix : net.prefixes) {
@@ -69,10 +85,13 @@ std::optional<std::string> find_prefix(const TensorMap& tensors, const NetTraits
 }
 
 bool any_name(const TensorMap& tensors, auto&& matches) {
-  return std::any_of(tensors.begin(), tensors.end(), [&](const auto& entry) { return matches(std::string_view(entry.first)); });
+  return std::any_of(tensors.begin(), tensors.end(), [&](const auto& entry) {
+    return matches(std::string_view(entry.first));
+  });
 }
 bool any_contains(const TensorMap& tensors, std::string_view part) {
-  return any_name(tensors, [&](std::string_view name) { return name.find(part) != std::string_view::npos; });
+  return any_name(tensors,
+                  [&](std::string_view name) { return name.find(part) != std::string_view::npos; });
 }
 bool any_ends(const TensorMap& tensors, std::string_view end) {
   return any_name(tensors, [&](std::string_view name) { return name.ends_with(end); });
@@ -86,29 +105,36 @@ int64_t length_of(const TensorMap& tensors, const std::string& name, int64_t dim
   return it == tensors.end() || it->second.dim() <= dimension ? 0 : it->second.size(dimension);
 }
 
-/// Kinds of files that look like ours and are not; the reason, or "". Tensors have the prefix off if it is known.
+/// Kinds of files that look like ours and are not; the reason, or "". Tensors have the prefix off
+/// if it is known.
 std::string packed_kind(const TensorMap& tensors) {
-  if (any_ends(tensors, ".scale_weight") || any_ends(tensors, ".weight_scale") || any_ends(tensors, ".input_scale") ||
-      any_ends(tensors, ".scale_input") || any_ends(tensors, "scaled_fp8") || any_ends(tensors, ".comfy_quant")) {
+  if (any_ends(tensors, ".scale_weight") || any_ends(tensors, ".weight_scale") ||
+      any_ends(tensors, ".input_scale") || any_ends(tensors, ".scale_input") ||
+      any_ends(tensors, "scaled_fp8") || any_ends(tensors, ".comfy_quant")) {
     return "scaled fp8 weights";
   }
-  if (any_ends(tensors, ".absmax") || any_contains(tensors, ".quant_map") || any_contains(tensors, "bitsandbytes")) {
+  if (any_ends(tensors, ".absmax") || any_contains(tensors, ".quant_map") ||
+      any_contains(tensors, "bitsandbytes")) {
     return "weights quantised by bitsandbytes";
   }
-  if (any_ends(tensors, ".qweight") || any_ends(tensors, ".qzeros")) return "weights in a packed 4-bit format";
+  if (any_ends(tensors, ".qweight") || any_ends(tensors, ".qzeros"))
+    return "weights in a packed 4-bit format";
   return "";
 }
 
 std::string unsupported_flux(const TensorMap& tensors) {
   if (any_contains(tensors, "distilled_guidance_layer.")) return "a Chroma transformer";
-  if (any_contains(tensors, "double_stream_modulation_img") || any_contains(tensors, "single_stream_modulation")) {
+  if (any_contains(tensors, "double_stream_modulation_img") ||
+      any_contains(tensors, "single_stream_modulation")) {
     return "a FLUX.2 transformer";
   }
-  if (any_contains(tensors, ".lora_") || any_contains(tensors, "lora_unet_") || any_contains(tensors, "_lora1.") ||
-      any_contains(tensors, "_lora.") || any_contains(tensors, ".lokr_") || any_contains(tensors, ".hada_")) {
+  if (any_contains(tensors, ".lora_") || any_contains(tensors, "lora_unet_") ||
+      any_contains(tensors, "_lora1.") || any_contains(tensors, "_lora.") ||
+      any_contains(tensors, ".lokr_") || any_contains(tensors, ".hada_")) {
     return "a LoRA, not a whole transformer";
   }
-  const int64_t channels = std::max(length_of(tensors, "img_in.weight", 1), length_of(tensors, "x_embedder.weight", 1));
+  const int64_t channels =
+      std::max(length_of(tensors, "img_in.weight", 1), length_of(tensors, "x_embedder.weight", 1));
   if (channels == 128) return "a FLUX.1 Control transformer (Canny or Depth)";
   if (channels == 384) return "a FLUX.1 Fill transformer";
   return "";
@@ -116,13 +142,18 @@ std::string unsupported_flux(const TensorMap& tensors) {
 
 /// Kontext has the very tensors of FLUX.1-dev; only names and metadata tell.
 bool says_kontext(const WeightFile& file) {
-  const auto says = [](std::string_view text) { return lower_ascii(text).find("kontext") != std::string::npos; };
+  const auto says = [](std::string_view text) {
+    return lower_ascii(text).find("kontext") != std::string::npos;
+  };
   if (says(file.path.filename().native())) return true;
-  for (auto folder = file.path.parent_path(); folder.has_relative_path(); folder = folder.parent_path()) {
-    if (lower_ascii(folder.filename().native()).find("flux.1-kontext") != std::string::npos) return true;
+  for (auto folder = file.path.parent_path(); folder.has_relative_path();
+       folder = folder.parent_path()) {
+    if (lower_ascii(folder.filename().native()).find("flux.1-kontext") != std::string::npos)
+      return true;
   }
   return std::any_of(file.metadata.begin(), file.metadata.end(), [&](const auto& entry) {
-    return (entry.first == "modelspec.architecture" || entry.first == "modelspec.title") && says(entry.second);
+    return (entry.first == "modelspec.architecture" || entry.first == "modelspec.title") &&
+           says(entry.second);
   });
 }
 
@@ -134,16 +165,19 @@ std::string unsupported(const WeightFile& file, const TensorMap& tensors, NetKin
       return says_kontext(file) ? "a FLUX.1 Kontext transformer" : "";
     case NetKind::kAutoEncoder:
       if (any_starts(tensors, "quant_conv.") || any_starts(tensors, "post_quant_conv.") ||
-          length_of(tensors, "encoder.conv_out.weight", 0) == 8 || length_of(tensors, "decoder.conv_in.weight", 1) == 4) {
+          length_of(tensors, "encoder.conv_out.weight", 0) == 8 ||
+          length_of(tensors, "decoder.conv_in.weight", 1) == 4) {
         return "a Stable Diffusion autoencoder";
       }
       return "";
     case NetKind::kT5:
-      if (tensors.contains("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")) return "a umT5 encoder";
+      if (tensors.contains("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"))
+        return "a umT5 encoder";
       if (any_ends(tensors, ".DenseReluDense.wi.weight")) return "a T5 v1.0 encoder";
       return "";
     case NetKind::kClip:
-      for (const char* name : {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}) {
+      for (const char* name :
+           {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}) {
         if (length_of(tensors, name, 1) == 1280) return "a CLIP-G text encoder";
       }
       return "";
@@ -158,7 +192,8 @@ std::string unsupported(const WeightFile& file, const TensorMap& tensors, NetKin
 
 bool ignored(std::string_view name, std::span<const std::string_view> ignorable) {
   return std::any_of(ignorable.begin(), ignorable.end(), [&](std::string_view pattern) {
-    return pattern.ends_with('*') ? name.starts_with(pattern.substr(0, pattern.size() - 1)) : name == pattern;
+    return pattern.ends_with('*') ? name.starts_with(pattern.substr(0, pattern.size() - 1))
+                                  : name == pattern;
   });
 }
 
@@ -179,17 +214,23 @@ NetTensors take_net(const WeightFile& file, NetKind kind) {
   const auto prefix = find_prefix(file.tensors, net);
   if (!prefix) {
     // a refusal by name helps more than "not found"
-    if (const std::string what = unsupported(file, file.tensors, kind); !what.empty()) refuse(file.path, what, kind);
+    if (const std::string what = unsupported(file, file.tensors, kind); !what.empty())
+      refuse(file.path, what, kind);
     std::string found;
-    for (const NetKind other : nets_in(file)) found += fmt::format("{}{}", found.empty() ? "" : " and ", net_title(other));
+    for (const NetKind other : nets_in(file))
+      found += fmt::format("{}{}", found.empty() ? "" : " and ", net_title(other));
     std::vector<std::string> names;
     for (const auto& [name, tensor] : file.tensors) {
       if (names.size() < 3) names.push_back(printable(name));
     }
     throw InputError(
-        fmt::format("{}: no {} in this file\n  it holds {}", show(file.path), net.title,
+        fmt::format("{}: no {} in this file\n  it holds {}",
+                    show(file.path),
+                    net.title,
                     !found.empty() ? fmt::format("the weights of: {}", found)
-                                   : fmt::format("{} tensors: {}{}", file.tensors.size(), join_some(names),
+                                   : fmt::format("{} tensors: {}{}",
+                                                 file.tensors.size(),
+                                                 join_some(names),
                                                  file.tensors.size() > names.size() ? " ..." : "")),
         fmt::format("give the {} weights", net.title));
   }
@@ -199,16 +240,22 @@ NetTensors take_net(const WeightFile& file, NetKind kind) {
       out.tensors.emplace(name.substr(prefix->size()), tensor);
       continue;
     }
-    const bool other_net = std::any_of(std::begin(kSharedPrefixes), std::end(kSharedPrefixes),
-                                       [&](std::string_view other) { return name.starts_with(other); });
+    const bool other_net = std::any_of(
+        std::begin(kSharedPrefixes), std::end(kSharedPrefixes), [&](std::string_view other) {
+          return name.starts_with(other);
+        });
     if (!other_net) out.tensors.emplace(name, tensor);
   }
-  if (const std::string what = unsupported(file, out.tensors, kind); !what.empty()) refuse(file.path, what, kind);
+  if (const std::string what = unsupported(file, out.tensors, kind); !what.empty())
+    refuse(file.path, what, kind);
   return out;
 }
 
-TensorMap expect_tensors(const std::filesystem::path& path, std::string_view title, const TensorMap& tensors,
-                         const ShapeMap& expected, std::span<const std::string_view> ignorable) {
+TensorMap expect_tensors(const std::filesystem::path& path,
+                         std::string_view title,
+                         const TensorMap& tensors,
+                         const ShapeMap& expected,
+                         std::span<const std::string_view> ignorable) {
   TensorMap kept;
   std::vector<std::string> missing, surplus, misshapen;
   for (const auto& [name, tensor] : tensors) {
@@ -216,7 +263,8 @@ TensorMap expect_tensors(const std::filesystem::path& path, std::string_view tit
     if (want == expected.end()) {
       if (!ignored(name, ignorable)) surplus.push_back(printable(name));
     } else if (!tensor.sizes().equals(want->second)) {
-      misshapen.push_back(fmt::format("{} is {}, expected {}", printable(name), shape_text(tensor), shape_text(want->second)));
+      misshapen.push_back(fmt::format(
+          "{} is {}, expected {}", printable(name), shape_text(tensor), shape_text(want->second)));
     } else {
       kept.emplace(name, tensor);
     }
@@ -226,17 +274,26 @@ TensorMap expect_tensors(const std::filesystem::path& path, std::string_view tit
   }
   if (missing.empty() && surplus.empty() && misshapen.empty()) return kept;
   std::string message = fmt::format("{}: not the weights of this {}", show(path), title);
-  for (const auto& [what, names] : {std::pair("missing", &missing), {"surplus", &surplus}, {"of another shape", &misshapen}}) {
+  for (const auto& [what, names] :
+       {std::pair("missing", &missing), {"surplus", &surplus}, {"of another shape", &misshapen}}) {
     if (!names->empty()) {
-      message += fmt::format("\n  {} tensor{} {}: {}", names->size(), names->size() == 1 ? "" : "s", what, join_some(*names));
+      message += fmt::format("\n  {} tensor{} {}: {}",
+                             names->size(),
+                             names->size() == 1 ? "" : "s",
+                             what,
+                             join_some(*names));
     }
   }
   throw InputError(message, "the file is incomplete, or of another model");
 }
 
-TensorMap expect_tensors(const std::filesystem::path& path, std::string_view title, const TensorMap& tensors,
-                         const ShapeMap& expected, std::initializer_list<std::string_view> ignorable) {
-  return expect_tensors(path, title, tensors, expected, std::span(ignorable.begin(), ignorable.size()));
+TensorMap expect_tensors(const std::filesystem::path& path,
+                         std::string_view title,
+                         const TensorMap& tensors,
+                         const ShapeMap& expected,
+                         std::initializer_list<std::string_view> ignorable) {
+  return expect_tensors(
+      path, title, tensors, expected, std::span(ignorable.begin(), ignorable.size()));
 }
 
 }  // namespace flux

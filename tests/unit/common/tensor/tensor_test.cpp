@@ -23,7 +23,8 @@ using testing::HasSubstr;
 TEST(Borrow, SharesAlignedMemoryAndKeepsItsOwner) {
   auto owner = std::make_shared<std::vector<float>>(std::vector<float>{1, 2, 3, 4, 5, 6});
   std::weak_ptr<std::vector<float>> watch = owner;
-  at::Tensor tensor = borrow(std::as_bytes(std::span(*owner)), DType::kF32, std::array<int64_t, 2>{2, 3}, owner);
+  at::Tensor tensor =
+      borrow(std::as_bytes(std::span(*owner)), DType::kF32, std::array<int64_t, 2>{2, 3}, owner);
   EXPECT_EQ(tensor.const_data_ptr(), owner->data());
   owner.reset();
   EXPECT_EQ(tensor[1][2].item<float>(), 6.0f);
@@ -32,20 +33,25 @@ TEST(Borrow, SharesAlignedMemoryAndKeepsItsOwner) {
 }
 
 TEST(Borrow, CopiesUnalignedMemory) {
-  alignas(8) const std::array<char, 9> raw{0, 0, 0, char(0x80), 0x3f, 0, 0, 0, 0};  // 1.0f at offset 1
-  const at::Tensor tensor = borrow(std::as_bytes(std::span(raw)).subspan(1, 4), DType::kF32, {}, nullptr);
+  alignas(8) const std::array<char, 9> raw{
+      0, 0, 0, char(0x80), 0x3f, 0, 0, 0, 0};  // 1.0f at offset 1
+  const at::Tensor tensor =
+      borrow(std::as_bytes(std::span(raw)).subspan(1, 4), DType::kF32, {}, nullptr);
   EXPECT_EQ(tensor.item<float>(), 1.0f);
 }
 
 TEST(Borrow, RefusesSizesThatDisagree) {
   const std::array<std::byte, 8> raw{};
-  const auto attempt = [&](std::vector<int64_t> shape, size_t bytes) { borrow(std::span(raw).first(bytes), DType::kF32, shape, nullptr); };
+  const auto attempt = [&](std::vector<int64_t> shape, size_t bytes) {
+    borrow(std::span(raw).first(bytes), DType::kF32, shape, nullptr);
+  };
   EXPECT_NO_THROW(attempt({2}, 8));
   EXPECT_NO_THROW(attempt({0, 5}, 0));
   EXPECT_THROW(attempt({3}, 8), std::invalid_argument);
   EXPECT_THROW(attempt({-2, -1}, 8), std::invalid_argument);
-  EXPECT_THROW(attempt({int64_t{1} << 62, 4}, 0), std::invalid_argument);     // wraps to 0
-  EXPECT_THROW(attempt({0, int64_t{1} << 40, int64_t{1} << 40}, 0), std::invalid_argument);  // strides would wrap
+  EXPECT_THROW(attempt({int64_t{1} << 62, 4}, 0), std::invalid_argument);  // wraps to 0
+  EXPECT_THROW(attempt({0, int64_t{1} << 40, int64_t{1} << 40}, 0),
+               std::invalid_argument);  // strides would wrap
   EXPECT_THROW(borrow(raw, DType::kF4, std::array<int64_t, 1>{16}, nullptr), std::invalid_argument);
 }
 
@@ -63,18 +69,21 @@ TEST(DTypes, AreTheSameBothWays) {
   EXPECT_THROW(dtype_of(at::kComplexDouble), std::invalid_argument);
 }
 
-// 1 sign, 4 exponent (bias 7), 3 mantissa bits; subnormals m * 2^-9; 0x7F and 0xFF are NaN, there is no infinity
+// 1 sign, 4 exponent (bias 7), 3 mantissa bits; subnormals m * 2^-9; 0x7F and 0xFF are NaN, there
+// is no infinity
 float e4m3fn(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const float sign = code & 0x80 ? -1.0f : 1.0f;
   if (exponent == 15 && mantissa == 7) return NAN;
-  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(1.0f + static_cast<float>(mantissa) / 8, exponent - 7));
+  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                               : std::ldexp(1.0f + static_cast<float>(mantissa) / 8, exponent - 7));
 }
 
 TEST(ToDtype, DecodesEveryFloat8Code) {
   std::array<uint8_t, 256> codes;
   std::iota(codes.begin(), codes.end(), uint8_t{0});
-  const at::Tensor stored = borrow(std::as_bytes(std::span(codes)), DType::kF8E4M3, std::array<int64_t, 1>{256}, nullptr);
+  const at::Tensor stored =
+      borrow(std::as_bytes(std::span(codes)), DType::kF8E4M3, std::array<int64_t, 1>{256}, nullptr);
   EXPECT_EQ(stored.scalar_type(), at::kFloat8_e4m3fn);
   for (const auto type : {at::kFloat, at::kBFloat16, at::kHalf}) {
     const at::Tensor decoded = to_dtype(stored, type).to(at::kFloat);
@@ -125,7 +134,9 @@ TEST(WeightFile, ReadsWhatWasWritten) {
 TEST(WeightFile, RefusesTypesWithoutATensorType) {
   TemporaryFolder folder;
   const std::string json = R"({"w":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}   )";
-  const auto path = folder.write("w.safetensors", std::string(1, static_cast<char>(json.size())) + std::string(7, '\0') + json + "x");
+  const auto path = folder.write(
+      "w.safetensors",
+      std::string(1, static_cast<char>(json.size())) + std::string(7, '\0') + json + "x");
   try {
     read_weights(path);
     FAIL();

@@ -27,7 +27,13 @@ std::string file_of(std::string_view header, size_t data_bytes) {
   return file;
 }
 std::string one(std::string_view dtype, std::string_view shape, std::string_view offsets) {
-  return std::string(R"({"w":{"dtype":")").append(dtype).append(R"(","shape":)").append(shape).append(R"(,"data_offsets":)").append(offsets) + "}}";
+  return std::string(R"({"w":{"dtype":")")
+             .append(dtype)
+             .append(R"(","shape":)")
+             .append(shape)
+             .append(R"(,"data_offsets":)")
+             .append(offsets) +
+         "}}";
 }
 
 Contents parse_text(const std::string& file) { return parse(std::as_bytes(std::span(file)), "f"); }
@@ -44,7 +50,8 @@ std::string refusal(const std::string& file) {
 
 TEST(SafetensorsParse, ReadsTensorsInOrderOfTheirBytes) {
   const std::string file = file_of(
-      R"({"__metadata__":{"format":"pt"},"b":{"dtype":"U8","shape":[2,1],"data_offsets":[4,6]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}  )", 6);
+      R"({"__metadata__":{"format":"pt"},"b":{"dtype":"U8","shape":[2,1],"data_offsets":[4,6]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}  )",
+      6);
   const Contents contents = parse_text(file);
   ASSERT_EQ(contents.tensors.size(), 2u);
   EXPECT_EQ(contents.tensors[0].name, "a");
@@ -58,25 +65,32 @@ TEST(SafetensorsParse, ReadsTensorsInOrderOfTheirBytes) {
 
 // Five mistakes that other C++ readers were found to make.
 TEST(SafetensorsParse, RefusesAProductThatWraps) {  // 4194305^2 * 2^k wraps to a few bytes
-  EXPECT_THAT(refusal(file_of(one("F32", "[4294967296,4294967296]", "[0,4]"), 4)), HasSubstr("overflows"));
-  EXPECT_THAT(refusal(file_of(one("F32", "[4611686018427387905]", "[0,4]"), 4)), HasSubstr("overflows"));
+  EXPECT_THAT(refusal(file_of(one("F32", "[4294967296,4294967296]", "[0,4]"), 4)),
+              HasSubstr("overflows"));
+  EXPECT_THAT(refusal(file_of(one("F32", "[4611686018427387905]", "[0,4]"), 4)),
+              HasSubstr("overflows"));
 }
 TEST(SafetensorsParse, RefusesOffsetsThatDisagreeWithTheShape) {
-  EXPECT_THAT(refusal(file_of(one("F32", "[2]", "[0,4]"), 4)), HasSubstr("needs 8 bytes, the offsets give 4"));
+  EXPECT_THAT(refusal(file_of(one("F32", "[2]", "[0,4]"), 4)),
+              HasSubstr("needs 8 bytes, the offsets give 4"));
 }
 TEST(SafetensorsParse, RefusesNegativeAndInvertedOffsets) {
   EXPECT_THAT(refusal(file_of(one("U8", "[4]", "[-4,0]"), 4)), HasSubstr("-4"));
   EXPECT_THAT(refusal(file_of(one("U8", "[4]", "[4,0]"), 4)), HasSubstr("ends before it begins"));
 }
 TEST(SafetensorsParse, RefusesAZeroSizeTensorInsideAnother) {
-  EXPECT_THAT(refusal(file_of(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"z":{"dtype":"U8","shape":[0],"data_offsets":[2,2]}})", 4)),
-              HasSubstr("overlaps"));
+  EXPECT_THAT(
+      refusal(file_of(
+          R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"z":{"dtype":"U8","shape":[0],"data_offsets":[2,2]}})",
+          4)),
+      HasSubstr("overlaps"));
 }
 TEST(SafetensorsParse, RefusesCountsWithoutBounds) {
   std::string shape = "[1";
   for (int64_t i = 0; i < kMaxRank; ++i) shape += ",1";
   EXPECT_THAT(refusal(file_of(one("U8", shape + "]", "[0,1]"), 1)), HasSubstr("dimensions"));
-  EXPECT_THAT(refusal(std::string("\xff\xff\xff\xff\xff\xff\xff\xff{}", 10)), HasSubstr("header of"));
+  EXPECT_THAT(refusal(std::string("\xff\xff\xff\xff\xff\xff\xff\xff{}", 10)),
+              HasSubstr("header of"));
 }
 
 TEST(SafetensorsParse, NamesWhatIsNotSafetensors) {
@@ -95,11 +109,13 @@ TEST(SafetensorsParse, NamesWhatIsNotSafetensors) {
 }
 
 TEST(SafetensorsParse, ShowsNamesEscaped) {
-  EXPECT_THAT(refusal(file_of(R"({"\u001b[31m":{"dtype":"F32","shape":[1]}})", 4)), HasSubstr("\\x1b"));
+  EXPECT_THAT(refusal(file_of(R"({"\u001b[31m":{"dtype":"F32","shape":[1]}})", 4)),
+              HasSubstr("\\x1b"));
 }
 
 TEST(SafetensorsParse, GivesTheRecordedVerdictOnHostileFiles) {
-  const std::filesystem::path golden = std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/hostile";
+  const std::filesystem::path golden =
+      std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/hostile";
   const auto index = nlohmann::json::parse(read_file(golden / "index.json"));
   int num_refused = 0, num_accepted = 0;
   for (const auto& entry : index["safetensors"]) {
@@ -111,7 +127,8 @@ TEST(SafetensorsParse, GivesTheRecordedVerdictOnHostileFiles) {
       refused = true;
       EXPECT_THAT(e.what(), HasSubstr(std::filesystem::path(name).filename().native()));
     }
-    EXPECT_EQ(refused, expect != "accept") << name << ": " << entry["why"];  // the two left open are refused
+    EXPECT_EQ(refused, expect != "accept")
+        << name << ": " << entry["why"];  // the two left open are refused
     ++(refused ? num_refused : num_accepted);
   }
   EXPECT_EQ(num_refused, 84);
@@ -121,7 +138,10 @@ TEST(SafetensorsParse, GivesTheRecordedVerdictOnHostileFiles) {
 class SafetensorsSet : public testing::Test {
  protected:
   std::string tensor(std::string_view name, std::string_view value = "x") {
-    return file_of(R"({")" + std::string(name) + R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", 0) + std::string(value);
+    return file_of(R"({")" + std::string(name) +
+                       R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+                   0) +
+           std::string(value);
   }
   std::string open_refusal(const std::filesystem::path& path) {
     try {
@@ -136,17 +156,20 @@ class SafetensorsSet : public testing::Test {
     folder.write("m-00002-of-00002.safetensors", tensor("b"));
   }
   std::filesystem::path write_index(const std::string& map, const std::string& extra = "") {
-    return folder.write("m.safetensors.index.json", R"({"metadata":{"total_size":2},"weight_map":{)" + map + "}" + extra + "}");
+    return folder.write("m.safetensors.index.json",
+                        R"({"metadata":{"total_size":2},"weight_map":{)" + map + "}" + extra + "}");
   }
   TemporaryFolder folder;
-  const std::string good_map = R"("a":"m-00001-of-00002.safetensors","b":"m-00002-of-00002.safetensors")";
+  const std::string good_map =
+      R"("a":"m-00001-of-00002.safetensors","b":"m-00002-of-00002.safetensors")";
 };
 
 TEST_F(SafetensorsSet, OpensFolderIndexAndFirstShard) {
   write_shards();
   EXPECT_EQ(open_set(folder.path()).files.size(), 2u);  // without an index
   EXPECT_EQ(open_set(folder / "m-00001-of-00002.safetensors").files.size(), 2u);
-  EXPECT_THAT(open_refusal(folder / "m-00002-of-00002.safetensors"), HasSubstr("m-00001-of-00002.safetensors"));
+  EXPECT_THAT(open_refusal(folder / "m-00002-of-00002.safetensors"),
+              HasSubstr("m-00001-of-00002.safetensors"));
   const auto index = write_index(good_map);
   EXPECT_EQ(open_set(index).files.size(), 2u);
   EXPECT_EQ(open_set(folder.path()).files[1]->find("b")->bytes[0], std::byte{'x'});
@@ -166,19 +189,26 @@ TEST_F(SafetensorsSet, RefusesATensorInTwoShards) {
 
 TEST_F(SafetensorsSet, RefusesAnIndexThatDisagreesWithItsShards) {
   write_shards();
-  EXPECT_THAT(open_refusal(write_index(R"("a":"m-00001-of-00002.safetensors","c":"m-00002-of-00002.safetensors")")),
+  EXPECT_THAT(open_refusal(write_index(
+                  R"("a":"m-00001-of-00002.safetensors","c":"m-00002-of-00002.safetensors")")),
               AllOf(HasSubstr("in no shard: c"), HasSubstr("not listed: b")));
-  EXPECT_THAT(open_refusal(write_index(R"("b":"m-00001-of-00002.safetensors","a":"m-00002-of-00002.safetensors")")),
+  EXPECT_THAT(open_refusal(write_index(
+                  R"("b":"m-00001-of-00002.safetensors","a":"m-00002-of-00002.safetensors")")),
               HasSubstr("2 listed in another shard: a, b"));
-  EXPECT_THAT(open_refusal(write_index(R"("a":"m-00001-of-00002.safetensors","a":"m-00002-of-00002.safetensors")")), HasSubstr("twice"));
-  EXPECT_THAT(open_refusal(folder.write("x.safetensors.index.json", "{}")), HasSubstr("weight_map"));
+  EXPECT_THAT(open_refusal(write_index(
+                  R"("a":"m-00001-of-00002.safetensors","a":"m-00002-of-00002.safetensors")")),
+              HasSubstr("twice"));
+  EXPECT_THAT(open_refusal(folder.write("x.safetensors.index.json", "{}")),
+              HasSubstr("weight_map"));
   EXPECT_THAT(open_refusal(folder.write("x.safetensors.index.json", "{")), HasSubstr("JSON"));
 }
 
 TEST_F(SafetensorsSet, NeverLeavesTheFolder) {
   write_shards();
   for (const char* name : {"../m.safetensors", "/etc/passwd", "..", "a\\\\b", "a\\u0000b", ""}) {
-    EXPECT_THAT(open_refusal(write_index(std::string(R"("a":")") + name + "\"")), HasSubstr("not a plain file name")) << name;
+    EXPECT_THAT(open_refusal(write_index(std::string(R"("a":")") + name + "\"")),
+                HasSubstr("not a plain file name"))
+        << name;
   }
 }
 

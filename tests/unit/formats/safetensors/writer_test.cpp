@@ -23,7 +23,13 @@ std::vector<std::byte> random_bytes(const RandomStream& random, uint64_t first, 
 }
 
 TEST(SafetensorsWriter, WhatItWritesReadsBackEqual) {  // property
-  constexpr DType kTypes[] = {DType::kBool, DType::kF64, DType::kBF16, DType::kF8E4M3, DType::kI64, DType::kF32, DType::kF4};
+  constexpr DType kTypes[] = {DType::kBool,
+                              DType::kF64,
+                              DType::kBF16,
+                              DType::kF8E4M3,
+                              DType::kI64,
+                              DType::kF32,
+                              DType::kF4};
   TemporaryFolder folder;
   for (uint64_t seed = 0; seed < 40; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
@@ -32,8 +38,11 @@ TEST(SafetensorsWriter, WhatItWritesReadsBackEqual) {  // property
     std::map<std::string, std::vector<std::byte>> values;
     const uint64_t count = random.below(0, 20);
     for (uint64_t t = 0; t < count; ++t) {
-      TensorSpec spec{"t\"\n/../é" + std::to_string(t), kTypes[random.below(10 * t + 1, std::size(kTypes))], {}};
-      for (uint64_t d = 0; d < random.below(10 * t + 2, 4); ++d) spec.shape.push_back(static_cast<int64_t>(random.below(10 * t + 3 + d, 4)));
+      TensorSpec spec{"t\"\n/../é" + std::to_string(t),
+                      kTypes[random.below(10 * t + 1, std::size(kTypes))],
+                      {}};
+      for (uint64_t d = 0; d < random.below(10 * t + 2, 4); ++d)
+        spec.shape.push_back(static_cast<int64_t>(random.below(10 * t + 3 + d, 4)));
       if (spec.dtype == DType::kF4) spec.shape.push_back(2);
       values[spec.name] = random_bytes(random, 1000 * t, tensor_bytes(spec.dtype, spec.shape));
       specs.push_back(spec);
@@ -42,7 +51,8 @@ TEST(SafetensorsWriter, WhatItWritesReadsBackEqual) {  // property
     Writer writer(path, specs, {{"format", "pt"}, {"note", "a\nb\"é"}});
     for (const TensorSpec& spec : writer.order()) {  // in pieces of at most 5 bytes
       const std::span<const std::byte> bytes = values[spec.name];
-      for (size_t at = 0; at < bytes.size(); at += 5) writer.write(spec.name, bytes.subspan(at, std::min<size_t>(5, bytes.size() - at)));
+      for (size_t at = 0; at < bytes.size(); at += 5)
+        writer.write(spec.name, bytes.subspan(at, std::min<size_t>(5, bytes.size() - at)));
     }
     writer.commit();
 
@@ -54,9 +64,14 @@ TEST(SafetensorsWriter, WhatItWritesReadsBackEqual) {  // property
       ASSERT_NE(tensor, nullptr);
       EXPECT_EQ(tensor->dtype, spec.dtype);
       EXPECT_EQ(tensor->shape, spec.shape);
-      EXPECT_TRUE(std::equal(tensor->bytes.begin(), tensor->bytes.end(), values[spec.name].begin(), values[spec.name].end()));
+      EXPECT_TRUE(std::equal(tensor->bytes.begin(),
+                             tensor->bytes.end(),
+                             values[spec.name].begin(),
+                             values[spec.name].end()));
       if (dtype_bits(tensor->dtype) >= 8 && !tensor->bytes.empty()) {
-        EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor->bytes.data()) % static_cast<uintptr_t>(dtype_bits(tensor->dtype) / 8), 0u);
+        EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor->bytes.data()) %
+                      static_cast<uintptr_t>(dtype_bits(tensor->dtype) / 8),
+                  0u);
       }
     }
   }
@@ -64,7 +79,9 @@ TEST(SafetensorsWriter, WhatItWritesReadsBackEqual) {  // property
 
 TEST(SafetensorsWriter, OrdersByElementSizeThenName) {
   TemporaryFolder folder;
-  Writer writer(folder / "f", {{"b", DType::kBF16, {1}}, {"z", DType::kF32, {1}}, {"a", DType::kBF16, {1}}}, pt_metadata());
+  Writer writer(folder / "f",
+                {{"b", DType::kBF16, {1}}, {"z", DType::kF32, {1}}, {"a", DType::kBF16, {1}}},
+                pt_metadata());
   std::string names;
   for (const TensorSpec& spec : writer.order()) names += spec.name;
   EXPECT_EQ(names, "zab");
@@ -76,7 +93,9 @@ TEST(SafetensorsWriter, PadsTheHeaderToEightBytes) {  // byte for byte, by the f
   writer.write("w", as_bytes(std::string_view("ab")));
   writer.commit();
   const std::string json = R"({"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}})";
-  EXPECT_EQ(read_file(folder / "f"), std::string("\x38\0\0\0\0\0\0\0", 8) + json + std::string(56 - json.size(), ' ') + "ab");
+  EXPECT_EQ(
+      read_file(folder / "f"),
+      std::string("\x38\0\0\0\0\0\0\0", 8) + json + std::string(56 - json.size(), ' ') + "ab");
 }
 
 TEST(SafetensorsWriter, LeavesNothingBehindWithoutCommit) {
@@ -91,7 +110,9 @@ TEST(SafetensorsWriter, LeavesNothingBehindWithoutCommit) {
 
 TEST(SafetensorsWriter, RefusesWhatTheReaderWouldRefuse) {
   TemporaryFolder folder;
-  const auto write = [&](std::vector<TensorSpec> specs, Metadata metadata = {}) { Writer(folder / "f", std::move(specs), metadata); };
+  const auto write = [&](std::vector<TensorSpec> specs, Metadata metadata = {}) {
+    Writer(folder / "f", std::move(specs), metadata);
+  };
   EXPECT_THROW(write({{"a", DType::kU8, {1}}, {"a", DType::kF32, {1}}}), std::invalid_argument);
   EXPECT_THROW(write({{"__metadata__", DType::kU8, {1}}}), std::invalid_argument);
   EXPECT_THROW(write({{"\xff", DType::kU8, {1}}}), std::invalid_argument);

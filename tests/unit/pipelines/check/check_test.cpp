@@ -116,9 +116,11 @@ TEST_F(FluxCheck, FailsOnOneDisturbedTensor) {
 }
 
 TEST_F(FluxCheck, ChecksWhatIsThere) {
-  const fs::path clip = copy("models/clip"), ops = copy("models/ops"), tokenizers = copy("tokenizers-tiny");
-  TensorMap one{{"silu.x", read_weights(ops / "vectors.safetensors").tensors.at("silu.x").clone()},
-                {"silu.output", read_weights(ops / "vectors.safetensors").tensors.at("silu.output").clone()}};
+  const fs::path clip = copy("models/clip"), ops = copy("models/ops"),
+                 tokenizers = copy("tokenizers-tiny");
+  TensorMap one{
+      {"silu.x", read_weights(ops / "vectors.safetensors").tensors.at("silu.x").clone()},
+      {"silu.output", read_weights(ops / "vectors.safetensors").tensors.at("silu.output").clone()}};
   write_weights(ops / "vectors.safetensors", one, {});
   fs::remove(tokenizers / "tokens.jsonl");
   const Outcome outcome = run_on({ops, tokenizers});
@@ -147,7 +149,8 @@ TEST_F(FluxCheck, NamesAMissingVocabularyAndRunsTheRest) {
   fs::remove_all(tokenizers / "vocabularies" / "clip");
   const Outcome outcome = run_on({tokenizers, folder / "models"});
   EXPECT_EQ(outcome.code(), ExitCode::kInput);
-  EXPECT_THAT(outcome.lines, Contains(AllOf(HasSubstr("vocabularies/clip"), HasSubstr("is not there"))));
+  EXPECT_THAT(outcome.lines,
+              Contains(AllOf(HasSubstr("vocabularies/clip"), HasSubstr("is not there"))));
   EXPECT_GT(outcome.report.num_checked(), 40);
 }
 
@@ -163,12 +166,14 @@ TEST_F(FluxCheck, FindsCasesBehindLinksOnce) {
   fs::create_directory_symlink(folder.path(), folder / "cycle");
   fs::create_directory_symlink(ops, folder / "again");
   int64_t num_lines = 0;
-  for (const std::string& line : run_on({folder.path()}).lines) num_lines += line.find("silu.output") != std::string::npos;
+  for (const std::string& line : run_on({folder.path()}).lines)
+    num_lines += line.find("silu.output") != std::string::npos;
   EXPECT_EQ(num_lines, 1);
 }
 
 TEST_F(FluxCheck, SkipsKindsWithoutBf16LimitsByName) {
-  const Outcome outcome = run_on({kGolden / "models/clip", kGolden / "models/ops"}, Precision::kBF16);
+  const Outcome outcome =
+      run_on({kGolden / "models/clip", kGolden / "models/ops"}, Precision::kBF16);
   EXPECT_EQ(outcome.code(), ExitCode::kOk) << failures(outcome);
   EXPECT_THAT(outcome.report.line(), HasSubstr("skipped_kinds=ops"));
   EXPECT_EQ(outcome.report.num_checked(), 2);
@@ -176,7 +181,9 @@ TEST_F(FluxCheck, SkipsKindsWithoutBf16LimitsByName) {
 
 TEST_F(FluxCheck, RefusesAHostileFileThatIsRead) {
   const fs::path hostile = copy("hostile");
-  fs::copy_file(hostile / "safetensors/ok_two.safetensors", hostile / "safetensors/bad_hole.safetensors", fs::copy_options::overwrite_existing);
+  fs::copy_file(hostile / "safetensors/ok_two.safetensors",
+                hostile / "safetensors/bad_hole.safetensors",
+                fs::copy_options::overwrite_existing);
   const Outcome outcome = run_on({folder.path()});
   EXPECT_EQ(outcome.report.num_failed(), 1);
   EXPECT_THAT(outcome.lines, Contains(AllOf(HasSubstr("bad_hole"), EndsWith("FAIL"))));
@@ -185,7 +192,8 @@ TEST_F(FluxCheck, RefusesAHostileFileThatIsRead) {
 TEST(FluxCheckShared, AgreesWithTheWholeReferenceSet) {
   FLUX_SHARED_DATA_OR_SKIP(golden, "golden");
   for (const Precision precision : {Precision::kF32, Precision::kBF16}) {
-    const Outcome outcome = run_on({golden / "models", golden / "tokenizers", golden / "hostile/safetensors"}, precision);
+    const Outcome outcome = run_on(
+        {golden / "models", golden / "tokenizers", golden / "hostile/safetensors"}, precision);
     EXPECT_EQ(outcome.code(), ExitCode::kOk) << failures(outcome);
   }
 }

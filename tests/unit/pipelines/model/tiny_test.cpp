@@ -26,8 +26,10 @@ namespace fs = std::filesystem;
 using test::TemporaryFolder;
 using testing::HasSubstr;
 
-constexpr const char* kNets[] = {"flux.safetensors", "ae.safetensors", "t5.safetensors", "clip.safetensors"};
-constexpr const char* kVocabularies[] = {"tokenizers/t5/spiece.model", "tokenizers/clip/vocab.json", "tokenizers/clip/merges.txt"};
+constexpr const char* kNets[] = {
+    "flux.safetensors", "ae.safetensors", "t5.safetensors", "clip.safetensors"};
+constexpr const char* kVocabularies[] = {
+    "tokenizers/t5/spiece.model", "tokenizers/clip/vocab.json", "tokenizers/clip/merges.txt"};
 
 std::string hash(const fs::path& path) { return to_hex(sha256_file(path)); }
 
@@ -46,33 +48,45 @@ class TinyModels : public testing::Test {
   static inline TemporaryFolder* folder = nullptr;
 };
 
-TEST_F(TinyModels, AreTheSameBytesOnEveryMachine) {  // recorded; a change of these is a change of what a seed means
-  EXPECT_EQ(hash(seven() / "flux.safetensors"), "3547d22028ce399affc7c7e725eb3ef96ec8aa5b4cf3425325664846f360826e");
-  EXPECT_EQ(hash(seven() / "ae.safetensors"), "1396b4bfceb6555675ccdfd1b5d0c2cb192d752231f4fc1c16807e968b7e60b5");
-  EXPECT_EQ(hash(seven() / "t5.safetensors"), "c93393d8c44b39128fcbf0a1499e4e419e9e21d44580efa01e98769b9b03f148");
-  EXPECT_EQ(hash(seven() / "clip.safetensors"), "49c8631a0f6991c9376b265176f1deb087b9c1e4556b54eb6761c8a3b15ab42d");
+TEST_F(TinyModels, AreTheSameBytesOnEveryMachine) {  // recorded; a change of these is a change of
+                                                     // what a seed means
+  EXPECT_EQ(hash(seven() / "flux.safetensors"),
+            "3547d22028ce399affc7c7e725eb3ef96ec8aa5b4cf3425325664846f360826e");
+  EXPECT_EQ(hash(seven() / "ae.safetensors"),
+            "1396b4bfceb6555675ccdfd1b5d0c2cb192d752231f4fc1c16807e968b7e60b5");
+  EXPECT_EQ(hash(seven() / "t5.safetensors"),
+            "c93393d8c44b39128fcbf0a1499e4e419e9e21d44580efa01e98769b9b03f148");
+  EXPECT_EQ(hash(seven() / "clip.safetensors"),
+            "49c8631a0f6991c9376b265176f1deb087b9c1e4556b54eb6761c8a3b15ab42d");
 }
 
 TEST_F(TinyModels, DifferBySeedInValuesOnly) {
-  for (const char* name : kVocabularies) EXPECT_EQ(hash(seven() / name), hash(eight() / name)) << name;
+  for (const char* name : kVocabularies)
+    EXPECT_EQ(hash(seven() / name), hash(eight() / name)) << name;
   for (const char* name : kNets) {
-    const auto a = safetensors::File::open(seven() / name), b = safetensors::File::open(eight() / name);
+    const auto a = safetensors::File::open(seven() / name),
+               b = safetensors::File::open(eight() / name);
     ASSERT_EQ(a->tensors().size(), b->tensors().size());
     for (const safetensors::Tensor& tensor : a->tensors()) {
       const safetensors::Tensor* other = b->find(tensor.name);
       ASSERT_NE(other, nullptr);
       EXPECT_EQ(tensor.shape, other->shape);
       EXPECT_EQ(tensor.dtype, other->dtype);
-      EXPECT_FALSE(std::equal(tensor.bytes.begin(), tensor.bytes.end(), other->bytes.begin())) << tensor.name;
+      EXPECT_FALSE(std::equal(tensor.bytes.begin(), tensor.bytes.end(), other->bytes.begin()))
+          << tensor.name;
     }
   }
 }
 
 TEST_F(TinyModels, AreSizedToTheVocabulariesGiven) {
   TemporaryFolder other;  // the project's own ones, given: the same models
-  tiny({.out = other / "m", .seed = 7, .t5_tokenizer = seven() / "tokenizers/t5/spiece.model", .clip_tokenizer = seven() / "tokenizers/clip"});
+  tiny({.out = other / "m",
+        .seed = 7,
+        .t5_tokenizer = seven() / "tokenizers/t5/spiece.model",
+        .clip_tokenizer = seven() / "tokenizers/clip"});
   for (const char* name : kNets) EXPECT_EQ(hash(other / "m" / name), hash(seven() / name)) << name;
-  for (const char* name : kVocabularies) EXPECT_EQ(hash(other / "m" / name), hash(seven() / name)) << name;
+  for (const char* name : kVocabularies)
+    EXPECT_EQ(hash(other / "m" / name), hash(seven() / name)) << name;
   EXPECT_THROW(tiny({.out = other / "n", .t5_tokenizer = other / "absent"}), InputError);
   EXPECT_FALSE(fs::exists(other / "n"));
 }
@@ -80,13 +94,19 @@ TEST_F(TinyModels, AreSizedToTheVocabulariesGiven) {
 TEST_F(TinyModels, CarrySignalsOfTheRightSize) {
   const at::Device cpu(at::kCPU);
   const auto gen = at::make_generator<at::CPUGeneratorImpl>(1);
-  const auto ae = vae::canonical(take_net(read_weights(seven() / "ae.safetensors"), NetKind::kAutoEncoder));
+  const auto ae =
+      vae::canonical(take_net(read_weights(seven() / "ae.safetensors"), NetKind::kAutoEncoder));
   const auto ae_config = vae::Config::from_weights(ae, seven());
   const auto image = at::rand({1, 3, 64, 64}, gen) * 2 - 1;
   const auto posterior = vae::Encoder::load(ae, ae_config, at::kFloat, cpu).encode(image);
   EXPECT_NEAR(deviation(vae::scale_latents(posterior.mean)), 1.0, 0.5);
   EXPECT_LT(posterior.logvar.max().item<double>(), -3.0);
-  EXPECT_LT(vae::Decoder::load(ae, ae_config, at::kFloat, cpu).decode(posterior.mean).abs().max().item<double>(), 20.0);
+  EXPECT_LT(vae::Decoder::load(ae, ae_config, at::kFloat, cpu)
+                .decode(posterior.mean)
+                .abs()
+                .max()
+                .item<double>(),
+            20.0);
 
   const auto t5_tokenizer = tokenizers::T5Tokenizer::load(seven() / "tokenizers/t5");
   const auto t5 = t5::canonical(take_net(read_weights(seven() / "t5.safetensors"), NetKind::kT5));
@@ -96,18 +116,27 @@ TEST_F(TinyModels, CarrySignalsOfTheRightSize) {
   EXPECT_NEAR(deviation(txt), 1.0, 0.3);
 
   const auto clip_tokenizer = tokenizers::ClipTokenizer::load(seven() / "tokenizers/clip");
-  const auto clip = clip::canonical(take_net(read_weights(seven() / "clip.safetensors"), NetKind::kClip));
+  const auto clip =
+      clip::canonical(take_net(read_weights(seven() / "clip.safetensors"), NetKind::kClip));
   const auto ids = clip_tokenizer.padded(clip_tokenizer.encode("a red cat"), 77).ids;
-  const auto y = clip::TextModel::load(clip, clip::Config::from_weights(clip, nullptr, seven()), at::kFloat, cpu)
+  const auto y = clip::TextModel::load(
+                     clip, clip::Config::from_weights(clip, nullptr, seven()), at::kFloat, cpu)
                      .encode(at::tensor(ids).to(at::kLong).unsqueeze(0))
                      .pooled;
   EXPECT_NEAR(deviation(y), 1.0, 0.3);
 
   const auto flux = dit::load_model(seven() / "flux.safetensors", at::kFloat);
   const auto noise = at::randn({1, 16, 8, 8}, gen);
-  const auto velocity = dit::forward(flux.config, flux.weights,
-                                     {.img = dit::pack_latents(noise), .txt = txt, .y = y, .timestep = at::tensor({0.5f}),
-                                      .guidance = at::tensor({1.0f}), .img_ids = dit::image_ids(8, 8), .txt_ids = dit::text_ids(64), .text_mask = {}});
+  const auto velocity = dit::forward(flux.config,
+                                     flux.weights,
+                                     {.img = dit::pack_latents(noise),
+                                      .txt = txt,
+                                      .y = y,
+                                      .timestep = at::tensor({0.5f}),
+                                      .guidance = at::tensor({1.0f}),
+                                      .img_ids = dit::image_ids(8, 8),
+                                      .txt_ids = dit::text_ids(64),
+                                      .text_mask = {}});
   EXPECT_NEAR(deviation(velocity), 1.5, 0.75);
 }
 
@@ -129,7 +158,8 @@ TEST_F(TinyModels, AreDescribedByInfo) {
 
 TEST(ModelInfo, RefusesByName) {
   TemporaryFolder folder;
-  write_weights(folder / "lora.safetensors", {{"lora_unet_x.lora_down.weight", at::zeros({1, 1})}}, {});
+  write_weights(
+      folder / "lora.safetensors", {{"lora_unet_x.lora_down.weight", at::zeros({1, 1})}}, {});
   const auto message = [](const fs::path& path) -> std::string {
     try {
       InfoOptions options;

@@ -21,7 +21,8 @@ using testing::AllOf;
 using testing::HasSubstr;
 using testing::Not;
 
-WeightFile file_with(const std::vector<std::string>& names, std::filesystem::path path = "some.safetensors") {
+WeightFile file_with(const std::vector<std::string>& names,
+                     std::filesystem::path path = "some.safetensors") {
   WeightFile file{std::move(path), {}, {}, {}};
   for (const std::string& name : names) file.tensors.emplace(name, at::zeros({2, 3}));
   return file;
@@ -48,10 +49,17 @@ TEST(TakeNet, KeepsPlainNames) {
 }
 
 TEST(TakeNet, FindsEveryNetOfAnAllInOneFile) {
-  const WeightFile file = file_with({"model.diffusion_model." + kFluxName, "vae." + kVaeName, "text_encoders.t5xxl.transformer." + kT5Name,
-                                     "text_encoders.clip_l.transformer." + kClipName, "text_encoders.t5xxl.logit_scale"});
-  EXPECT_EQ(nets_in(file), (std::vector{NetKind::kFlux, NetKind::kAutoEncoder, NetKind::kT5, NetKind::kClip}));
-  for (const auto& [kind, name] : {std::pair(NetKind::kFlux, kFluxName), {NetKind::kAutoEncoder, kVaeName}, {NetKind::kT5, kT5Name}, {NetKind::kClip, kClipName}}) {
+  const WeightFile file = file_with({"model.diffusion_model." + kFluxName,
+                                     "vae." + kVaeName,
+                                     "text_encoders.t5xxl.transformer." + kT5Name,
+                                     "text_encoders.clip_l.transformer." + kClipName,
+                                     "text_encoders.t5xxl.logit_scale"});
+  EXPECT_EQ(nets_in(file),
+            (std::vector{NetKind::kFlux, NetKind::kAutoEncoder, NetKind::kT5, NetKind::kClip}));
+  for (const auto& [kind, name] : {std::pair(NetKind::kFlux, kFluxName),
+                                   {NetKind::kAutoEncoder, kVaeName},
+                                   {NetKind::kT5, kT5Name},
+                                   {NetKind::kClip, kClipName}}) {
     const NetTensors net = take_net(file, kind);
     ASSERT_EQ(net.tensors.size(), 1u) << net.prefix;
     EXPECT_EQ(net.tensors.begin()->first, name);
@@ -59,12 +67,14 @@ TEST(TakeNet, FindsEveryNetOfAnAllInOneFile) {
 }
 
 TEST(TakeNet, LeavesStrangeTensorsForTheListOfSurplus) {
-  const NetTensors net = take_net(file_with({"transformer." + kFluxName, "transformr.img_in.weight"}), NetKind::kFlux);
+  const NetTensors net =
+      take_net(file_with({"transformer." + kFluxName, "transformr.img_in.weight"}), NetKind::kFlux);
   EXPECT_TRUE(net.tensors.contains("transformr.img_in.weight"));
 }
 
 TEST(TakeNet, SaysWhatTheFileHoldsInstead) {
-  EXPECT_THAT(refusal(file_with({kFluxName}), NetKind::kAutoEncoder), AllOf(HasSubstr("no autoencoder"), HasSubstr("FLUX transformer")));
+  EXPECT_THAT(refusal(file_with({kFluxName}), NetKind::kAutoEncoder),
+              AllOf(HasSubstr("no autoencoder"), HasSubstr("FLUX transformer")));
   EXPECT_THAT(refusal(file_with({"a", "b"}), NetKind::kT5), HasSubstr("2 tensors: a, b"));
 }
 
@@ -73,15 +83,21 @@ TEST(TakeNet, RefusesOtherKindsByName) {
       {{kFluxName, "double_blocks.0.img_attn.qkv.scale_weight"}, NetKind::kFlux, "scaled fp8"},
       {{kFluxName, "scaled_fp8"}, NetKind::kFlux, "scaled fp8"},
       {{kFluxName, kFluxName + ".absmax"}, NetKind::kFlux, "bitsandbytes"},
-      {{"model.diffusion_model." + kFluxName, "model.diffusion_model.distilled_guidance_layer.norms.0.scale"}, NetKind::kFlux, "Chroma"},
+      {{"model.diffusion_model." + kFluxName,
+        "model.diffusion_model.distilled_guidance_layer.norms.0.scale"},
+       NetKind::kFlux,
+       "Chroma"},
       {{kFluxName, "double_stream_modulation_img.lin.weight"}, NetKind::kFlux, "FLUX.2"},
       {{"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"}, NetKind::kFlux, "LoRA"},
       {{"transformer.transformer_blocks.0.attn.to_q.lora_A.weight"}, NetKind::kFlux, "LoRA"},
       {{kVaeName, "quant_conv.weight"}, NetKind::kAutoEncoder, "Stable Diffusion"},
-      {{kT5Name, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"}, NetKind::kT5, "umT5"},
+      {{kT5Name, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"},
+       NetKind::kT5,
+       "umT5"},
       {{kT5Name, "encoder.block.0.layer.1.DenseReluDense.wi.weight"}, NetKind::kT5, "T5 v1.0"},
   };
-  for (const auto& [names, kind, word] : kCases) EXPECT_THAT(refusal(file_with(names), kind), HasSubstr(word)) << names.back();
+  for (const auto& [names, kind, word] : kCases)
+    EXPECT_THAT(refusal(file_with(names), kind), HasSubstr(word)) << names.back();
 }
 
 TEST(TakeNet, RefusesFillControlAndKontext) {
@@ -99,31 +115,46 @@ TEST(TakeNet, RefusesFillControlAndKontext) {
 }
 
 TEST(ExpectTensors, ListsAllThatIsWrongInOneMessage) {
-  const TensorMap tensors{{"a", at::zeros({2, 3})}, {"b", at::zeros({2})}, {"c", at::zeros({1})}, {"extra.x", at::zeros({1})}, {"odd\n", at::zeros({1})}};
+  const TensorMap tensors{{"a", at::zeros({2, 3})},
+                          {"b", at::zeros({2})},
+                          {"c", at::zeros({1})},
+                          {"extra.x", at::zeros({1})},
+                          {"odd\n", at::zeros({1})}};
   const ShapeMap expected{{"a", {2, 3}}, {"b", {3}}, {"d", {1}}, {"e", {1}}};
   try {
     expect_tensors("f.safetensors", "net", tensors, expected, {"c", "extra.*"});
     FAIL();
   } catch (const InputError& e) {
-    EXPECT_THAT(e.what(), AllOf(HasSubstr("2 tensors missing: d, e"), HasSubstr("1 tensor surplus: odd\\n"),
-                                HasSubstr("1 tensor of another shape: b is [2], expected [3]"), Not(HasSubstr("extra"))));
+    EXPECT_THAT(e.what(),
+                AllOf(HasSubstr("2 tensors missing: d, e"),
+                      HasSubstr("1 tensor surplus: odd\\n"),
+                      HasSubstr("1 tensor of another shape: b is [2], expected [3]"),
+                      Not(HasSubstr("extra"))));
   }
-  const TensorMap kept = expect_tensors("f", "net", {{"a", at::zeros({2, 3})}, {"extra.x", at::zeros({1})}}, {{"a", {2, 3}}}, {"extra.*"});
+  const TensorMap kept = expect_tensors("f",
+                                        "net",
+                                        {{"a", at::zeros({2, 3})}, {"extra.x", at::zeros({1})}},
+                                        {{"a", {2, 3}}},
+                                        {"extra.*"});
   EXPECT_EQ(kept.size(), 1u);
 }
 
 TEST(WeightsSha256, IsTheDocumentedBytes) {
-  const TensorMap weights{{"w", at::tensor({1.0f, -2.0f}).to(at::kBFloat16)}, {"b", at::zeros({1, 0})}};
+  const TensorMap weights{{"w", at::tensor({1.0f, -2.0f}).to(at::kBFloat16)},
+                          {"b", at::zeros({1, 0})}};
   using namespace std::string_literals;
   const auto word = [](char low) { return std::string(1, low) + std::string(7, '\0'); };
-  const std::string bytes = "flux-stages weights_sha256 1\0"s + word(2) +                                      //
-                            word(1) + "b" + word(3) + "F32" + word(2) + word(1) + word(0) + word(0) +          //
-                            word(1) + "w" + word(4) + "BF16" + word(1) + word(2) + word(4) + "\x80\x3f\x00\xc0"s;
+  const std::string bytes =
+      "flux-stages weights_sha256 1\0"s + word(2) +                              //
+      word(1) + "b" + word(3) + "F32" + word(2) + word(1) + word(0) + word(0) +  //
+      word(1) + "w" + word(4) + "BF16" + word(1) + word(2) + word(4) + "\x80\x3f\x00\xc0"s;
   EXPECT_EQ(to_hex(weights_sha256(weights)), to_hex(sha256(bytes)));
 }
 
 TEST(WeightsSha256, SeesEveryPartOfATensor) {
-  const auto of = [](const char* name, const at::Tensor& tensor) { return to_hex(weights_sha256({{name, tensor}})); };
+  const auto of = [](const char* name, const at::Tensor& tensor) {
+    return to_hex(weights_sha256({{name, tensor}}));
+  };
   const at::Tensor tensor = at::arange(6, at::kFloat).view({2, 3});
   const std::string base = of("w", tensor);
   EXPECT_EQ(of("w", tensor.t().contiguous().t()), base);  // strides do not matter
@@ -143,7 +174,8 @@ class WeightsMemo : public testing::Test {
   }
   /// What the memo says of the file, seen by giving other tensors with it.
   std::string ask(bool rehash = false) {
-    return to_hex(remembered_weights_sha256(file.stamps, "flux", {{"other", at::zeros({1})}}, rehash));
+    return to_hex(
+        remembered_weights_sha256(file.stamps, "flux", {{"other", at::zeros({1})}}, rehash));
   }
   const std::string other = to_hex(weights_sha256({{"other", at::zeros({1})}}));
   TemporaryFolder folder;
@@ -154,22 +186,30 @@ TEST_F(WeightsMemo, RemembersUntilTheFileChanges) {
   const std::string hash = to_hex(remembered_weights_sha256(file.stamps, "flux", file.tensors));
   EXPECT_NE(hash, other);
   EXPECT_EQ(ask(), hash);
-  EXPECT_EQ(to_hex(remembered_weights_sha256(file.stamps, "vae", {{"other", at::zeros({1})}})), other);  // another net
+  EXPECT_EQ(to_hex(remembered_weights_sha256(file.stamps, "vae", {{"other", at::zeros({1})}})),
+            other);             // another net
   EXPECT_EQ(ask(true), other);  // and that is remembered now
   EXPECT_EQ(ask(), other);
   write_weights(folder / "w.safetensors", {{"w", at::zeros({3})}}, {});
   file = read_weights(folder / "w.safetensors");
-  EXPECT_EQ(to_hex(remembered_weights_sha256(file.stamps, "flux", file.tensors)), to_hex(weights_sha256({{"w", at::zeros({3})}})));
+  EXPECT_EQ(to_hex(remembered_weights_sha256(file.stamps, "flux", file.tensors)),
+            to_hex(weights_sha256({{"w", at::zeros({3})}})));
 }
 
 TEST_F(WeightsMemo, DoesNotRememberAChangeMeanwhile) {
-  write_weights(folder / "w.safetensors", {{"w", at::zeros({3})}}, {});  // `file` holds the old bytes
+  write_weights(
+      folder / "w.safetensors", {{"w", at::zeros({3})}}, {});  // `file` holds the old bytes
   remembered_weights_sha256(file.stamps, "flux", file.tensors);
   EXPECT_EQ(ask(), other);
 }
 
 TEST_F(WeightsMemo, SurvivesDamage) {
-  for (const char* text : {"", "{", "[]", R"({"entries":[]})", R"({"entries":{"x":1,"y":{"sha256":2,"used":3},"z":{"sha256":"no"}}})"}) {
+  for (const char* text :
+       {"",
+        "{",
+        "[]",
+        R"({"entries":[]})",
+        R"({"entries":{"x":1,"y":{"sha256":2,"used":3},"z":{"sha256":"no"}}})"}) {
     folder.write("cache/flux-stages/hashes.json", text);
     EXPECT_EQ(ask(), other) << text;
   }
