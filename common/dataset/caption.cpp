@@ -17,18 +17,21 @@ namespace flux::dataset {
 namespace {
 
 constexpr uint64_t kMaxCaptionBytes = 16 << 20;
-constexpr int64_t kMaxPaths = 50'000;  // of draws tried before a program counts as having too many outcomes
+constexpr int64_t kMaxPaths =
+    50'000;  // of draws tried before a program counts as having too many outcomes
 
 // What Python's str.isspace accepts, in UTF-8.
 constexpr std::string_view kSpaces[] = {
-    "\t", "\n", "\v", "\f", "\r", " ", "\x1C", "\x1D", "\x1E", "\x1F", "\xC2\x85", "\xC2\xA0", "\xE1\x9A\x80",
-    "\xE2\x80\x80", "\xE2\x80\x81", "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
-    "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A", "\xE2\x80\xA8", "\xE2\x80\xA9", "\xE2\x80\xAF",
-    "\xE2\x81\x9F", "\xE3\x80\x80"};
+    "\t",           "\n",           "\v",           "\f",           "\r",           " ",
+    "\x1C",         "\x1D",         "\x1E",         "\x1F",         "\xC2\x85",     "\xC2\xA0",
+    "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81", "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84",
+    "\xE2\x80\x85", "\xE2\x80\x86", "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A",
+    "\xE2\x80\xA8", "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
 
 std::vector<std::string> split_by(std::string_view text, std::string_view separator) {
   std::vector<std::string> parts;
-  for (size_t at; (at = text.find(separator)) != std::string_view::npos; text.remove_prefix(at + separator.size())) {
+  for (size_t at; (at = text.find(separator)) != std::string_view::npos;
+       text.remove_prefix(at + separator.size())) {
     parts.emplace_back(text.substr(0, at));
   }
   parts.emplace_back(text);
@@ -37,7 +40,8 @@ std::vector<std::string> split_by(std::string_view text, std::string_view separa
 
 std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
   std::string out;
-  for (size_t at; (at = text.find(from)) != std::string_view::npos; text.remove_prefix(at + from.size())) {
+  for (size_t at; (at = text.find(from)) != std::string_view::npos;
+       text.remove_prefix(at + from.size())) {
     out.append(text.substr(0, at)).append(to);
   }
   return out.append(text);
@@ -57,8 +61,10 @@ std::vector<std::string_view> lines_of(std::string_view text) {
 
 // {a|b} becomes a or b; {{ and }} stand for braces. A brace pair with nothing in it stays.
 std::string replace_wildcards(std::string text, Draws& draws) {
-  std::string open = "⦅", close = "⦆";  // for the doubled braces meanwhile, longer than any that the text has
-  while (text.find(open) != std::string::npos || text.find(close) != std::string::npos) open += "⦅", close += "⦆";
+  std::string open = "⦅",
+              close = "⦆";  // for the doubled braces meanwhile, longer than any that the text has
+  while (text.find(open) != std::string::npos || text.find(close) != std::string::npos)
+    open += "⦅", close += "⦆";
   text = replace_all(replace_all(text, "{{", open), "}}", close);
   std::string out;
   for (size_t at = 0; at < text.size();) {
@@ -75,7 +81,9 @@ std::string replace_wildcards(std::string text, Draws& draws) {
 }
 
 // Tags without white space around them; empty ones only if `keep_empty`.
-std::vector<std::string> tags_of(std::string_view text, std::string_view separator, bool keep_empty) {
+std::vector<std::string> tags_of(std::string_view text,
+                                 std::string_view separator,
+                                 bool keep_empty) {
   std::vector<std::string> tags;
   for (const auto& part : split_by(text, separator)) {
     const auto tag = strip_unicode(part);
@@ -84,10 +92,14 @@ std::vector<std::string> tags_of(std::string_view text, std::string_view separat
   return tags;
 }
 
-std::string process_tags(const std::string& caption, const CaptionOptions& o, const CaptionTime& time, Draws& draws) {
+std::string process_tags(const std::string& caption,
+                         const CaptionOptions& o,
+                         const CaptionTime& time,
+                         Draws& draws) {
   std::vector<std::string> fixed, tags, last;
   const auto& keep = o.keep_tokens_separator;
-  if (const size_t at = keep.empty() ? std::string::npos : caption.find(keep); at != std::string::npos) {
+  if (const size_t at = keep.empty() ? std::string::npos : caption.find(keep);
+      at != std::string::npos) {
     fixed = tags_of(std::string_view(caption).substr(0, at), o.separator, false);
     auto rest = std::string_view(caption).substr(at + keep.size());
     if (const size_t second = rest.find(keep); second != std::string_view::npos) {
@@ -104,9 +116,12 @@ std::string process_tags(const std::string& caption, const CaptionOptions& o, co
   double warmup = o.token_warmup_step;
   if (warmup < 1) warmup = std::floor(warmup * static_cast<double>(time.max_steps));
   if (warmup > 0 && static_cast<double>(time.step) < warmup) {
-    const double slope = (static_cast<double>(tags.size()) - static_cast<double>(o.token_warmup_min)) / warmup;
-    const auto count = static_cast<int64_t>(std::floor(static_cast<double>(time.step) * slope)) + o.token_warmup_min;
-    tags.resize(static_cast<size_t>(std::clamp<int64_t>(count, 0, static_cast<int64_t>(tags.size()))));
+    const double slope =
+        (static_cast<double>(tags.size()) - static_cast<double>(o.token_warmup_min)) / warmup;
+    const auto count = static_cast<int64_t>(std::floor(static_cast<double>(time.step) * slope)) +
+                       o.token_warmup_min;
+    tags.resize(
+        static_cast<size_t>(std::clamp<int64_t>(count, 0, static_cast<int64_t>(tags.size()))));
   }
   if (o.shuffle) {
     std::vector<std::string> shuffled;
@@ -207,7 +222,8 @@ std::string_view strip_unicode(std::string_view text) {
 std::string read_caption_file(const std::filesystem::path& file, bool wildcards, Profile profile) {
   const std::string bytes = read_file(file, kMaxCaptionBytes);
   if (const auto bad = first_invalid_utf8(bytes)) {
-    throw InputError(show(file) + ": not UTF-8 at byte " + std::to_string(*bad), "save the caption as UTF-8");
+    throw InputError(show(file) + ": not UTF-8 at byte " + std::to_string(*bad),
+                     "save the caption as UTF-8");
   }
   std::string_view text = bytes;
   if (text.empty()) {
@@ -227,12 +243,16 @@ std::string read_caption_file(const std::filesystem::path& file, bool wildcards,
 }
 
 // Source: sd-scripts notes 4.2.
-std::string process_caption(std::string_view text, const CaptionOptions& o, const CaptionTime& time, Draws& draws) {
+std::string process_caption(std::string_view text,
+                            const CaptionOptions& o,
+                            const CaptionTime& time,
+                            Draws& draws) {
   std::string caption(text);
   if (!o.prefix.empty()) caption = o.prefix + " " + caption;
   if (!o.suffix.empty()) caption += " " + o.suffix;
   const bool dropped = o.dropout_rate > 0 && draws.chance(o.dropout_rate);
-  if (dropped || (o.dropout_every_n_epochs > 0 && time.epoch % o.dropout_every_n_epochs == 0)) return {};
+  if (dropped || (o.dropout_every_n_epochs > 0 && time.epoch % o.dropout_every_n_epochs == 0))
+    return {};
   if (o.wildcards) {
     if (caption.find('\n') != std::string::npos) {
       const auto lines = split_by(caption, "\n");
@@ -242,8 +262,10 @@ std::string process_caption(std::string_view text, const CaptionOptions& o, cons
   } else {
     caption.resize(std::min(caption.find('\n'), caption.size()));
   }
-  if (o.shuffle || o.token_warmup_step > 0 || o.tag_dropout_rate > 0) caption = process_tags(caption, o, time, draws);
-  if (!o.secondary_separator.empty()) caption = replace_all(caption, o.secondary_separator, o.separator);
+  if (o.shuffle || o.token_warmup_step > 0 || o.tag_dropout_rate > 0)
+    caption = process_tags(caption, o, time, draws);
+  if (!o.secondary_separator.empty())
+    caption = replace_all(caption, o.secondary_separator, o.separator);
   return caption;
 }
 

@@ -23,7 +23,8 @@ enum class Type { kBool, kInt, kFloat, kNumber, kText, kSize, kRange, kTable, kI
 
 // Where a key may stand.
 constexpr unsigned kGeneral = 1, kDataset = 2, kFolderSubset = 4, kMetadataSubset = 8;
-constexpr unsigned kSubsets = kFolderSubset | kMetadataSubset, kAnywhere = kGeneral | kDataset | kSubsets;
+constexpr unsigned kSubsets = kFolderSubset | kMetadataSubset,
+                   kAnywhere = kGeneral | kDataset | kSubsets;
 
 struct Key {
   const char* name;
@@ -73,10 +74,12 @@ constexpr Key kKeys[] = {
     {"alpha_mask", Type::kBool, kSubsets},
 };
 
-constexpr const char* kInterpolations[] = {"lanczos", "area", "bilinear", "linear", "bicubic", "cubic", "nearest", "box"};
+constexpr const char* kInterpolations[] = {
+    "lanczos", "area", "bilinear", "linear", "bicubic", "cubic", "nearest", "box"};
 
 const Key* find_key(std::string_view name) {
-  const auto found = std::find_if(std::begin(kKeys), std::end(kKeys), [&](const Key& k) { return k.name == name; });
+  const auto found = std::find_if(
+      std::begin(kKeys), std::end(kKeys), [&](const Key& k) { return k.name == name; });
   return found == std::end(kKeys) ? nullptr : &*found;
 }
 
@@ -95,34 +98,53 @@ class Place {
 
 std::string type_name(Type type) {
   switch (type) {
-    case Type::kBool: return "true or false";
-    case Type::kInt: return "a whole number";
-    case Type::kFloat: return "a number with a decimal point";
-    case Type::kNumber: return "a number";
-    case Type::kText: return "text in quotes";
-    case Type::kSize: return "a whole number or [width, height]";
-    case Type::kRange: return "a pair of numbers";
-    case Type::kTable: return "a table";
-    case Type::kInterpolation: return "text in quotes";
+    case Type::kBool:
+      return "true or false";
+    case Type::kInt:
+      return "a whole number";
+    case Type::kFloat:
+      return "a number with a decimal point";
+    case Type::kNumber:
+      return "a number";
+    case Type::kText:
+      return "text in quotes";
+    case Type::kSize:
+      return "a whole number or [width, height]";
+    case Type::kRange:
+      return "a pair of numbers";
+    case Type::kTable:
+      return "a table";
+    case Type::kInterpolation:
+      return "text in quotes";
   }
   return {};
 }
 
 bool has_type(const toml::value& value, Type type) {
   const auto list_of_two = [&](auto is) {
-    return value.is_array() && value.as_array().size() == 2 && is(value.as_array()[0]) && is(value.as_array()[1]);
+    return value.is_array() && value.as_array().size() == 2 && is(value.as_array()[0]) &&
+           is(value.as_array()[1]);
   };
   const auto is_int = [](const toml::value& v) { return v.is_integer(); };
   const auto is_number = [](const toml::value& v) { return v.is_integer() || v.is_floating(); };
   switch (type) {
-    case Type::kBool: return value.is_boolean();
-    case Type::kInt: return value.is_integer();
-    case Type::kFloat: return value.is_floating();
-    case Type::kNumber: return is_number(value);
-    case Type::kText: case Type::kInterpolation: return value.is_string();
-    case Type::kSize: return value.is_integer() || list_of_two(is_int);
-    case Type::kRange: return list_of_two(is_number);
-    case Type::kTable: return value.is_table();
+    case Type::kBool:
+      return value.is_boolean();
+    case Type::kInt:
+      return value.is_integer();
+    case Type::kFloat:
+      return value.is_floating();
+    case Type::kNumber:
+      return is_number(value);
+    case Type::kText:
+    case Type::kInterpolation:
+      return value.is_string();
+    case Type::kSize:
+      return value.is_integer() || list_of_two(is_int);
+    case Type::kRange:
+      return list_of_two(is_number);
+    case Type::kTable:
+      return value.is_table();
   }
   return false;
 }
@@ -137,25 +159,33 @@ void check_value(const toml::value& value, const Key& key, const Place& place) {
     const double number = as_number(v);
     if (std::isfinite(number) && number >= key.low && number <= key.high) return;
     const bool open = key.high > 1e200;
-    place.fail(fmt::format("{} is out of range, which is {}{}", number, open ? "at least " : "", key.low) +
-               (open ? "" : fmt::format(" to {}", key.high)));
+    place.fail(
+        fmt::format("{} is out of range, which is {}{}", number, open ? "at least " : "", key.low) +
+        (open ? "" : fmt::format(" to {}", key.high)));
   };
-  if (key.type == Type::kInt || key.type == Type::kFloat || key.type == Type::kNumber) check_range(value);
+  if (key.type == Type::kInt || key.type == Type::kFloat || key.type == Type::kNumber)
+    check_range(value);
   if (key.type == Type::kSize) {
     if (value.is_integer()) return check_range(value);
     for (const auto& side : value.as_array()) check_range(side);
   }
-  if (key.type == Type::kText && value.as_string().str.find('\0') != std::string::npos) place.fail("holds a NUL character");
+  if (key.type == Type::kText && value.as_string().str.find('\0') != std::string::npos)
+    place.fail("holds a NUL character");
   if (key.type == Type::kInterpolation) {
     const auto& name = value.as_string().str;
-    if (std::find(std::begin(kInterpolations), std::end(kInterpolations), name) == std::end(kInterpolations)) {
-      place.fail("'" + printable(name) + "' is none of lanczos, area, bilinear, bicubic, nearest, box");
+    if (std::find(std::begin(kInterpolations), std::end(kInterpolations), name) ==
+        std::end(kInterpolations)) {
+      place.fail("'" + printable(name) +
+                 "' is none of lanczos, area, bilinear, bicubic, nearest, box");
     }
   }
 }
 
 // Checks names and types of one table. `where` is its level; `skip` names the tables below it.
-void check_table(const toml::value& value, unsigned where, const Place& place, const char* skip = nullptr) {
+void check_table(const toml::value& value,
+                 unsigned where,
+                 const Place& place,
+                 const char* skip = nullptr) {
   std::vector<std::string> known;
   for (const auto& key : kKeys) {
     if (key.where & where) known.push_back(key.name);
@@ -246,11 +276,13 @@ class Scope {
 PixelOptions read_pixels(const Scope& scope, const Place& place) {
   PixelOptions p;
   const auto* resolution = scope.find("resolution");
-  if (resolution == nullptr) place.fail("resolution is required", "add 'resolution = 1024' to [general] or [[datasets]]");
+  if (resolution == nullptr)
+    place.fail("resolution is required", "add 'resolution = 1024' to [general] or [[datasets]]");
   if (resolution->is_integer()) {
     p.width = p.height = resolution->as_integer();
   } else {
-    p.width = resolution->as_array()[0].as_integer(), p.height = resolution->as_array()[1].as_integer();
+    p.width = resolution->as_array()[0].as_integer(),
+    p.height = resolution->as_array()[1].as_integer();
   }
   p.buckets = scope.flag("enable_bucket");
   p.min_side = scope.integer("min_bucket_reso", p.min_side);
@@ -259,13 +291,16 @@ PixelOptions read_pixels(const Scope& scope, const Place& place) {
   p.no_upscale = scope.flag("bucket_no_upscale");
   p.interpolation = scope.text("resize_interpolation");
   if (!p.buckets) return p;
-  const int64_t low = p.min_side - p.min_side % p.steps, high = (p.max_side + p.steps - 1) / p.steps * p.steps;
+  const int64_t low = p.min_side - p.min_side % p.steps,
+                high = (p.max_side + p.steps - 1) / p.steps * p.steps;
   const std::string size = fmt::format("{}x{}", p.width, p.height);
   if (std::min(p.width, p.height) < low) {
-    place.fail(fmt::format("min_bucket_reso {} is above the resolution {}", p.min_side, size), "lower min_bucket_reso");
+    place.fail(fmt::format("min_bucket_reso {} is above the resolution {}", p.min_side, size),
+               "lower min_bucket_reso");
   }
   if (std::max(p.width, p.height) > high) {
-    place.fail(fmt::format("max_bucket_reso {} is below the resolution {}", p.max_side, size), "raise max_bucket_reso");
+    place.fail(fmt::format("max_bucket_reso {} is below the resolution {}", p.max_side, size),
+               "raise max_bucket_reso");
   }
   return p;
 }
@@ -288,7 +323,10 @@ CaptionOptions read_captions(const Scope& scope) {
   return c;
 }
 
-Subset read_subset(const toml::value& table, const Scope& scope, const Place& place, const std::filesystem::path& base) {
+Subset read_subset(const toml::value& table,
+                   const Scope& scope,
+                   const Place& place,
+                   const std::filesystem::path& base) {
   Subset s;
   if (table.contains("metadata_file")) {
     s.metadata_file = base / table.at("metadata_file").as_string().str;
@@ -315,11 +353,15 @@ Subset read_subset(const toml::value& table, const Scope& scope, const Place& pl
 }
 
 // The tables of an array such as [[datasets]].
-const std::vector<toml::value>& tables_of(const toml::value& parent, const char* name, const Place& place) {
+const std::vector<toml::value>& tables_of(const toml::value& parent,
+                                          const char* name,
+                                          const Place& place) {
   if (!parent.contains(name)) place.fail(std::string("[[") + name + "]] is required");
   const auto& value = parent.at(name);
   if (!value.is_array() || value.as_array().empty() ||
-      !std::all_of(value.as_array().begin(), value.as_array().end(), [](const auto& v) { return v.is_table(); })) {
+      !std::all_of(value.as_array().begin(), value.as_array().end(), [](const auto& v) {
+        return v.is_table();
+      })) {
     place.fail(std::string(name) + " must be tables: [[" + name + "]]");
   }
   return value.as_array();
@@ -342,13 +384,15 @@ Resolved read_config(const std::filesystem::path& file,
                      const std::filesystem::path& base) {
   const Place top(show(file));
   const std::string text = read_file(file, kMaxFileBytes);
-  if (const auto bad = first_invalid_utf8(text)) top.fail("not UTF-8 at byte " + std::to_string(*bad));
+  if (const auto bad = first_invalid_utf8(text))
+    top.fail("not UTF-8 at byte " + std::to_string(*bad));
   const auto root = parse(text, file.native(), top);
   CommandLine command_line{parse_fallbacks(fallbacks), {}};
   for (const auto& [name, value] : root.as_table()) {
     if (name == "general" || name == "datasets") continue;
     const auto near = nearest_name(name, std::array<std::string, 2>{"general", "datasets"});
-    top.fail("unknown section " + printable(name), near ? "did you mean " + *near + "?" : "sections are [general] and [[datasets]]");
+    top.fail("unknown section " + printable(name),
+             near ? "did you mean " + *near + "?" : "sections are [general] and [[datasets]]");
   }
   const toml::value* general = nullptr;
   if (root.contains("general")) {
@@ -379,7 +423,8 @@ Resolved read_config(const std::filesystem::path& file,
     for (size_t i = 0; i < tables.size(); ++i) {
       const Place at = place.in("[[datasets.subsets]] " + std::to_string(i + 1));
       if (tables[i].contains("metadata_file") != metadata) {
-        at.fail("subsets with and without metadata_file cannot be mixed", "put them into two [[datasets]]");
+        at.fail("subsets with and without metadata_file cannot be mixed",
+                "put them into two [[datasets]]");
       }
       check_table(tables[i], metadata ? kMetadataSubset : kFolderSubset, at);
       const Scope inner({&tables[i], &dataset_table, general}, command_line);
@@ -388,16 +433,21 @@ Resolved read_config(const std::filesystem::path& file,
       subset.index = subset_index++;
       subset.dataset = number;
       if (subset.num_repeats == 0) {
-        log::info("{}: left out, num_repeats is 0", show(metadata ? subset.metadata_file : subset.folder));
+        log::info("{}: left out, num_repeats is 0",
+                  show(metadata ? subset.metadata_file : subset.folder));
         continue;
       }
-      const auto twin = std::find_if(out.subsets.begin() + static_cast<std::ptrdiff_t>(first), out.subsets.end(), [&](const Subset& s) {
-        return metadata ? s.metadata_file == subset.metadata_file : s.folder == subset.folder;
-      });
+      const auto twin = std::find_if(out.subsets.begin() + static_cast<std::ptrdiff_t>(first),
+                                     out.subsets.end(),
+                                     [&](const Subset& s) {
+                                       return metadata ? s.metadata_file == subset.metadata_file
+                                                       : s.folder == subset.folder;
+                                     });
       if (twin != out.subsets.end()) {
         const auto name = show(metadata ? subset.metadata_file : subset.folder);
         if (profile == Profile::kDefault) {
-          at.fail("the same " + name + " as in an earlier subset of this dataset", "use one subset with num_repeats");
+          at.fail("the same " + name + " as in an earlier subset of this dataset",
+                  "use one subset with num_repeats");
         }
         log::warn("{}: a second subset of the same dataset, left out as sd-scripts does", name);
         continue;

@@ -1,7 +1,9 @@
-// common/dataset/dataset.h - a dataset file or a folder of images, resolved: subsets, images, captions, and the plan.
+// common/dataset/dataset.h - a dataset file or a folder of images, resolved: subsets, images,
+// captions, and the plan.
 //
-// Two steps, so that each tool pays for what it needs: resolve() lists images (no picture and no caption file is opened),
-// read_caption() reads one caption. Both stages that encode resolve the same file and so get the same plan and items.
+// Two steps, so that each tool pays for what it needs: resolve() lists images (no picture and no
+// caption file is opened), read_caption() reads one caption. Both stages that encode resolve the
+// same file and so get the same plan and items.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -23,17 +25,19 @@ struct PixelOptions {
   bool buckets = false;           // false: every image is scaled and cropped to width x height
   int64_t min_side = 256, max_side = 1024, steps = 64;
   bool no_upscale = false;
-  std::string interpolation;      // empty, lanczos, area, bilinear, linear, bicubic, cubic, nearest or box
+  /// Empty, lanczos, area, bilinear, linear, bicubic, cubic, nearest or box.
+  std::string interpolation;
 };
 
-/// One [[datasets.subsets]] with every option resolved (subset, dataset, general, command line, default: first given).
+/// One [[datasets.subsets]] with every option resolved (subset, dataset, general, command line,
+/// default: first given).
 struct Subset {
-  int64_t index = 0;      // over the whole file, from 0: part of an item's identity
-  int64_t dataset = 0;    // index of its [[datasets]]
+  int64_t index = 0;                    // over the whole file, from 0: part of an item's identity
+  int64_t dataset = 0;                  // index of its [[datasets]]
   std::filesystem::path folder;         // image_dir; empty if only metadata_file is given
   std::filesystem::path metadata_file;  // .json or .jsonl; empty in a DreamBooth subset
   std::vector<std::string> caption_extensions;  // tried in order, ".txt"
-  std::string class_tokens;             // caption of images without one; empty = none
+  std::string class_tokens;                     // caption of images without one; empty = none
   bool has_class_tokens = false;
   int64_t num_repeats = 1;
   bool is_reg = false;
@@ -41,14 +45,15 @@ struct Subset {
   PixelOptions pixels;
   CaptionOptions captions;
   // Read and kept, refused by refuse_uncacheable():
-  bool color_aug = false, random_crop = false, alpha_mask = false, face_crop = false, custom_attributes = false;
+  bool color_aug = false, random_crop = false, alpha_mask = false, face_crop = false,
+       custom_attributes = false;
 };
 
 /// One [[datasets]].
 struct Dataset {
   int64_t index = 0;
   int64_t batch_size = 1;
-  double validation_split = 0;  // share of each subset's images (regularisation images are not split)
+  double validation_split = 0;  // share of each subset's images; is_reg ones are not split
   int64_t validation_seed = 0;
   double network_multiplier = 1;
 };
@@ -59,51 +64,60 @@ struct Image {
   std::string name;            // path relative to the subset's folder, any bytes
   std::filesystem::path file;  // to open
   Sha256Digest item{};         // SHA-256(subset index, name): joins the two caches
-  int64_t repeats = 1;         // visits an epoch; regularisation images are repeated to the number of the others
-  bool validation = false;     // held out; repeats is 1 then
+  /// Visits an epoch; regularisation images are repeated to the number of the others.
+  int64_t repeats = 1;
+  bool validation = false;                      // held out; repeats is 1 then
   std::optional<std::string> metadata_caption;  // from metadata_file
 };
 
 struct Resolved {
   std::vector<Dataset> datasets;
-  std::vector<Subset> subsets;  // a subset that repeats an earlier folder of its dataset is left out (profile kohya)
+  std::vector<Subset> subsets;  // a subset that repeats an earlier folder of its dataset is left
+                                // out (profile kohya)
   std::vector<Image> images;    // by subset, then bytewise by name
   Profile profile = Profile::kDefault;
-  std::vector<std::string> unused_fallbacks;  // keys that the file gave itself everywhere: they have no effect
+  std::vector<std::string>
+      unused_fallbacks;  // keys that the file gave itself everywhere: they have no effect
 
   /// The subset with this `index`.
   const Subset& subset(int64_t index) const;
 };
 
-/// Values for what a dataset file leaves open: sd-scripts' command line. Keys as in [general], plus batch_size.
-/// Values are TOML, as they would stand in the file ("[96, 64]", "\".txt\"").
+/// Values for what a dataset file leaves open: sd-scripts' command line. Keys as in [general], plus
+/// batch_size. Values are TOML, as they would stand in the file ("[96, 64]", "\".txt\"").
 struct Fallback {
   std::string key, value;
 };
 
-/// Reads a dataset file. Relative paths in it are taken from `base`; empty = the working folder, as in sd-scripts.
-/// Throws InputError naming file and key, with the nearest known name: not TOML, unknown key, wrong type, value out of range,
-/// contradictory values, absent folder or metadata file, no image at all.
+/// Reads a dataset file. Relative paths in it are taken from `base`; empty = the working folder, as
+/// in sd-scripts. Throws InputError naming file and key, with the nearest known name: not TOML,
+/// unknown key, wrong type, value out of range, contradictory values, absent folder or metadata
+/// file, no image at all.
 Resolved resolve_file(const std::filesystem::path& toml,
                       Profile profile,
                       const std::vector<Fallback>& fallbacks = {},
                       const std::filesystem::path& base = {});
 
-/// `--images DIR`: one subset of that folder, not its sub-folders; captions in .txt, then .caption; buckets on, steps 16,
-/// smallest side 32, largest 4 x the longer side of the resolution, upscaling allowed; batch size 1.
-/// Throws InputError: no such folder, no image in it.
-Resolved resolve_folder(const std::filesystem::path& folder, int64_t width, int64_t height, Profile profile);
+/// `--images DIR`: one subset of that folder, not its sub-folders; captions in .txt, then .caption;
+/// buckets on, steps 16, smallest side 32, largest 4 x the longer side of the resolution, upscaling
+/// allowed; batch size 1. Throws InputError: no such folder, no image in it.
+Resolved resolve_folder(const std::filesystem::path& folder,
+                        int64_t width,
+                        int64_t height,
+                        Profile profile);
 
-/// Throws InputError if an option cannot be honoured by a cache, or is not supported yet, with the option, the reason and what
-/// to do.
+/// Throws InputError if an option cannot be honoured by a cache, or is not supported yet, with the
+/// option, the reason and what to do.
 void refuse_uncacheable(const Resolved& resolved);
 
-/// The caption of an image, before its program runs: metadata, else the first caption file there is, else class tokens; nothing
-/// if there is none of them. Throws InputError as read_caption_file does.
+/// The caption of an image, before its program runs: metadata, else the first caption file there
+/// is, else class tokens; nothing if there is none of them. Throws InputError as read_caption_file
+/// does.
 std::optional<std::string> read_caption(const Resolved& resolved, const Image& image);
 
-/// The plan that both manifests carry: batch sizes, repeats, regularisation, dropout, flips, validation split. It holds no
-/// resolution, bucket, path, caption or encoding option, and nothing of the images.
+/// The plan that both manifests carry: batch sizes, repeats, regularisation, dropout, flips,
+/// validation split. It holds no resolution, bucket, path, caption or encoding option, and nothing
+/// of the images.
 nlohmann::json plan_json(const Resolved& resolved);
 /// SHA-256 of the plan's canonical text: keys sorted, no spaces.
 Sha256Digest plan_digest(const nlohmann::json& plan);
@@ -127,14 +141,18 @@ struct Plan {
 /// Throws CacheError if it is not a plan; unknown fields are errors.
 Plan parse_plan(const nlohmann::json& plan);
 
-/// Which of a subset's items are held out: those with the lowest SHA-256(seed, item), all but ceil(n * (1 - split)) of them.
-/// Does not depend on the order of `items`. resolve() applies it; the index of a cache has a flag on each item.
-std::vector<bool> validation_members(const std::vector<Sha256Digest>& items, double split, int64_t seed);
+/// Which of a subset's items are held out: those with the lowest SHA-256(seed, item), all but
+/// ceil(n * (1 - split)) of them. Does not depend on the order of `items`. resolve() applies it;
+/// the index of a cache has a flag on each item.
+std::vector<bool> validation_members(const std::vector<Sha256Digest>& items,
+                                     double split,
+                                     int64_t seed);
 
-/// Visits an epoch of regularisation items that ask for `num_repeats`, in order of subset and name, so that together they are
-/// visited as often as the other images of their dataset, `num_train` times; 0 = not needed. resolve() applies it; the index
-/// of a cache has each item's repeats.
-std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats, int64_t num_train);
+/// Visits an epoch of regularisation items that ask for `num_repeats`, in order of subset and name,
+/// so that together they are visited as often as the other images of their dataset, `num_train`
+/// times; 0 = not needed. resolve() applies it; the index of a cache has each item's repeats.
+std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats,
+                                            int64_t num_train);
 
 /// SHA-256 of the index as 8 bytes (little-endian) and the name's bytes.
 Sha256Digest item_digest(int64_t subset_index, std::string_view name);

@@ -9,7 +9,9 @@
 namespace flux::dataset {
 namespace {
 
-int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
+int hex_digit(char c) {
+  return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
 
 }  // namespace
 
@@ -35,11 +37,13 @@ std::string path_bytes(std::string_view text) {
       out += text[i];
     } else if (i + 1 < text.size() && text[i + 1] == '\\') {
       out += text[++i];
-    } else if (i + 3 < text.size() && text[i + 1] == 'x' && hex_digit(text[i + 2]) >= 0 && hex_digit(text[i + 3]) >= 0) {
+    } else if (i + 3 < text.size() && text[i + 1] == 'x' && hex_digit(text[i + 2]) >= 0 &&
+               hex_digit(text[i + 3]) >= 0) {
       out += static_cast<char>(hex_digit(text[i + 2]) * 16 + hex_digit(text[i + 3]));
       i += 3;
     } else {
-      throw std::invalid_argument("path_bytes: a backslash that starts no escape: " + printable(text));
+      throw std::invalid_argument("path_bytes: a backslash that starts no escape: " +
+                                  printable(text));
     }
   }
   return out;

@@ -33,7 +33,8 @@ class Fields {
   bool boolean(const char* name) { return get<bool>(name, &Json::is_boolean); }
   const Json& array(const char* name) {
     const auto found = object_.find(name);
-    if (found == object_.end() || !found->is_array()) throw CacheError("the plan: " + where_ + "." + name + " is no list");
+    if (found == object_.end() || !found->is_array())
+      throw CacheError("the plan: " + where_ + "." + name + " is no list");
     seen_.insert(name);
     return *found;
   }
@@ -60,13 +61,14 @@ nlohmann::json plan_json(const Resolved& resolved) {
                                 {"validation_split", d.validation_split}});
   }
   for (const auto& s : resolved.subsets) {
-    plan["subsets"].push_back({{"caption_dropout_every_n_epochs", s.captions.dropout_every_n_epochs},
-                               {"caption_dropout_rate", s.captions.dropout_rate},
-                               {"dataset", s.dataset},
-                               {"flip_aug", s.flip_aug},
-                               {"index", s.index},
-                               {"is_reg", s.is_reg},
-                               {"num_repeats", s.num_repeats}});
+    plan["subsets"].push_back(
+        {{"caption_dropout_every_n_epochs", s.captions.dropout_every_n_epochs},
+         {"caption_dropout_rate", s.captions.dropout_rate},
+         {"dataset", s.dataset},
+         {"flip_aug", s.flip_aug},
+         {"index", s.index},
+         {"is_reg", s.is_reg},
+         {"num_repeats", s.num_repeats}});
   }
   return plan;
 }
@@ -78,14 +80,20 @@ Plan parse_plan(const nlohmann::json& json) {
   Fields top(json, "plan");
   for (const auto& d : top.array("datasets")) {
     Fields f(d, "datasets");
-    plan.datasets.push_back({f.integer("index"), f.integer("batch_size"), f.number("validation_split"),
+    plan.datasets.push_back({f.integer("index"),
+                             f.integer("batch_size"),
+                             f.number("validation_split"),
                              f.integer("validation_seed")});
     f.finish();
   }
   for (const auto& s : top.array("subsets")) {
     Fields f(s, "subsets");
-    plan.subsets.push_back({f.integer("index"), f.integer("dataset"), f.integer("num_repeats"), f.boolean("is_reg"),
-                            f.boolean("flip_aug"), f.number("caption_dropout_rate"),
+    plan.subsets.push_back({f.integer("index"),
+                            f.integer("dataset"),
+                            f.integer("num_repeats"),
+                            f.boolean("is_reg"),
+                            f.boolean("flip_aug"),
+                            f.number("caption_dropout_rate"),
                             f.integer("caption_dropout_every_n_epochs")});
     f.finish();
   }
@@ -93,12 +101,15 @@ Plan parse_plan(const nlohmann::json& json) {
   return plan;
 }
 
-std::vector<bool> validation_members(const std::vector<Sha256Digest>& items, double split, int64_t seed) {
+std::vector<bool> validation_members(const std::vector<Sha256Digest>& items,
+                                     double split,
+                                     int64_t seed) {
   const auto n = static_cast<double>(items.size());
   const auto num_train = std::min(items.size(), static_cast<size_t>(std::ceil(n * (1 - split))));
   std::vector<std::pair<Sha256Digest, size_t>> order;
   for (size_t i = 0; i < items.size(); ++i) {
-    order.emplace_back(Sha256().add("validation").add_u64(static_cast<uint64_t>(seed)).add(items[i]).digest(), i);
+    order.emplace_back(
+        Sha256().add("validation").add_u64(static_cast<uint64_t>(seed)).add(items[i]).digest(), i);
   }
   std::sort(order.begin(), order.end());
   std::vector<bool> members(items.size(), false);
@@ -107,13 +118,16 @@ std::vector<bool> validation_members(const std::vector<Sha256Digest>& items, dou
 }
 
 // Source: sd-scripts notes 4.2 (is_reg).
-std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats, int64_t num_train) {
+std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats,
+                                            int64_t num_train) {
   std::vector<int64_t> repeats(num_repeats.size(), 0);
   int64_t visits = 0;
-  for (size_t i = 0; i < repeats.size() && visits < num_train; ++i) visits += repeats[i] = num_repeats[i];
+  for (size_t i = 0; i < repeats.size() && visits < num_train; ++i)
+    visits += repeats[i] = num_repeats[i];
   if (visits >= num_train || repeats.empty()) return repeats;
   const int64_t missing = num_train - visits, n = static_cast<int64_t>(repeats.size());
-  for (int64_t i = 0; i < n; ++i) repeats[static_cast<size_t>(i)] += missing / n + (i < missing % n ? 1 : 0);
+  for (int64_t i = 0; i < n; ++i)
+    repeats[static_cast<size_t>(i)] += missing / n + (i < missing % n ? 1 : 0);
   return repeats;
 }
 

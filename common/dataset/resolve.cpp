@@ -29,7 +29,8 @@ bool is_image_name(std::string_view name, Profile profile) {
   const auto extension = extension_of(name);
   const auto lower = lower_ascii(extension);
   if (profile == Profile::kKohya) {  // all letters small, or all capitals
-    const bool capitals = std::none_of(extension.begin(), extension.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+    const bool capitals = std::none_of(
+        extension.begin(), extension.end(), [](char c) { return c >= 'a' && c <= 'z'; });
     if (extension != lower && !capitals) return false;
   } else if (std::find(std::begin(kMore), std::end(kMore), lower) != std::end(kMore)) {
     return true;
@@ -37,7 +38,8 @@ bool is_image_name(std::string_view name, Profile profile) {
   return std::find(std::begin(kKohya), std::end(kKohya), lower) != std::end(kKohya);
 }
 
-// Names of the images in a folder, bytewise sorted. A link to nothing is listed: it fails as an item, not silently.
+// Names of the images in a folder, bytewise sorted. A link to nothing is listed: it fails as an
+// item, not silently.
 std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
   std::error_code error;
   if (!fs::exists(folder, error)) throw InputError(show(folder) + ": there is no such folder");
@@ -55,15 +57,20 @@ std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
 }
 
 // Text of a member, empty if it is absent. null counts as absent.
-std::optional<std::string> text_member(const Json& entry, const char* name, const std::string& where) {
+std::optional<std::string> text_member(const Json& entry,
+                                       const char* name,
+                                       const std::string& where) {
   const auto found = entry.find(name);
   if (found == entry.end() || found->is_null()) return std::nullopt;
   if (!found->is_string()) throw InputError(where + ": " + name + " must be text");
   return found->get<std::string>();
 }
 
-// caption and tags become one caption. Source: sd-scripts notes 4.1, 4.2; observed on its own fine-tuning data sets.
-std::optional<std::string> metadata_caption(const Json& entry, const Subset& subset, const std::string& where) {
+// caption and tags become one caption. Source: sd-scripts notes 4.1, 4.2; observed on its own
+// fine-tuning data sets.
+std::optional<std::string> metadata_caption(const Json& entry,
+                                            const Subset& subset,
+                                            const std::string& where) {
   auto caption = text_member(entry, "caption", where);
   auto tags = text_member(entry, "tags", where);
   if (!caption) std::swap(caption, tags);
@@ -100,13 +107,15 @@ std::vector<Image> read_metadata(const Subset& subset) {
   std::vector<Image> images;
   const auto add = [&](const std::string& name, const Json& entry, const std::string& where) {
     if (!entry.is_object()) throw InputError(where + ": must be an object");
-    if (name.empty() || name.find('\0') != std::string::npos) throw InputError(where + ": no usable image path");
+    if (name.empty() || name.find('\0') != std::string::npos)
+      throw InputError(where + ": no usable image path");
     Image image;
     image.name = name;
     image.file = name;
     if (image.file.is_relative()) {
       if (subset.folder.empty()) {
-        throw InputError(where + ": a relative path needs image_dir in the subset", "add image_dir");
+        throw InputError(where + ": a relative path needs image_dir in the subset",
+                         "add image_dir");
       }
       image.file = subset.folder / name;
     } else {
@@ -122,7 +131,8 @@ std::vector<Image> read_metadata(const Subset& subset) {
   if (extension == "json") {
     const auto root = parse_json(text, show(file));
     if (!root.is_object()) throw InputError(show(file) + ": must be an object of image paths");
-    for (const auto& [name, entry] : root.items()) add(name, entry, show(file) + ": " + printable(name));
+    for (const auto& [name, entry] : root.items())
+      add(name, entry, show(file) + ": " + printable(name));
   } else {
     std::string_view rest = text;
     for (int64_t number = 1; !rest.empty(); ++number) {
@@ -138,9 +148,14 @@ std::vector<Image> read_metadata(const Subset& subset) {
       add(*name, entry, where);
     }
   }
-  std::sort(images.begin(), images.end(), [](const Image& a, const Image& b) { return a.name < b.name; });
-  const auto twin = std::adjacent_find(images.begin(), images.end(), [](const Image& a, const Image& b) { return a.name == b.name; });
-  if (twin != images.end()) throw InputError(show(file) + ": " + printable(twin->name) + " is named twice");
+  std::sort(
+      images.begin(), images.end(), [](const Image& a, const Image& b) { return a.name < b.name; });
+  const auto twin =
+      std::adjacent_find(images.begin(), images.end(), [](const Image& a, const Image& b) {
+        return a.name == b.name;
+      });
+  if (twin != images.end())
+    throw InputError(show(file) + ": " + printable(twin->name) + " is named twice");
   return images;
 }
 
@@ -166,10 +181,12 @@ void add_images(Resolved& out) {
       if (subset.dataset != dataset.index) continue;
       auto listed = list_subset(subset, out.profile);
       if (listed.empty()) {
-        throw InputError(show(subset.metadata_file.empty() ? subset.folder : subset.metadata_file) + ": no images in it",
-                         "images are " + std::string(out.profile == Profile::kKohya
-                                                         ? "png jpg jpeg webp bmp, in small letters or capitals"
-                                                         : "png jpg jpeg webp bmp gif tif tiff"));
+        throw InputError(
+            show(subset.metadata_file.empty() ? subset.folder : subset.metadata_file) +
+                ": no images in it",
+            "images are " + std::string(out.profile == Profile::kKohya
+                                            ? "png jpg jpeg webp bmp, in small letters or capitals"
+                                            : "png jpg jpeg webp bmp gif tif tiff"));
       }
       std::vector<Sha256Digest> items;
       for (auto& image : listed) {
@@ -181,14 +198,17 @@ void add_images(Resolved& out) {
       if (subset.is_reg) {
         reg_repeats.insert(reg_repeats.end(), listed.size(), subset.num_repeats);
       } else {
-        const auto held_out = validation_members(items, dataset.validation_split, dataset.validation_seed);
+        const auto held_out =
+            validation_members(items, dataset.validation_split, dataset.validation_seed);
         for (size_t i = 0; i < listed.size(); ++i) {
           listed[i].validation = held_out[i];
           if (held_out[i]) listed[i].repeats = 1;
           num_train += held_out[i] ? 0 : subset.num_repeats;
         }
       }
-      images.insert(images.end(), std::make_move_iterator(listed.begin()), std::make_move_iterator(listed.end()));
+      images.insert(images.end(),
+                    std::make_move_iterator(listed.begin()),
+                    std::make_move_iterator(listed.end()));
     }
     const auto repeats = regularisation_repeats(reg_repeats, num_train);
     size_t next_reg = 0, unused = 0;
@@ -199,9 +219,14 @@ void add_images(Resolved& out) {
       }
       out.images.push_back(std::move(image));
     }
-    if (unused > 0) log::info("dataset {}: {} regularisation images are more than needed, left out", dataset.index + 1, unused);
+    if (unused > 0)
+      log::info("dataset {}: {} regularisation images are more than needed, left out",
+                dataset.index + 1,
+                unused);
   }
-  if (out.images.empty()) throw InputError("the data set has no images to train on", "num_repeats 0 and surplus regularisation images do not count");
+  if (out.images.empty())
+    throw InputError("the data set has no images to train on",
+                     "num_repeats 0 and surplus regularisation images do not count");
 }
 
 bool is_there(const fs::path& path) {
@@ -212,12 +237,19 @@ bool is_there(const fs::path& path) {
 }  // namespace
 
 const Subset& Resolved::subset(int64_t index) const {
-  const auto found = std::lower_bound(subsets.begin(), subsets.end(), index, [](const Subset& s, int64_t i) { return s.index < i; });
-  if (found == subsets.end() || found->index != index) throw std::invalid_argument("Resolved::subset: no such subset");
+  const auto found =
+      std::lower_bound(subsets.begin(), subsets.end(), index, [](const Subset& s, int64_t i) {
+        return s.index < i;
+      });
+  if (found == subsets.end() || found->index != index)
+    throw std::invalid_argument("Resolved::subset: no such subset");
   return *found;
 }
 
-Resolved resolve_file(const fs::path& toml, Profile profile, const std::vector<Fallback>& fallbacks, const fs::path& base) {
+Resolved resolve_file(const fs::path& toml,
+                      Profile profile,
+                      const std::vector<Fallback>& fallbacks,
+                      const fs::path& base) {
   auto resolved = read_config(toml, profile, fallbacks, base);
   add_images(resolved);
   return resolved;
@@ -240,27 +272,36 @@ Resolved resolve_folder(const fs::path& folder, int64_t width, int64_t height, P
 }
 
 void refuse_uncacheable(const Resolved& resolved) {
-  const auto refuse = [](const std::string& option, const std::string& why, const std::string& what_to_do) {
-    throw InputError("option " + option + ": " + why, what_to_do);
-  };
+  const auto refuse =
+      [](const std::string& option, const std::string& why, const std::string& what_to_do) {
+        throw InputError("option " + option + ": " + why, what_to_do);
+      };
   for (const auto& d : resolved.datasets) {
-    if (d.network_multiplier != 1) refuse("network_multiplier", "not supported", "remove it, or set it to 1.0");
+    if (d.network_multiplier != 1)
+      refuse("network_multiplier", "not supported", "remove it, or set it to 1.0");
   }
   for (const auto& s : resolved.subsets) {
-    const std::string pixels = "changes the pixels at every visit, so that latents cannot be cached";
+    const std::string pixels =
+        "changes the pixels at every visit, so that latents cannot be cached";
     if (s.color_aug) refuse("color_aug", pixels, "set color_aug = false");
     if (s.random_crop) refuse("random_crop", pixels, "set random_crop = false; crops are central");
     if (s.face_crop) refuse("face_crop_aug_range", pixels, "remove it");
     if (s.alpha_mask) refuse("alpha_mask", "masked loss is not supported yet", "remove it");
     if (s.custom_attributes) refuse("custom_attributes", "not supported", "remove it");
     if (s.captions.token_warmup_step > 0) {
-      refuse("token_warmup_step", "changes captions with the training step, so that they cannot be cached", "remove it");
+      refuse("token_warmup_step",
+             "changes captions with the training step, so that they cannot be cached",
+             "remove it");
     }
     if (s.pixels.buckets && s.pixels.steps % 16 != 0) {
-      refuse("bucket_reso_steps", std::to_string(s.pixels.steps) + " is not a multiple of 16, which FLUX needs", "use 16, 32 or 64");
+      refuse("bucket_reso_steps",
+             std::to_string(s.pixels.steps) + " is not a multiple of 16, which FLUX needs",
+             "use 16, 32 or 64");
     }
     if (!s.pixels.buckets && (s.pixels.width % 16 != 0 || s.pixels.height % 16 != 0)) {
-      refuse("resolution", "sides are not multiples of 16, which FLUX needs", "change it, or set enable_bucket = true");
+      refuse("resolution",
+             "sides are not multiples of 16, which FLUX needs",
+             "change it, or set enable_bucket = true");
     }
   }
 }
@@ -274,12 +315,14 @@ std::optional<std::string> read_caption(const Resolved& resolved, const Image& i
   std::vector<std::string> stems = {stem};
   // "x_10_20_30_40", a face cut out of x, may share x's caption
   size_t end = stem.size();
-  for (int i = 0; i < 4 && end != std::string::npos; ++i) end = end == 0 ? std::string::npos : stem.rfind('_', end - 1);
+  for (int i = 0; i < 4 && end != std::string::npos; ++i)
+    end = end == 0 ? std::string::npos : stem.rfind('_', end - 1);
   if (end != std::string::npos && end >= slash) stems.push_back(stem.substr(0, end));
   for (const auto& base : stems) {
     for (const auto& extension : subset.caption_extensions) {
       const fs::path file = base + extension;
-      if (is_there(file)) return read_caption_file(file, subset.captions.wildcards, resolved.profile);
+      if (is_there(file))
+        return read_caption_file(file, subset.captions.wildcards, resolved.profile);
     }
   }
   if (subset.has_class_tokens) return subset.class_tokens;

@@ -12,7 +12,9 @@
 namespace flux::image {
 namespace {
 
-std::string show(Size size) { return std::to_string(size.width) + "x" + std::to_string(size.height); }
+std::string show(Size size) {
+  return std::to_string(size.width) + "x" + std::to_string(size.height);
+}
 
 int64_t down(int64_t value, int64_t steps) { return value - value % steps; }
 int64_t round_half_up(double value) { return static_cast<int64_t>(value + 0.5); }
@@ -41,11 +43,13 @@ std::vector<Size> equal_area_buckets(const BucketOptions& o) {
     found.insert({width, height});
     found.insert({height, width});
   }
-  if (found.empty()) found.insert({down(o.resolution.width, o.steps), down(o.resolution.height, o.steps)});
+  if (found.empty())
+    found.insert({down(o.resolution.width, o.steps), down(o.resolution.height, o.steps)});
   return {found.begin(), found.end()};
 }
 
-// |log(ratio of a) - log(ratio of b)| as a fraction, so that no libm decides: the larger cross product over the smaller.
+// |log(ratio of a) - log(ratio of b)| as a fraction, so that no libm decides: the larger cross
+// product over the smaller.
 struct RatioError {
   __extension__ typedef unsigned __int128 Wide;
   Wide high, low;
@@ -63,7 +67,8 @@ Size nearest_kohya(Size image, const std::vector<Size>& buckets) {
   const auto error = [ratio](Size b) {
     return std::abs(static_cast<double>(b.width) / static_cast<double>(b.height) - ratio);
   };
-  return *std::min_element(buckets.begin(), buckets.end(), [&](Size a, Size b) { return error(a) < error(b); });
+  return *std::min_element(
+      buckets.begin(), buckets.end(), [&](Size a, Size b) { return error(a) < error(b); });
 }
 
 Size nearest_log_ratio(Size image, const std::vector<Size>& buckets, int64_t area) {
@@ -85,7 +90,8 @@ Placement cover(Size image, Size bucket) {
   return out;
 }
 
-// sd-scripts' bucket_no_upscale: a larger picture shrinks to about the area, a smaller one keeps its size.
+// sd-scripts' bucket_no_upscale: a larger picture shrinks to about the area, a smaller one keeps
+// its size.
 Placement shrink_kohya(Size image, int64_t area, int64_t steps) {
   const auto to_steps = [steps](double x) { return down(round_half_up(x), steps); };
   Placement out;
@@ -99,7 +105,8 @@ Placement shrink_kohya(Size image, int64_t area, int64_t steps) {
     const auto width_for_height = static_cast<double>(to_steps(height * ratio));
     if (height_for_width == 0 || height == 0) {
       out.resized = {};
-    } else if (std::abs(width / height_for_width - ratio) < std::abs(width_for_height / height - ratio)) {
+    } else if (std::abs(width / height_for_width - ratio) <
+               std::abs(width_for_height / height - ratio)) {
       out.resized = {static_cast<int64_t>(width), round_half_up(width / ratio)};
     } else {
       out.resized = {round_half_up(height * ratio), static_cast<int64_t>(height)};
@@ -114,7 +121,8 @@ Placement shrink_kohya(Size image, int64_t area, int64_t steps) {
 Buckets::Buckets(const BucketOptions& options) : options_(options) {
   auto& o = options_;
   if (o.resolution.width < 1 || o.resolution.height < 1 || o.steps < 1) {
-    throw std::invalid_argument("Buckets: resolution " + show(o.resolution) + ", steps " + std::to_string(o.steps));
+    throw std::invalid_argument("Buckets: resolution " + show(o.resolution) + ", steps " +
+                                std::to_string(o.steps));
   }
   if (!o.enabled) {
     list_ = {o.resolution};
@@ -122,7 +130,8 @@ Buckets::Buckets(const BucketOptions& options) : options_(options) {
   }
   o.min_side = down(o.min_side, o.steps);
   o.max_side = down(o.max_side + o.steps - 1, o.steps);
-  if (std::min(o.resolution.width, o.resolution.height) < o.min_side || std::max(o.resolution.width, o.resolution.height) > o.max_side) {
+  if (std::min(o.resolution.width, o.resolution.height) < o.min_side ||
+      std::max(o.resolution.width, o.resolution.height) > o.max_side) {
     throw std::invalid_argument("Buckets: resolution " + show(o.resolution) + " outside sides " +
                                 std::to_string(o.min_side) + " to " + std::to_string(o.max_side));
   }
@@ -141,7 +150,8 @@ Placement Buckets::place(Size image) const {
   if (!o.enabled) {
     out = cover(image, o.resolution);
   } else if (o.profile == Profile::kKohya) {
-    out = o.no_upscale ? shrink_kohya(image, area, o.steps) : cover(image, nearest_kohya(image, list_));
+    out = o.no_upscale ? shrink_kohya(image, area, o.steps)
+                       : cover(image, nearest_kohya(image, list_));
   } else {
     out = cover(image, nearest_log_ratio(image, list_, area));
     if (o.no_upscale && (out.resized.width > image.width || out.resized.height > image.height)) {
@@ -151,7 +161,8 @@ Placement Buckets::place(Size image) const {
   }
   if (out.bucket.width < 1 || out.bucket.height < 1 || out.resized.width < out.bucket.width ||
       out.resized.height < out.bucket.height) {
-    throw InputError("a picture of " + show(image) + " pixels is too small or too narrow for buckets in steps of " +
+    throw InputError("a picture of " + show(image) +
+                         " pixels is too small or too narrow for buckets in steps of " +
                          std::to_string(o.steps) + " without upscaling",
                      "leave the picture out, or allow upscaling (bucket_no_upscale = false)");
   }

@@ -16,18 +16,19 @@ struct BucketOptions {
   Profile profile = Profile::kDefault;
 };
 
-/// The buckets of one resolution. Sides are multiples of `steps`; min_side is rounded down to it and max_side up.
+/// The buckets of one resolution. Sides are multiples of `steps`; min_side is rounded down to it
+/// and max_side up.
 ///
-/// Profile kohya: for each width, the tallest height whose area is not above the resolution's; an image goes to the bucket
-/// of its size, else to the one with the nearest width / height (sd-scripts notes 4.3). With no_upscale a smaller image keeps
-/// its size, cut to multiples of `steps`.
-/// Profile default: for each width, the height whose area is nearest to the resolution's; an image goes to the bucket with
-/// the nearest log(width / height), so that portrait and landscape are treated alike. no_upscale as above, but within the
-/// limits of the sides.
+/// Profile kohya: for each width, the tallest height whose area is not above the resolution's; an
+/// image goes to the bucket of its size, else to the one with the nearest width / height
+/// (sd-scripts notes 4.3). With no_upscale a smaller image keeps its size, cut to multiples of
+/// `steps`. Profile default: for each width, the height whose area is nearest to the resolution's;
+/// an image goes to the bucket with the nearest log(width / height), so that portrait and landscape
+/// are treated alike. no_upscale as above, but within the limits of the sides.
 class Buckets {
  public:
-  /// Throws std::invalid_argument: resolution, steps or a limit below 1, min_side above the shorter side of the resolution,
-  /// max_side below the longer.
+  /// Throws std::invalid_argument: resolution, steps or a limit below 1, min_side above the shorter
+  /// side of the resolution, max_side below the longer.
   explicit Buckets(const BucketOptions& options);
 
   /// In ascending order; empty in profile kohya with no_upscale.

@@ -38,23 +38,34 @@ bool is_identity(void* transform) {
 
 }  // namespace
 
-std::vector<uint8_t> icc_to_srgb(std::span<const uint8_t> icc, std::span<const uint8_t> samples, int64_t channels) {
-  const Profile_ profile(cmsOpenProfileFromMem(icc.data(), static_cast<cmsUInt32Number>(icc.size())));
+std::vector<uint8_t> icc_to_srgb(std::span<const uint8_t> icc,
+                                 std::span<const uint8_t> samples,
+                                 int64_t channels) {
+  const Profile_ profile(
+      cmsOpenProfileFromMem(icc.data(), static_cast<cmsUInt32Number>(icc.size())));
   if (!profile) throw InputError("the embedded colour profile (ICC) is damaged");
   const auto space = cmsGetColorSpace(profile.get());
-  const auto wanted = channels == 1 ? cmsSigGrayData : channels == 4 ? cmsSigCmykData : cmsSigRgbData;
+  const auto wanted = channels == 1   ? cmsSigGrayData
+                      : channels == 4 ? cmsSigCmykData
+                                      : cmsSigRgbData;
   std::vector<uint8_t> expanded;
-  if (channels == 1 && space == cmsSigRgbData) {  // a grey picture with an RGB profile: common, and well defined
+  if (channels == 1 &&
+      space == cmsSigRgbData) {  // a grey picture with an RGB profile: common, and well defined
     expanded.reserve(samples.size() * 3);
     for (const auto v : samples) expanded.insert(expanded.end(), 3, v);
     samples = expanded;
     channels = 3;
   } else if (space != wanted) {
-    throw InputError("the embedded colour profile (ICC) is for another colour model than the picture's");
+    throw InputError(
+        "the embedded colour profile (ICC) is for another colour model than the picture's");
   }
   const Profile_ srgb(cmsCreate_sRGBProfile());
   const auto type = channels == 1 ? TYPE_GRAY_8 : channels == 4 ? TYPE_CMYK_8 : TYPE_RGB_8;
-  const Transform transform(cmsCreateTransform(profile.get(), type, srgb.get(), TYPE_RGB_8, INTENT_RELATIVE_COLORIMETRIC,
+  const Transform transform(cmsCreateTransform(profile.get(),
+                                               type,
+                                               srgb.get(),
+                                               TYPE_RGB_8,
+                                               INTENT_RELATIVE_COLORIMETRIC,
                                                cmsFLAGS_BLACKPOINTCOMPENSATION | cmsFLAGS_NOCACHE));
   if (!transform) throw InputError("the embedded colour profile (ICC) cannot be converted to sRGB");
   if (channels == 3 && is_identity(transform.get())) return expanded;
@@ -68,7 +79,8 @@ int exif_orientation(Bytes tiff_block) {
   std::vector<unsigned char> block{'E', 'x', 'i', 'f', 0, 0};  // libexif wants the JPEG form
   const auto* bytes = reinterpret_cast<const unsigned char*>(tiff_block.data());
   block.insert(block.end(), bytes, bytes + tiff_block.size());
-  const std::unique_ptr<ExifData, decltype(&exif_data_unref)> data(exif_data_new(), exif_data_unref);
+  const std::unique_ptr<ExifData, decltype(&exif_data_unref)> data(exif_data_new(),
+                                                                   exif_data_unref);
   if (!data) return 1;
   exif_data_unset_option(data.get(), EXIF_DATA_OPTION_FOLLOW_SPECIFICATION);
   exif_data_load_data(data.get(), block.data(), static_cast<unsigned>(block.size()));

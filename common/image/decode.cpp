@@ -10,7 +10,8 @@ namespace {
 
 bool starts_with(Bytes file, std::string_view magic, size_t offset = 0) {
   return file.size() >= offset + magic.size() &&
-         std::equal(magic.begin(), magic.end(), reinterpret_cast<const char*>(file.data()) + offset);
+         std::equal(
+             magic.begin(), magic.end(), reinterpret_cast<const char*>(file.data()) + offset);
 }
 
 Raw decode_any(Bytes file, Extent extent, Profile profile) {
@@ -18,18 +19,22 @@ Raw decode_any(Bytes file, Extent extent, Profile profile) {
   if (file.empty()) throw InputError("the file is empty");
   if (starts_with(file, "\xFF\xD8\xFF"sv)) return decode_jpeg(file, extent);
   if (starts_with(file, "\x89PNG\r\n\x1A\n"sv)) return decode_png(file, extent, profile);
-  if (starts_with(file, "RIFF"sv) && starts_with(file, "WEBP"sv, 8)) return decode_webp(file, extent);
-  if (starts_with(file, "GIF87a"sv) || starts_with(file, "GIF89a"sv)) return decode_gif(file, extent);
+  if (starts_with(file, "RIFF"sv) && starts_with(file, "WEBP"sv, 8))
+    return decode_webp(file, extent);
+  if (starts_with(file, "GIF87a"sv) || starts_with(file, "GIF89a"sv))
+    return decode_gif(file, extent);
   if (starts_with(file, "BM"sv) && file.size() >= 26) return decode_bmp(file, extent);
-  if (starts_with(file, "II\x2A\0"sv) || starts_with(file, "MM\0\x2A"sv) || starts_with(file, "II\x2B\0"sv) ||
-      starts_with(file, "MM\0\x2B"sv)) {
+  if (starts_with(file, "II\x2A\0"sv) || starts_with(file, "MM\0\x2A"sv) ||
+      starts_with(file, "II\x2B\0"sv) || starts_with(file, "MM\0\x2B"sv)) {
     return decode_tiff(file, extent, profile);
   }
-  if (starts_with(file, "ftyp"sv, 4)) throw InputError("AVIF and HEIC are not read", "convert the picture to PNG or JPEG");
+  if (starts_with(file, "ftyp"sv, 4))
+    throw InputError("AVIF and HEIC are not read", "convert the picture to PNG or JPEG");
   if (starts_with(file, "\xFF\x0A"sv) || starts_with(file, "\0\0\0\x0CJXL "sv)) {
     throw InputError("JPEG XL is not read", "convert the picture to PNG or JPEG");
   }
-  if (starts_with(file, "version https://git-lfs"sv)) throw InputError("a Git LFS pointer, not the picture itself");
+  if (starts_with(file, "version https://git-lfs"sv))
+    throw InputError("a Git LFS pointer, not the picture itself");
   throw InputError("not a picture that is read here (JPEG, PNG, WebP, BMP, TIFF, GIF)");
 }
 
@@ -42,7 +47,8 @@ std::vector<uint8_t> to_rgb(const Raw& raw, bool use_icc) {
   std::vector<uint8_t> samples;
   if (alpha) {
     samples.resize(pixels * colors);
-    for (size_t i = 0; i < pixels; ++i) std::copy_n(&raw.data[i * channels], colors, &samples[i * colors]);
+    for (size_t i = 0; i < pixels; ++i)
+      std::copy_n(&raw.data[i * channels], colors, &samples[i * colors]);
   }
   const auto& plain = alpha ? samples : raw.data;
   if (use_icc && !raw.icc.empty()) {
@@ -60,18 +66,22 @@ std::vector<uint8_t> to_rgb(const Raw& raw, bool use_icc) {
     const int paper = 255 - plain[4 * i + 3];
     for (size_t c = 0; c < 3; ++c) {
       const int product = plain[4 * i + c] * paper + 128;
-      rgb[3 * i + c] = static_cast<uint8_t>(std::clamp(paper - ((product >> 8) + product) / 256, 0, 255));
+      rgb[3 * i + c] =
+          static_cast<uint8_t>(std::clamp(paper - ((product >> 8) + product) / 256, 0, 255));
     }
   }
   return rgb;
 }
 
-void composite(const Raw& raw, const std::array<uint8_t, 3>& background, std::vector<uint8_t>& rgb) {
+void composite(const Raw& raw,
+               const std::array<uint8_t, 3>& background,
+               std::vector<uint8_t>& rgb) {
   const auto channels = static_cast<size_t>(raw.channels());
   for (size_t i = 0; i < rgb.size() / 3; ++i) {
     const double alpha = raw.data[i * channels + channels - 1] / 255.0;
     for (size_t c = 0; c < 3; ++c) {
-      rgb[3 * i + c] = static_cast<uint8_t>(std::floor(rgb[3 * i + c] * alpha + background[c] * (1.0 - alpha) + 0.5));
+      rgb[3 * i + c] = static_cast<uint8_t>(
+          std::floor(rgb[3 * i + c] * alpha + background[c] * (1.0 - alpha) + 0.5));
     }
   }
 }
@@ -81,8 +91,10 @@ Rgb orient(Rgb image, int orientation) {
   if (orientation == 1) return image;
   const auto [width, height] = image.size;
   const bool turn = orientation >= 5;
-  const bool mirror_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
-  const bool mirror_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+  const bool mirror_x =
+      orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
+  const bool mirror_y =
+      orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
   Rgb out{turn ? Size{height, width} : image.size, std::vector<uint8_t>(image.data.size())};
   uint8_t* to = out.data.data();
   for (int64_t y = 0; y < out.size.height; ++y) {
@@ -100,11 +112,13 @@ Rgb orient(Rgb image, int orientation) {
 
 void check_size(Size size) {
   if (size.width < 1 || size.height < 1) {
-    throw InputError("a picture of " + std::to_string(size.width) + "x" + std::to_string(size.height) + " pixels");
+    throw InputError("a picture of " + std::to_string(size.width) + "x" +
+                     std::to_string(size.height) + " pixels");
   }
   if (size.width > kMaxPixels / size.height) {
-    throw InputError("a picture of " + std::to_string(size.width) + "x" + std::to_string(size.height) +
-                     " pixels is above the limit of " + std::to_string(kMaxPixels) + " pixels");
+    throw InputError("a picture of " + std::to_string(size.width) + "x" +
+                     std::to_string(size.height) + " pixels is above the limit of " +
+                     std::to_string(kMaxPixels) + " pixels");
   }
 }
 
@@ -118,7 +132,8 @@ Rgb decode(Bytes file, const DecodeOptions& options) {
   const auto raw = decode_any(file, Extent::kAll, options.profile);
   Rgb image{raw.size, to_rgb(raw, proper)};
   if (!proper) return image;
-  if (raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba) composite(raw, options.background, image.data);
+  if (raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba)
+    composite(raw, options.background, image.data);
   return orient(std::move(image), raw.orientation);
 }
 

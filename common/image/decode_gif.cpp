@@ -74,8 +74,10 @@ Raw decode_gif(Bytes file, Extent extent) {
   std::vector<GifPixelType> line(static_cast<size_t>(frame.Width));
   const auto read_row = [&](int y) {
     if (DGifGetLine(gif.get(), line.data(), frame.Width) == GIF_ERROR) fail(gif->Error);
-    uint8_t* out = raw.data.data() + (static_cast<size_t>(frame.Top + y) * static_cast<size_t>(gif->SWidth) +
-                                      static_cast<size_t>(frame.Left)) * channels;
+    uint8_t* out =
+        raw.data.data() + (static_cast<size_t>(frame.Top + y) * static_cast<size_t>(gif->SWidth) +
+                           static_cast<size_t>(frame.Left)) *
+                              channels;
     for (const auto index : line) {
       if (index >= colors->ColorCount) throw InputError("GIF: a colour outside its table");
       const GifColorType& color = colors->Colors[index];

@@ -10,7 +10,7 @@
 namespace flux::image {
 namespace {
 
-// A progressive file may repeat scans without end: more than this is an attack on the reader's time.
+// A progressive file may repeat scans without end, to waste the reader's time.
 constexpr int kMaxScans = 500;
 
 struct Reader {
@@ -37,7 +37,8 @@ void on_message(j_common_ptr info, int level) {
 void on_progress(j_common_ptr info) {
   auto& reader = *static_cast<Reader*>(info->client_data);
   if (reader.info.input_scan_number <= kMaxScans) return;
-  std::snprintf(reader.escape.message, sizeof reader.escape.message, "JPEG: more than %d scans", kMaxScans);
+  std::snprintf(
+      reader.escape.message, sizeof reader.escape.message, "JPEG: more than %d scans", kMaxScans);
   std::longjmp(reader.escape.jump, 1);
 }
 
@@ -64,11 +65,15 @@ Raw decode_jpeg(Bytes file, Extent extent) {
   raw.size = {info.image_width, info.image_height};
   check_size(raw.size);
   const bool inks = info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK;
-  raw.kind = inks ? Raw::Kind::kCmyk : info.jpeg_color_space == JCS_GRAYSCALE ? Raw::Kind::kGrey : Raw::Kind::kRgb;
+  raw.kind = inks                                     ? Raw::Kind::kCmyk
+             : info.jpeg_color_space == JCS_GRAYSCALE ? Raw::Kind::kGrey
+                                                      : Raw::Kind::kRgb;
   info.out_color_space = inks ? JCS_CMYK : raw.kind == Raw::Kind::kGrey ? JCS_GRAYSCALE : JCS_RGB;
   for (auto marker = info.marker_list; marker != nullptr; marker = marker->next) {
-    if (marker->marker == JPEG_APP0 + 1 && marker->data_length > 6 && std::memcmp(marker->data, "Exif\0", 6) == 0) {
-      raw.orientation = exif_orientation(std::as_bytes(std::span(marker->data, marker->data_length)).subspan(6));
+    if (marker->marker == JPEG_APP0 + 1 && marker->data_length > 6 &&
+        std::memcmp(marker->data, "Exif\0", 6) == 0) {
+      raw.orientation =
+          exif_orientation(std::as_bytes(std::span(marker->data, marker->data_length)).subspan(6));
       break;
     }
   }

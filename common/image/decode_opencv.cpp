@@ -10,7 +10,8 @@ namespace flux::image {
 namespace {
 
 uint64_t number(Bytes file, uint64_t offset, uint64_t count, bool big_endian = false) {
-  if (offset > file.size() || count > file.size() - offset) throw InputError("the file is truncated");
+  if (offset > file.size() || count > file.size() - offset)
+    throw InputError("the file is truncated");
   uint64_t value = 0;
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t at = big_endian ? offset + i : offset + count - 1 - i;
@@ -21,10 +22,12 @@ uint64_t number(Bytes file, uint64_t offset, uint64_t count, bool big_endian = f
 
 // Pixels as OpenCV finds them, channels in RGB order.
 Raw decode_with_opencv(Bytes file, const char* type, Size size, Profile profile, bool keep_alpha) {
-  [[maybe_unused]] static const auto quiet = cv::utils::logging::setLogLevel(cv::utils::logging::LOG_LEVEL_SILENT);
+  [[maybe_unused]] static const auto quiet =
+      cv::utils::logging::setLogLevel(cv::utils::logging::LOG_LEVEL_SILENT);
   cv::Mat mat;
   try {
-    const cv::Mat bytes(1, static_cast<int>(file.size()), CV_8UC1, const_cast<std::byte*>(file.data()));
+    const cv::Mat bytes(
+        1, static_cast<int>(file.size()), CV_8UC1, const_cast<std::byte*>(file.data()));
     mat = cv::imdecode(bytes, cv::IMREAD_UNCHANGED);
   } catch (const cv::Exception& error) {
     throw InputError(std::string(type) + ": " + error.err);
@@ -33,22 +36,27 @@ Raw decode_with_opencv(Bytes file, const char* type, Size size, Profile profile,
     throw InputError(std::string(type) + ": truncated, corrupt or of a kind that is not read");
   }
   const int channels = mat.channels();
-  if ((mat.depth() != CV_8U && mat.depth() != CV_16U) || (channels != 1 && channels != 3 && channels != 4)) {
+  if ((mat.depth() != CV_8U && mat.depth() != CV_16U) ||
+      (channels != 1 && channels != 3 && channels != 4)) {
     throw InputError(std::string(type) + ": only 1, 3 or 4 channels of 8 or 16 bits are read");
   }
   Raw raw;
   raw.size = size;
-  raw.kind = channels == 1 ? Raw::Kind::kGrey : channels == 4 && keep_alpha ? Raw::Kind::kRgba : Raw::Kind::kRgb;
+  raw.kind = channels == 1                 ? Raw::Kind::kGrey
+             : channels == 4 && keep_alpha ? Raw::Kind::kRgba
+                                           : Raw::Kind::kRgb;
   raw.allocate();
   const bool wide = mat.depth() == CV_16U;
-  const bool clip = wide && channels == 1 && profile == Profile::kKohya;  // as Pillow: see decode_png
+  const bool clip =
+      wide && channels == 1 && profile == Profile::kKohya;  // as Pillow: see decode_png
   uint8_t* out = raw.data.data();
   for (int y = 0; y < mat.rows; ++y) {
     const auto* row8 = mat.ptr<uint8_t>(y);
     const auto* row16 = mat.ptr<uint16_t>(y);
     const auto sample = [&](int i) -> uint8_t {
       if (!wide) return row8[i];
-      return clip ? static_cast<uint8_t>(row16[i] > 255 ? 255 : row16[i]) : narrow(row16[i], profile);
+      return clip ? static_cast<uint8_t>(row16[i] > 255 ? 255 : row16[i])
+                  : narrow(row16[i], profile);
     };
     for (int x = 0; x < mat.cols; ++x) {
       if (channels == 1) {
@@ -83,23 +91,44 @@ TiffHeader read_tiff_header(Bytes file, std::vector<uint8_t>& icc) {
     const uint64_t data = count * width <= 4 ? entry + 8 : number(file, entry + 8, 4, big);
     const auto value = [&](uint64_t at = 0) { return number(file, data + at * width, width, big); };
     switch (tag) {
-      case 256: header.width = value(); break;
-      case 257: header.height = value(); break;
-      case 258: header.bits = value(); break;
-      case 262: header.photometric = value(); break;
-      case 274: header.orientation = value(); break;
-      case 338: header.extra_is_alpha = value() == 1 || value() == 2; break;
-      case 273: case 324: for (uint64_t k = 0; k < count; ++k) offsets.push_back(value(k)); break;
-      case 279: case 325: for (uint64_t k = 0; k < count; ++k) counts.push_back(value(k)); break;
-      case 34675:
-        for (uint64_t k = 0; k < count; ++k) icc.push_back(static_cast<uint8_t>(number(file, data + k, 1)));
+      case 256:
+        header.width = value();
         break;
-      default: break;
+      case 257:
+        header.height = value();
+        break;
+      case 258:
+        header.bits = value();
+        break;
+      case 262:
+        header.photometric = value();
+        break;
+      case 274:
+        header.orientation = value();
+        break;
+      case 338:
+        header.extra_is_alpha = value() == 1 || value() == 2;
+        break;
+      case 273:
+      case 324:
+        for (uint64_t k = 0; k < count; ++k) offsets.push_back(value(k));
+        break;
+      case 279:
+      case 325:
+        for (uint64_t k = 0; k < count; ++k) counts.push_back(value(k));
+        break;
+      case 34675:
+        for (uint64_t k = 0; k < count; ++k)
+          icc.push_back(static_cast<uint8_t>(number(file, data + k, 1)));
+        break;
+      default:
+        break;
     }
   }
   // libtiff fills what is missing with black
   for (size_t k = 0; k < offsets.size() && k < counts.size(); ++k) {
-    if (offsets[k] > file.size() || counts[k] > file.size() - offsets[k]) throw InputError("TIFF: the file is truncated");
+    if (offsets[k] > file.size() || counts[k] > file.size() - offsets[k])
+      throw InputError("TIFF: the file is truncated");
   }
   return header;
 }
@@ -127,7 +156,8 @@ Raw decode_bmp(Bytes file, Extent extent) {
     (void)number(file, number(file, 10, 4) + row_bytes * static_cast<uint64_t>(size.height), 0);
   }
   if (extent == Extent::kHeader) return {.size = size};
-  const bool alpha = bits == 32 && header_bytes >= 56 && compression == 3 && number(file, 66, 4) != 0;
+  const bool alpha =
+      bits == 32 && header_bytes >= 56 && compression == 3 && number(file, 66, 4) != 0;
   return decode_with_opencv(file, "BMP", size, Profile::kDefault, alpha);
 }
 
@@ -136,12 +166,15 @@ Raw decode_tiff(Bytes file, Extent extent, Profile profile) {
   const auto header = read_tiff_header(file, icc);
   Size size{static_cast<int64_t>(header.width), static_cast<int64_t>(header.height)};
   check_size(size);
-  if (header.orientation >= 5 && header.orientation <= 8) std::swap(size.width, size.height);  // OpenCV applies the tag
+  if (header.orientation >= 5 && header.orientation <= 8)
+    std::swap(size.width, size.height);  // OpenCV applies the tag
   if (header.photometric > 3) {
-    throw InputError("TIFF: colour model " + std::to_string(header.photometric) + " is not read (grey, RGB, palette are)");
+    throw InputError("TIFF: colour model " + std::to_string(header.photometric) +
+                     " is not read (grey, RGB, palette are)");
   }
   if (header.bits != 1 && header.bits != 4 && header.bits != 8 && header.bits != 16) {
-    throw InputError("TIFF: " + std::to_string(header.bits) + " bits a sample are not read (1, 4, 8, 16 are)");
+    throw InputError("TIFF: " + std::to_string(header.bits) +
+                     " bits a sample are not read (1, 4, 8, 16 are)");
   }
   if (extent == Extent::kHeader) return {.size = size};
   auto raw = decode_with_opencv(file, "TIFF", size, profile, header.extra_is_alpha);

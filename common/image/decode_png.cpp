@@ -64,7 +64,8 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
   run_escapable(reader.escape, [&] {
     png_set_read_fn(png, &reader, read_bytes);
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
-    png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);  // check_size has the limit on pixels
+    png_set_user_limits(
+        png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);  // check_size has the limit on pixels
     png_read_info(png, info);
   });
   raw.size = {png_get_image_width(png, info), png_get_image_height(png, info)};
@@ -81,7 +82,9 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
     png_read_update_info(png, info);
   });
   const bool alpha = (png_get_color_type(png, info) & PNG_COLOR_MASK_ALPHA) != 0;
-  raw.kind = grey ? (alpha ? Raw::Kind::kGreyAlpha : Raw::Kind::kGrey) : alpha ? Raw::Kind::kRgba : Raw::Kind::kRgb;
+  raw.kind = grey    ? (alpha ? Raw::Kind::kGreyAlpha : Raw::Kind::kGrey)
+             : alpha ? Raw::Kind::kRgba
+                     : Raw::Kind::kRgb;
   const auto row_bytes = static_cast<size_t>(raw.size.width * raw.channels() * (wide ? 2 : 1));
   if (png_get_rowbytes(png, info) != row_bytes) throw InputError("PNG: unexpected row size");
   std::vector<uint8_t> samples(row_bytes * static_cast<size_t>(raw.size.height));
@@ -108,7 +111,8 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
   png_bytep icc = nullptr;
   png_uint_32 icc_bytes = 0;
   int compression = 0;
-  if (png_get_iCCP(png, info, &name, &compression, &icc, &icc_bytes) != 0) raw.icc.assign(icc, icc + icc_bytes);
+  if (png_get_iCCP(png, info, &name, &compression, &icc, &icc_bytes) != 0)
+    raw.icc.assign(icc, icc + icc_bytes);
   return raw;
 }
 

@@ -27,20 +27,25 @@ struct Rgb {
 
 struct DecodeOptions {
   Profile profile = Profile::kDefault;
-  std::array<uint8_t, 3> background{255, 255, 255};  // under transparent pixels, profile default only
+  std::array<uint8_t, 3> background{
+      255, 255, 255};  // under transparent pixels, profile default only
 };
 
-/// The largest picture read: 178,956,970 pixels, where Pillow too refuses. Checked before anything is allocated.
+/// The largest picture read: 178,956,970 pixels, where Pillow too refuses. Checked before anything
+/// is allocated.
 inline constexpr int64_t kMaxPixels = 178'956'970;
 
-/// Decodes a whole file; its first bytes decide the type, never its name: JPEG, PNG, WebP, BMP, TIFF, GIF. Of an animation
-/// the first frame. Any warning of a decoder about damaged data is an error.
+/// Decodes a whole file; its first bytes decide the type, never its name: JPEG, PNG, WebP, BMP,
+/// TIFF, GIF. Of an animation the first frame. Any warning of a decoder about damaged data is an
+/// error.
 ///
-/// Profile default: EXIF orientation applied, alpha composited over the background, 16 bits scaled to 8, an embedded ICC
-/// profile and CMYK converted to sRGB. Profile kohya: none of that; alpha dropped, 16-bit grey clipped at 255, other 16-bit
-/// data cut to the high byte, as sd-scripts does through Pillow.
+/// Profile default: EXIF orientation applied, alpha composited over the background, 16 bits scaled
+/// to 8, an embedded ICC profile and CMYK converted to sRGB. Profile kohya: none of that; alpha
+/// dropped, 16-bit grey clipped at 255, other 16-bit data cut to the high byte, as sd-scripts does
+/// through Pillow.
 ///
-/// Throws InputError with the reason, without a file name: not an image, a type not read, truncated, corrupt, too large.
+/// Throws InputError with the reason, without a file name: not an image, a type not read,
+/// truncated, corrupt, too large.
 Rgb decode(std::span<const std::byte> file, const DecodeOptions& options = {});
 
 /// What the head of a file says; nothing is decoded.
@@ -56,15 +61,16 @@ struct Header {
 Header read_header(std::span<const std::byte> file);
 
 enum class Interpolation { kAuto, kLanczos, kBox, kArea, kLinear, kCubic, kNearest };
-/// sd-scripts' words: empty = kAuto, lanczos, box, area, linear or bilinear, cubic or bicubic, nearest.
-/// Throws std::invalid_argument.
+/// sd-scripts' words: empty = kAuto, lanczos, box, area, linear or bilinear, cubic or bicubic,
+/// nearest. Throws std::invalid_argument.
 Interpolation interpolation_from_name(std::string_view name);
 /// One word each: "auto", "lanczos", "box", "area", "linear", "cubic", "nearest".
 std::string_view interpolation_name(Interpolation interpolation);
 
-/// Scales to `size`. kAuto: nothing if the size is right; area averaging if both sides shrink or stay; else Lanczos. Lanczos
-/// and box are Pillow's (support 3 * max(1, 1/scale), 22-bit coefficients, horizontal pass first, u8 between the passes), the
-/// rest OpenCV's. Throws std::invalid_argument if a side is below 1.
+/// Scales to `size`. kAuto: nothing if the size is right; area averaging if both sides shrink or
+/// stay; else Lanczos. Lanczos and box are Pillow's (support 3 * max(1, 1/scale), 22-bit
+/// coefficients, horizontal pass first, u8 between the passes), the rest OpenCV's. Throws
+/// std::invalid_argument if a side is below 1.
 Rgb resize(const Rgb& image, Size size, Interpolation interpolation);
 
 /// Where an image goes: scaled to `resized`, then `bucket` cut out at (crop_x, crop_y).
@@ -75,9 +81,13 @@ struct Placement {
 };
 
 /// resize and crop in one step; `flip` mirrors left and right afterwards.
-Rgb place(const Rgb& image, const Placement& placement, Interpolation interpolation, bool flip = false);
+Rgb place(const Rgb& image,
+          const Placement& placement,
+          Interpolation interpolation,
+          bool flip = false);
 
-/// [3, H, W] float in [-1, 1]: (v / 255 - 0.5) / 0.5, each step rounded to float32. `out` has 3 * width * height elements.
+/// [3, H, W] float in [-1, 1]: (v / 255 - 0.5) / 0.5, each step rounded to float32. `out` has 3 *
+/// width * height elements.
 void to_pixels(const Rgb& image, std::span<float> out);
 
 }  // namespace flux::image

@@ -1,4 +1,4 @@
-// common/image/raw.h - a decoded picture before it is made RGB; for the decoders of this folder only.
+// common/image/raw.h - a decoded picture before it is made RGB; for this folder's decoders only.
 #pragma once
 #include <csetjmp>
 #include <cstddef>
@@ -20,7 +20,7 @@ struct Raw {
   Size size;
   std::vector<uint8_t> data{};
   std::vector<uint8_t> icc{};  // embedded profile, empty = none
-  int orientation = 1;       // EXIF: 1 to 8
+  int orientation = 1;         // EXIF: 1 to 8
 
   int64_t channels() const {
     constexpr int64_t kChannels[] = {1, 2, 3, 4, 4};
@@ -44,16 +44,20 @@ Raw decode_tiff(Bytes file, Extent extent, Profile profile);
 void check_size(Size size);
 /// The orientation of an EXIF block without its "Exif\0\0"; 1 if there is none or it is broken.
 int exif_orientation(Bytes tiff_block);
-/// Grey, RGB or CMYK samples (no alpha) to sRGB through an ICC profile. `channels` 1, 3 or 4. Throws InputError: a profile that
-/// lcms2 cannot use. Returns nothing if the profile is sRGB itself (no value changes by more than 1).
-std::vector<uint8_t> icc_to_srgb(std::span<const uint8_t> icc, std::span<const uint8_t> samples, int64_t channels);
+/// Grey, RGB or CMYK samples (no alpha) to sRGB through an ICC profile. `channels` 1, 3 or 4.
+/// Throws InputError: a profile that lcms2 cannot use. Returns nothing if the profile is sRGB
+/// itself (no value changes by more than 1).
+std::vector<uint8_t> icc_to_srgb(std::span<const uint8_t> icc,
+                                 std::span<const uint8_t> samples,
+                                 int64_t channels);
 
 /// 16-bit to 8-bit: nearest (default), or the high byte (kohya).
 inline uint8_t narrow(uint32_t value, Profile profile) {
   return static_cast<uint8_t>(profile == Profile::kKohya ? value >> 8 : (value + 128) / 257);
 }
 
-/// Where C libraries that leave by longjmp come back to. `call` may hold no object with a destructor.
+/// Where C libraries that leave by longjmp come back to. `call` may hold no object with a
+/// destructor.
 struct Escape {
   std::jmp_buf jump;
   char message[256] = "";

@@ -42,7 +42,9 @@ struct Pixels {
   std::string reason;
 };
 
-Pixels load_pixels(const std::filesystem::path& file, const Sample& sample, const image::DecodeOptions& options) {
+Pixels load_pixels(const std::filesystem::path& file,
+                   const Sample& sample,
+                   const image::DecodeOptions& options) {
   try {
     const auto bytes = read_picture(file);
     if (sha256(bytes) != sample.source_sha256) throw InputError("changed while it was being read");
@@ -74,21 +76,29 @@ cache::SampleInfo info_of(const Sample& s, const std::string& path) {
   return info;
 }
 
-vae::Posterior encode_batch(const vae::Encoder& encoder, const std::vector<at::Tensor>& pixels, at::Device device) {
+vae::Posterior encode_batch(const vae::Encoder& encoder,
+                            const std::vector<at::Tensor>& pixels,
+                            at::Device device) {
   try {
     auto posterior = encoder.encode(at::stack(pixels).to(device));
     return {posterior.mean.cpu(), posterior.logvar.cpu()};
   } catch (const c10::OutOfMemoryError& error) {
-    throw ResourceError("not enough GPU memory to encode images: " + one_line(error.what_without_backtrace()),
-                        "use a smaller --resolution or --batch-size, or --device cpu");
+    throw ResourceError(
+        "not enough GPU memory to encode images: " + one_line(error.what_without_backtrace()),
+        "use a smaller --resolution or --batch-size, or --device cpu");
   } catch (const std::bad_alloc&) {
-    throw ResourceError("not enough memory to encode images", "use a smaller --resolution or --batch-size");
+    throw ResourceError("not enough memory to encode images",
+                        "use a smaller --resolution or --batch-size");
   }
 }
 
 }  // namespace
 
-at::Tensor stored_latents(const vae::Posterior& posterior, int64_t index, Store store, int64_t seed, const Sha256Digest& key) {
+at::Tensor stored_latents(const vae::Posterior& posterior,
+                          int64_t index,
+                          Store store,
+                          int64_t seed,
+                          const Sha256Digest& key) {
   const auto mean = posterior.mean[index], logvar = posterior.logvar[index];
   if (store == Store::kMeanLogvar) return at::cat({mean, logvar});
   uint64_t name = 0;
@@ -105,22 +115,27 @@ Encoded encode_samples(const dataset::Resolved& resolved,
                        const Options& options,
                        cache::Writer& writer) {
   // Buckets one after the other, so that batches are full; within one in the order of the data set.
-  std::stable_sort(samples.begin(), samples.end(),
-                   [](const Sample& a, const Sample& b) { return a.placement.bucket < b.placement.bucket; });
+  std::stable_sort(samples.begin(), samples.end(), [](const Sample& a, const Sample& b) {
+    return a.placement.bucket < b.placement.bucket;
+  });
   const image::DecodeOptions decoding{resolved.profile, options.background};
   const auto dtype = *scalar_type(options.encode.dtype);
   // On the CPU the net needs the cores itself; a GPU waits for pictures.
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
-  const int num_threads = static_cast<int>(device.is_cpu() ? std::max(1u, cores / 4) : std::clamp(cores, 2u, 16u));
+  const int num_threads =
+      static_cast<int>(device.is_cpu() ? std::max(1u, cores / 4) : std::clamp(cores, 2u, 16u));
   const auto count = static_cast<int64_t>(samples.size());
   Encoded out;
   Progress progress("encoding", "images", count);
-  Ordered<Pixels> pictures(count, num_threads, 2 * num_threads + options.encode.batch_size, [&](int64_t i) {
-    const auto& sample = samples[static_cast<size_t>(i)];
-    return load_pixels(resolved.images[sample.image].file, sample, decoding);
-  });
+  Ordered<Pixels> pictures(
+      count, num_threads, 2 * num_threads + options.encode.batch_size, [&](int64_t i) {
+        const auto& sample = samples[static_cast<size_t>(i)];
+        return load_pixels(resolved.images[sample.image].file, sample, decoding);
+      });
 
-  const auto fail = [&](const Sample& sample, const std::string& reason) { out.failures.push_back({sample.key, reason}); };
+  const auto fail = [&](const Sample& sample, const std::string& reason) {
+    out.failures.push_back({sample.key, reason});
+  };
   for (int64_t next = 0; next < count;) {
     stage::stop_if_asked(writer, "images");
     std::vector<const Sample*> batch;
@@ -136,7 +151,8 @@ Encoded encode_samples(const dataset::Resolved& resolved,
         continue;
       }
       batch.push_back(&sample);
-      pixels.push_back(from_values<float>(picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
+      pixels.push_back(from_values<float>(
+          picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
     }
     if (batch.empty()) continue;
     vae::Posterior posterior;
@@ -147,7 +163,8 @@ Encoded encode_samples(const dataset::Resolved& resolved,
     const Stopwatch watch(out.write_seconds);
     for (size_t i = 0; i < batch.size(); ++i) {
       const Sample& sample = *batch[i];
-      const auto latents = stored_latents(posterior, static_cast<int64_t>(i), options.store, options.seed, sample.key);
+      const auto latents = stored_latents(
+          posterior, static_cast<int64_t>(i), options.store, options.seed, sample.key);
       const auto stored = to_dtype(latents, dtype).contiguous();
       if (!at::isfinite(stored).all().item<bool>()) {
         fail(sample, "its latents are not finite");

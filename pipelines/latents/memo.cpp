@@ -37,7 +37,8 @@ Memo::Memo(const fs::path& folder, bool forget) {
   const auto root = user_cache_folder();
   if (root.empty()) return;
   const auto stamp = file_stamp(folder);
-  const auto name = to_hex(Sha256().add_u64(stamp.device).add_u64(stamp.inode).digest()).substr(0, 16);
+  const auto name =
+      to_hex(Sha256().add_u64(stamp.device).add_u64(stamp.inode).digest()).substr(0, 16);
   path_ = root / ("pictures-" + name);
   std::error_code ignored;
   if (forget || !fs::is_regular_file(path_, ignored)) return;
@@ -47,12 +48,14 @@ Memo::Memo(const fs::path& folder, bool forget) {
     const auto body = std::string_view(text).substr(0, text.size() - 8);
     uint64_t checksum;
     std::memcpy(&checksum, text.data() + body.size(), 8);
-    if (checksum != xxh3_64(as_bytes(body)) || (body.size() - kMagic.size()) % sizeof(Record) != 0) return;
+    if (checksum != xxh3_64(as_bytes(body)) || (body.size() - kMagic.size()) % sizeof(Record) != 0)
+      return;
     for (size_t at = kMagic.size(); at < body.size(); at += sizeof(Record)) {
       Record r;
       std::memcpy(&r, body.data() + at, sizeof r);
       Entry entry;
-      entry.stamp.device = r.device, entry.stamp.inode = r.inode, entry.stamp.size_bytes = r.size_bytes;
+      entry.stamp.device = r.device, entry.stamp.inode = r.inode,
+      entry.stamp.size_bytes = r.size_bytes;
       entry.stamp.modified_ns = r.modified_ns, entry.stamp.changed_ns = r.changed_ns;
       entry.picture = {r.sha256, {{r.width, r.height}, static_cast<int>(r.orientation)}};
       entries_[{r.device, r.inode}] = entry;
@@ -75,7 +78,9 @@ std::optional<Picture> Memo::find(const FileStamp& stamp) const {
 void Memo::add(const FileStamp& stamp, const Picture& picture) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto now_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
-  if (now_ns - stamp.changed_ns < kSettleNanoseconds || now_ns - stamp.modified_ns < kSettleNanoseconds) return;
+  if (now_ns - stamp.changed_ns < kSettleNanoseconds ||
+      now_ns - stamp.modified_ns < kSettleNanoseconds)
+    return;
   entries_[{stamp.device, stamp.inode}] = {stamp, picture, true};
   changed_ = true;
 }
@@ -85,8 +90,15 @@ void Memo::save() const {
   std::string text(kMagic);
   for (const auto& [key, e] : entries_) {
     if (!e.used) continue;
-    const Record r{e.stamp.device, e.stamp.inode, e.stamp.size_bytes, e.stamp.modified_ns, e.stamp.changed_ns,
-                   e.picture.header.size.width, e.picture.header.size.height, e.picture.header.orientation, e.picture.sha256};
+    const Record r{e.stamp.device,
+                   e.stamp.inode,
+                   e.stamp.size_bytes,
+                   e.stamp.modified_ns,
+                   e.stamp.changed_ns,
+                   e.picture.header.size.width,
+                   e.picture.header.size.height,
+                   e.picture.header.orientation,
+                   e.picture.sha256};
     text.append(reinterpret_cast<const char*>(&r), sizeof r);
   }
   const uint64_t checksum = xxh3_64(as_bytes(text));

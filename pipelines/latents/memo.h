@@ -1,4 +1,5 @@
-// pipelines/latents/memo.h - hashes and sizes of pictures that were read before, so that a run with nothing to do reads none.
+// pipelines/latents/memo.h - hashes and sizes of pictures that were read before, so that a run with
+// nothing to do reads none.
 #pragma once
 #include <filesystem>
 #include <map>
@@ -16,9 +17,10 @@ struct Picture {
   image::Header header;
 };
 
-/// One file a folder of pictures, in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then flux-stages). Pictures are
-/// known by device, inode, size and times, so that a moved or renamed folder is known again. A cache folder that cannot be
-/// read or written is no error: everything is read again then. Not thread-safe.
+/// One file a folder of pictures, in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then
+/// flux-stages). Pictures are known by device, inode, size and times, so that a moved or renamed
+/// folder is known again. A cache folder that cannot be read or written is no error: everything is
+/// read again then. Not thread-safe.
 class Memo {
  public:
   /// Of the pictures in `folder`, which exists. `forget`: starts empty.
@@ -36,7 +38,7 @@ class Memo {
     Picture picture;
     mutable bool used = false;
   };
-  std::filesystem::path path_;  // empty: nowhere to remember
+  std::filesystem::path path_;                              // empty: nowhere to remember
   std::map<std::pair<uint64_t, uint64_t>, Entry> entries_;  // by device and inode
   bool changed_ = false;
 };

@@ -15,7 +15,8 @@ std::pair<int64_t, int64_t> parse_resolution(const std::string& text) {
     return error == std::errc() && end == part.data() + part.size() && side >= 32 && side <= 8192;
   };
   if (parts.size() > 2 || !read(parts.front(), size.first) || !read(parts.back(), size.second)) {
-    throw UsageError("'" + printable(text) + "' is not a size such as 1024x1024 with sides from 32 to 8192");
+    throw UsageError("'" + printable(text) +
+                     "' is not a size such as 1024x1024 with sides from 32 to 8192");
   }
   return size;
 }
@@ -37,21 +38,31 @@ std::array<uint8_t, 3> parse_background(const std::string& text) {
 void add_flags(Options& options, Tool& tool) {
   options.command_line = tool.command_line();
   tool.about("Encodes images to VAE latents, once, into a cache that flux-train reads.",
-             "flux-cache-latents --images photos --ae ae.safetensors --resolution 512x512 --out cache/latents");
+             "flux-cache-latents --images photos --ae ae.safetensors --resolution 512x512 --out "
+             "cache/latents");
   tool.group("Input");
   stage::add_flags(options.data, tool);
   tool.flag("ae", options.ae, "FILE", "FLUX autoencoder (.safetensors)");
   tool.group("Pixels");
-  tool.flag("resolution", "WxH", "area of the buckets, where the dataset file does not say it", "1024x1024 with --images",
-            [&options](const std::string& text) { std::tie(options.width, options.height) = parse_resolution(text); });
-  tool.flag("background", "white|black|#rrggbb", "what is behind transparent pixels (profile default)", "white",
+  tool.flag("resolution",
+            "WxH",
+            "area of the buckets, where the dataset file does not say it",
+            "1024x1024 with --images",
+            [&options](const std::string& text) {
+              std::tie(options.width, options.height) = parse_resolution(text);
+            });
+  tool.flag("background",
+            "white|black|#rrggbb",
+            "what is behind transparent pixels (profile default)",
+            "white",
             [&options](const std::string& text) {
               options.background = parse_background(text);
               options.background_given = true;
             });
   tool.group("Encoding");
   stage::add_flags(options.encode, tool, false);
-  tool.flag("store", options.store,
+  tool.flag("store",
+            options.store,
             Choices<Store>{{"mean_logvar", Store::kMeanLogvar}, {"sample", Store::kSample}},
             "the posterior, drawn from anew at each visit in training; or one sample of it");
   tool.flag("seed", options.seed, "S", "of --store sample");
@@ -62,7 +73,8 @@ void check(const Options& options) {
   stage::check(options.encode);
   if (options.ae.empty()) throw UsageError("--ae FILE is required");
   if (options.background_given && options.data.profile == Profile::kKohya) {
-    throw UsageError("--background has no effect with --profile kohya, which drops transparency", "leave one of them out");
+    throw UsageError("--background has no effect with --profile kohya, which drops transparency",
+                     "leave one of them out");
   }
 }
 

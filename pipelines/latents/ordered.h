@@ -13,8 +13,8 @@
 
 namespace flux::latents {
 
-/// Calls make(0), make(1), ... make(count - 1) in `num_threads` threads, never more than `ahead` beyond what was taken, so
-/// that finished work waits in bounded memory.
+/// Calls make(0), make(1), ... make(count - 1) in `num_threads` threads, never more than `ahead`
+/// beyond what was taken, so that finished work waits in bounded memory.
 template <class T>
 class Ordered {
  public:
@@ -44,7 +44,9 @@ class Ordered {
   void work() {
     std::unique_lock guard(lock_);
     for (;;) {
-      changed_.wait(guard, [this] { return stop_ || failure_ || started_ == count_ || started_ < taken_ + ahead_; });
+      changed_.wait(guard, [this] {
+        return stop_ || failure_ || started_ == count_ || started_ < taken_ + ahead_;
+      });
       if (stop_ || failure_ || started_ == count_) return;
       const int64_t index = started_++;
       guard.unlock();

@@ -33,7 +33,8 @@ Weights read_weights_of(const Options& options) {
   Weights weights;
   weights.encoder = vae::encoder_half(canonical, net.path);
   weights.config = vae::Config::from_weights(canonical, net.path);
-  weights.sha256 = to_hex(remembered_weights_sha256(net.stamps, "vae.encoder", weights.encoder, options.encode.rehash));
+  weights.sha256 = to_hex(
+      remembered_weights_sha256(net.stamps, "vae.encoder", weights.encoder, options.encode.rehash));
   return weights;
 }
 
@@ -41,11 +42,14 @@ std::string resolutions(const dataset::Resolved& resolved) {
   std::set<std::pair<int64_t, int64_t>> sizes;
   for (const auto& s : resolved.subsets) sizes.emplace(s.pixels.width, s.pixels.height);
   std::string text;
-  for (const auto& [width, height] : sizes) text += fmt::format("{}{}x{}", text.empty() ? "" : ",", width, height);
+  for (const auto& [width, height] : sizes)
+    text += fmt::format("{}{}x{}", text.empty() ? "" : ",", width, height);
   return text;
 }
 
-cache::Recipe make_recipe(const Options& options, const dataset::Resolved& resolved, const KeyParameters& keys) {
+cache::Recipe make_recipe(const Options& options,
+                          const dataset::Resolved& resolved,
+                          const KeyParameters& keys) {
   cache::Recipe recipe;
   recipe.kind = cache::Kind::kLatents;
   recipe.parameters = {{"dtype", keys.dtype},
@@ -63,7 +67,9 @@ cache::Recipe make_recipe(const Options& options, const dataset::Resolved& resol
 }
 
 // Takes out the items that need a sample that could not be made.
-void quarantine(const std::vector<Failure>& failures, const dataset::Resolved& resolved, Scan& wanted) {
+void quarantine(const std::vector<Failure>& failures,
+                const dataset::Resolved& resolved,
+                Scan& wanted) {
   std::map<Sha256Digest, const std::string*> reasons;
   for (const auto& f : failures) reasons[f.key] = &f.reason;
   std::map<Sha256Digest, size_t> order;
@@ -77,7 +83,8 @@ void quarantine(const std::vector<Failure>& failures, const dataset::Resolved& r
     }
     return false;
   });
-  std::sort(wanted.quarantined.begin(), wanted.quarantined.end(),
+  std::sort(wanted.quarantined.begin(),
+            wanted.quarantined.end(),
             [&](const auto& a, const auto& b) { return order.at(a.item) < order.at(b.item); });
 }
 
@@ -89,7 +96,8 @@ stage::Report run(const Options& options) {
   use_huge_pages();
   const auto device = resolve_device(options.encode.device);
   const auto weights = read_weights_of(options);
-  const auto precision = stage::choose_precision(options.encode, stage::previous_manifest(options.encode.out), stage::Precision::kF32);
+  const auto precision = stage::choose_precision(
+      options.encode, stage::previous_manifest(options.encode.out), stage::Precision::kF32);
 
   KeyParameters keys;
   keys.profile = resolved.profile;
@@ -99,7 +107,8 @@ stage::Report run(const Options& options) {
   keys.dtype = cache::dtype_word(options.encode.dtype);
   keys.store = options.store == Store::kSample ? "sample" : "mean_logvar";
   keys.seed = options.seed;
-  cache::Writer writer(options.encode.out, make_recipe(options, resolved, keys),
+  cache::Writer writer(options.encode.out,
+                       make_recipe(options, resolved, keys),
                        stage::begin("flux-cache-latents", options.command_line, device));
 
   auto wanted = scan(resolved, keys, options.encode.rehash);

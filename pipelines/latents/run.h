@@ -6,7 +6,8 @@
 namespace flux::latents {
 
 /// Encodes what the data set needs and the folder does not hold, and publishes the cache.
-/// Throws UsageError, InputError (data set, weights), CacheError (the folder), ResourceError, Interrupted.
+/// Throws UsageError, InputError (data set, weights), CacheError (the folder), ResourceError,
+/// Interrupted.
 stage::Report run(const Options& options);
 
 }  // namespace flux::latents

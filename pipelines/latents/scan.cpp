@@ -22,11 +22,13 @@
 namespace flux::latents {
 namespace {
 
-constexpr int64_t kSemanticsRevision = 1;  // raise it when the same picture and parameters give other latents
+constexpr int64_t kSemanticsRevision =
+    1;  // raise it when the same picture and parameters give other latents
 
 image::Buckets buckets_of(const dataset::PixelOptions& p, Profile profile) {
   image::BucketOptions o;
-  o.resolution = {p.width, p.height}, o.enabled = p.buckets, o.min_side = p.min_side, o.max_side = p.max_side;
+  o.resolution = {p.width, p.height}, o.enabled = p.buckets, o.min_side = p.min_side,
+  o.max_side = p.max_side;
   o.steps = p.steps, o.no_upscale = p.no_upscale, o.profile = profile;
   return image::Buckets(o);
 }
@@ -126,14 +128,16 @@ Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
                      {"dtype", p.dtype},
                      {"store", p.store}};
   if (p.store == "sample") key["seed"] = p.seed;
-  if (s.interpolation != image::Interpolation::kAuto) key["interpolation"] = image::interpolation_name(s.interpolation);
+  if (s.interpolation != image::Interpolation::kAuto)
+    key["interpolation"] = image::interpolation_name(s.interpolation);
   return sha256(cache::canonical_json(key));
 }
 
 Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bool rehash) {
   const auto found = look_at_all(resolved, rehash);
   std::map<int64_t, image::Buckets> buckets;
-  for (const auto& s : resolved.subsets) buckets.emplace(s.index, buckets_of(s.pixels, resolved.profile));
+  for (const auto& s : resolved.subsets)
+    buckets.emplace(s.index, buckets_of(s.pixels, resolved.profile));
 
   Scan out;
   std::set<Sha256Digest> seen;
@@ -141,7 +145,8 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
     const auto& image = resolved.images[i];
     const auto& subset = resolved.subset(image.subset);
     const auto fail = [&](const std::string& reason) {
-      out.quarantined.push_back({image.item, static_cast<uint32_t>(image.subset), image.name, reason});
+      out.quarantined.push_back(
+          {image.item, static_cast<uint32_t>(image.subset), image.name, reason});
     };
     if (!found[i].picture) {
       fail(found[i].reason);
@@ -162,13 +167,15 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
     item.item = image.item;
     item.subset = static_cast<uint32_t>(image.subset);
     item.repeats = static_cast<uint32_t>(image.repeats);
-    item.flags = (subset.is_reg ? cache::kItemRegularization : 0u) | (image.validation ? cache::kItemValidation : 0u);
+    item.flags = (subset.is_reg ? cache::kItemRegularization : 0u) |
+                 (image.validation ? cache::kItemValidation : 0u);
     item.path = image.name;
     for (const bool flip : {false, true}) {
       if (flip && !subset.flip_aug) break;
       sample.flip = flip;
       sample.key = sample_key(sample, parameters);
-      item.variants.push_back({sample.key, subset.flip_aug ? 0.5 : 1.0, flip ? cache::kSampleFlipped : 0u});
+      item.variants.push_back(
+          {sample.key, subset.flip_aug ? 0.5 : 1.0, flip ? cache::kSampleFlipped : 0u});
       if (seen.insert(sample.key).second) out.samples.push_back(sample);
     }
     out.items.push_back(std::move(item));

@@ -1,4 +1,5 @@
-// pipelines/latents/scan.h - which latents the data set needs: each picture's content, placement and key.
+// pipelines/latents/scan.h - which latents the data set needs: each picture's content, placement
+// and key.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -33,17 +34,17 @@ struct Sample {
 };
 
 struct Scan {
-  std::vector<cache::WantedItem> items;         // in the order of the images, without those that failed
-  std::vector<Sample> samples;                  // distinct
+  std::vector<cache::WantedItem> items;  // in the order of the images, without those that failed
+  std::vector<Sample> samples;           // distinct
   std::vector<cache::Quarantined> quarantined;  // unreadable or not pictures
 };
 
-/// Reads pictures that no earlier run has hashed (all with `rehash`), in several threads; decodes none.
-/// Throws Interrupted.
+/// Reads pictures that no earlier run has hashed (all with `rehash`), in several threads; decodes
+/// none. Throws Interrupted.
 Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bool rehash);
 
-/// The key of one sample: SHA-256 of the canonical JSON of FORMAT.md section 7, with `interpolation` where it is not
-/// automatic.
+/// The key of one sample: SHA-256 of the canonical JSON of FORMAT.md section 7, with
+/// `interpolation` where it is not automatic.
 Sha256Digest sample_key(const Sample& sample, const KeyParameters& parameters);
 
 /// "white" as "#ffffff"; "none" in profile kohya, which drops alpha.

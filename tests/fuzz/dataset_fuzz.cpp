@@ -22,7 +22,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   write_file_atomic(folder / "input", text);
   for (const auto profile : {Profile::kDefault, Profile::kKohya}) {
     try {
-      const auto resolved = dataset::resolve_file(folder / "input", profile, {{"resolution", "64"}}, folder);
+      const auto resolved =
+          dataset::resolve_file(folder / "input", profile, {{"resolution", "64"}}, folder);
       for (const auto& image : resolved.images) (void)dataset::read_caption(resolved, image);
       dataset::refuse_uncacheable(resolved);
     } catch (const InputError&) {
@@ -32,7 +33,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       dataset::CaptionOptions options;
       options.wildcards = options.shuffle = true;
       options.tag_dropout_rate = 0.5;
-      if (caption.size() < 1000 && dataset::caption_variants(caption, options, 4, 1).size() > 4) std::abort();
+      if (caption.size() < 1000 && dataset::caption_variants(caption, options, 4, 1).size() > 4)
+        std::abort();
     } catch (const InputError&) {
     }
   }

@@ -15,7 +15,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       if (header.size.width > (1 << 22) / header.size.height) return 0;  // real, but slow
       const auto picture = image::decode(file, {profile, {1, 2, 3}});
       const auto pixels = static_cast<size_t>(picture.size.width * picture.size.height);
-      if (picture.size != header.decoded_size(profile) || picture.data.size() != 3 * pixels) std::abort();
+      if (picture.size != header.decoded_size(profile) || picture.data.size() != 3 * pixels)
+        std::abort();
     } catch (const InputError&) {
     }
   }

@@ -20,7 +20,9 @@ namespace {
 class Script : public Draws {
  public:
   explicit Script(nlohmann::json draws) : draws_(std::move(draws)) {}
-  bool chance(double probability) override { return next("random").at("random").get<double>() < probability; }
+  bool chance(double probability) override {
+    return next("random").at("random").get<double>() < probability;
+  }
   size_t choice(size_t n) override {
     const auto draw = next("choice");
     EXPECT_EQ(draw.at("of").get<size_t>(), n);
@@ -31,14 +33,17 @@ class Script : public Draws {
 
  private:
   nlohmann::json next(const char* kind) {
-    if (at_ == draws_.size() || !draws_[at_].contains(kind)) throw std::runtime_error(std::string("no draw left: ") + kind);
+    if (at_ == draws_.size() || !draws_[at_].contains(kind))
+      throw std::runtime_error(std::string("no draw left: ") + kind);
     return draws_[at_++];
   }
   nlohmann::json draws_;
   size_t at_ = 0;
 };
 
-std::string run(std::string_view caption, const CaptionOptions& options, const nlohmann::json& draws = nlohmann::json::array()) {
+std::string run(std::string_view caption,
+                const CaptionOptions& options,
+                const nlohmann::json& draws = nlohmann::json::array()) {
   Script script(draws);
   const auto out = process_caption(caption, options, {}, script);
   EXPECT_TRUE(script.used_up());
@@ -63,7 +68,8 @@ TEST(CaptionProgram, KeepsTagsAroundTheSeparatorInPlace) {  // golden: worked by
 TEST(CaptionProgram, ChoosesAmongBracesAndLines) {
   CaptionOptions o;
   o.wildcards = true;
-  EXPECT_EQ(run("x\n{a|b} {{c}} {}", o, {{{"choice", 1}, {"of", 2}}, {{"choice", 1}, {"of", 2}}}), "b {c} {}");
+  EXPECT_EQ(run("x\n{a|b} {{c}} {}", o, {{{"choice", 1}, {"of", 2}}, {{"choice", 1}, {"of", 2}}}),
+            "b {c} {}");
 }
 
 TEST(CaptionProgram, SecondarySeparatorBecomesTheSeparator) {
@@ -81,16 +87,23 @@ TEST(CaptionProgram, EqualsSdScriptsOnAllReferenceLines) {
     const auto l = nlohmann::json::parse(line);
     CaptionOptions o;
     o.prefix = l.value("caption_prefix", ""), o.suffix = l.value("caption_suffix", "");
-    o.separator = l.value("caption_separator", ","), o.secondary_separator = l.value("secondary_separator", "");
-    o.keep_tokens_separator = l.value("keep_tokens_separator", ""), o.keep_tokens = l.value("keep_tokens", 0);
+    o.separator = l.value("caption_separator", ","),
+    o.secondary_separator = l.value("secondary_separator", "");
+    o.keep_tokens_separator = l.value("keep_tokens_separator", ""),
+    o.keep_tokens = l.value("keep_tokens", 0);
     o.shuffle = l.value("shuffle_caption", false), o.wildcards = l.value("enable_wildcard", false);
-    o.tag_dropout_rate = l.value("caption_tag_dropout_rate", 0.0), o.dropout_rate = l.value("caption_dropout_rate", 0.0);
+    o.tag_dropout_rate = l.value("caption_tag_dropout_rate", 0.0),
+    o.dropout_rate = l.value("caption_dropout_rate", 0.0);
     o.dropout_every_n_epochs = l.value("caption_dropout_every_n_epochs", 0);
-    o.token_warmup_min = l.value("token_warmup_min", 1), o.token_warmup_step = l.value("token_warmup_step", 0.0);
+    o.token_warmup_min = l.value("token_warmup_min", 1),
+    o.token_warmup_step = l.value("token_warmup_step", 0.0);
     Script script(l.at("draws"));
-    EXPECT_EQ(process_caption(l.at("caption").get<std::string>(), o,
-                              {l.at("current_epoch"), l.at("current_step"), l.at("max_train_steps")}, script),
-              l.at("result"));
+    EXPECT_EQ(
+        process_caption(l.at("caption").get<std::string>(),
+                        o,
+                        {l.at("current_epoch"), l.at("current_step"), l.at("max_train_steps")},
+                        script),
+        l.at("result"));
     EXPECT_TRUE(script.used_up());
   }
   EXPECT_EQ(count, 400);
@@ -128,7 +141,8 @@ TEST(CaptionVariants, AreDrawnByKeyWhenThereAreMany) {  // property
   EXPECT_NEAR(sum, 1, 1e-12);
   const auto again = caption_variants("a, b, c, d, e, f, g, h, i, j, k, l", o, 8, 5);
   EXPECT_EQ(variants[3].text, again[3].text);
-  EXPECT_NE(variants[0].text, caption_variants("a, b, c, d, e, f, g, h, i, j, k, l", o, 8, 6)[0].text);
+  EXPECT_NE(variants[0].text,
+            caption_variants("a, b, c, d, e, f, g, h, i, j, k, l", o, 8, 6)[0].text);
 }
 
 TEST(CaptionVariants, LeaveDropoutToTraining) {
@@ -146,7 +160,9 @@ TEST(CaptionFile, TakesTheFirstLineOrAll) {
   EXPECT_EQ(read_caption_file(file, true, Profile::kDefault), "first\nsecond\nthird");
   EXPECT_EQ(read_caption_file(file, false, Profile::kKohya), "\xEF\xBB\xBF  first");
   EXPECT_EQ(read_caption_file(folder.write("n.txt", "\nx"), false, Profile::kDefault), "");
-  EXPECT_EQ(read_caption_file(folder.write("nul.txt", std::string_view("a\0b", 3)), false, Profile::kDefault), std::string("a\0b", 3));
+  EXPECT_EQ(read_caption_file(
+                folder.write("nul.txt", std::string_view("a\0b", 3)), false, Profile::kDefault),
+            std::string("a\0b", 3));
 }
 
 TEST(CaptionFile, RefusesWhatIsNotUtf8) {
@@ -156,7 +172,8 @@ TEST(CaptionFile, RefusesWhatIsNotUtf8) {
     read_caption_file(file, false, Profile::kDefault);
     FAIL();
   } catch (const InputError& error) {
-    EXPECT_NE(std::string(error.what()).find("latin1.txt: not UTF-8 at byte 3"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("latin1.txt: not UTF-8 at byte 3"), std::string::npos)
+        << error.what();
   }
   EXPECT_THROW(read_caption_file(folder.write("e.txt", ""), false, Profile::kKohya), InputError);
   EXPECT_EQ(read_caption_file(folder.write("e.txt", ""), false, Profile::kDefault), "");

@@ -12,11 +12,14 @@ namespace {
 class DatasetFile : public testing::Test {
  protected:
   DatasetFile() {
-    for (const char* name : {"cats/a.png", "cats/b.JPG", "cats/c.txt", "style/s.webp", "reg/r0.png", "reg/r1.png"}) {
+    for (const char* name :
+         {"cats/a.png", "cats/b.JPG", "cats/c.txt", "style/s.webp", "reg/r0.png", "reg/r1.png"}) {
       folder.write(name, "x");
     }
   }
-  Resolved resolve(const std::string& toml, Profile profile = Profile::kDefault, const std::vector<Fallback>& fallbacks = {}) {
+  Resolved resolve(const std::string& toml,
+                   Profile profile = Profile::kDefault,
+                   const std::vector<Fallback>& fallbacks = {}) {
     return resolve_file(folder.write("set.toml", toml), profile, fallbacks, folder.path());
   }
   std::string error_of(const std::string& toml) {
@@ -30,7 +33,8 @@ class DatasetFile : public testing::Test {
   test::TemporaryFolder folder;
 };
 
-const std::string kCats = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'cats'\n";
+const std::string kCats =
+    "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'cats'\n";
 
 #define EXPECT_HAS(text, part) EXPECT_NE((text).find(part), std::string::npos) << (text)
 
@@ -40,7 +44,8 @@ TEST_F(DatasetFile, TakesTheInnermostValue) {
       "[[datasets]]\nnum_repeats = 3\nbatch_size = 4\n"
       "[[datasets.subsets]]\nimage_dir = 'cats'\n"
       "[[datasets.subsets]]\nimage_dir = 'style'\nnum_repeats = 5\nshuffle_caption = false\n",
-      Profile::kDefault, {{"num_repeats", "9"}, {"keep_tokens", "1"}, {"resolution", "32"}});
+      Profile::kDefault,
+      {{"num_repeats", "9"}, {"keep_tokens", "1"}, {"resolution", "32"}});
   ASSERT_EQ(r.subsets.size(), 2u);
   EXPECT_EQ(r.datasets[0].batch_size, 4);
   EXPECT_EQ(r.subsets[0].num_repeats, 3);
@@ -56,19 +61,25 @@ TEST_F(DatasetFile, TakesTheInnermostValue) {
 }
 
 TEST_F(DatasetFile, NamesTheUnknownKeyAndTheNearest) {
-  const auto error = error_of("[[datasets]]\nresolution = 64\nbukcet_reso_steps = 16\n[[datasets.subsets]]\nimage_dir = 'cats'\n");
+  const auto error = error_of(
+      "[[datasets]]\nresolution = 64\nbukcet_reso_steps = 16\n[[datasets.subsets]]\nimage_dir = "
+      "'cats'\n");
   EXPECT_HAS(error, "set.toml: [[datasets]] 1: unknown key bukcet_reso_steps");
   EXPECT_HAS(error, "did you mean bucket_reso_steps?");
   EXPECT_HAS(error_of("[genral]\n" + kCats), "did you mean general?");
 }
 
 TEST_F(DatasetFile, RefusesWrongTypesAndRanges) {
-  EXPECT_HAS(error_of("[general]\nenable_bucket = 1\n" + kCats), "key enable_bucket: must be true or false");
-  EXPECT_HAS(error_of("[general]\nbatch_size = '2'\n" + kCats), "key batch_size: must be a whole number");
+  EXPECT_HAS(error_of("[general]\nenable_bucket = 1\n" + kCats),
+             "key enable_bucket: must be true or false");
+  EXPECT_HAS(error_of("[general]\nbatch_size = '2'\n" + kCats),
+             "key batch_size: must be a whole number");
   EXPECT_HAS(error_of("[general]\nbatch_size = 0\n" + kCats), "0 is out of range");
-  EXPECT_HAS(error_of("[general]\nvalidation_split = 1\n" + kCats), "must be a number with a decimal point");
+  EXPECT_HAS(error_of("[general]\nvalidation_split = 1\n" + kCats),
+             "must be a number with a decimal point");
   EXPECT_HAS(error_of("[general]\ncaption_dropout_rate = nan\n" + kCats), "out of range");
-  EXPECT_HAS(error_of("[general]\nresolution = [1, 2, 3]\n" + kCats), "must be a whole number or [width, height]");
+  EXPECT_HAS(error_of("[general]\nresolution = [1, 2, 3]\n" + kCats),
+             "must be a whole number or [width, height]");
   EXPECT_HAS(error_of("[general]\nis_reg = true\n" + kCats), "key is_reg cannot stand here");
   EXPECT_HAS(error_of(kCats + "image_dir = 'cats'\n"), "set.toml: line ");
   EXPECT_HAS(error_of(std::string(100000, '[')), "nested too deeply");
@@ -78,36 +89,54 @@ TEST_F(DatasetFile, RefusesWrongTypesAndRanges) {
 }
 
 TEST_F(DatasetFile, RefusesContradictions) {
-  const std::string buckets = "[general]\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 32\nmax_bucket_reso = ";
-  EXPECT_HAS(error_of(buckets + "32\n" + kCats), "max_bucket_reso 32 is below the resolution 64x64");
+  const std::string buckets =
+      "[general]\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = "
+      "32\nmax_bucket_reso = ";
+  EXPECT_HAS(error_of(buckets + "32\n" + kCats),
+             "max_bucket_reso 32 is below the resolution 64x64");
   EXPECT_HAS(error_of(kCats + "[[datasets.subsets]]\nimage_dir = 'cats'\n"), "the same");
-  EXPECT_HAS(error_of(kCats + "[[datasets.subsets]]\nmetadata_file = 'm.json'\n"), "cannot be mixed");
-  EXPECT_HAS(error_of("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cats'\n"), "resolution is required");
-  EXPECT_HAS(error_of("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n"), "no such folder");
+  EXPECT_HAS(error_of(kCats + "[[datasets.subsets]]\nmetadata_file = 'm.json'\n"),
+             "cannot be mixed");
+  EXPECT_HAS(error_of("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cats'\n"),
+             "resolution is required");
+  EXPECT_HAS(
+      error_of("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n"),
+      "no such folder");
 }
 
 TEST_F(DatasetFile, RefusesByNameWhatACacheCannotHonour) {
-  for (const char* option : {"color_aug = true", "random_crop = true", "face_crop_aug_range = [1.0, 2.0]",
-                             "token_warmup_step = 5", "custom_attributes = {a = 1}"}) {
+  for (const char* option : {"color_aug = true",
+                             "random_crop = true",
+                             "face_crop_aug_range = [1.0, 2.0]",
+                             "token_warmup_step = 5",
+                             "custom_attributes = {a = 1}"}) {
     const std::string text = option;
     EXPECT_HAS(error_of(kCats + text + "\n"), "option " + text.substr(0, text.find(' ')));
   }
   EXPECT_HAS(error_of("[general]\nnetwork_multiplier = 0.5\n" + kCats), "network_multiplier");
   EXPECT_HAS(error_of(kCats + "alpha_mask = true\n"), "alpha_mask");
-  EXPECT_HAS(error_of("[general]\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = 8\n" + kCats), "multiple of 16");
+  EXPECT_HAS(
+      error_of("[general]\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = 8\n" +
+               kCats),
+      "multiple of 16");
   EXPECT_HAS(error_of(kCats + "conditioning_data_dir = 'x'\n"), "not supported");
   EXPECT_EQ(error_of(kCats + "cache_info = true\ncustom_attributes = {}\n"), "accepted");
 }
 
 TEST_F(DatasetFile, ListsByExtensionOfTheProfile) {
-  for (const char* name : {"cats/d.Png", "cats/e.GIF", "cats/.hidden.png", "cats/f.png/inside.png"}) folder.write(name, "x");
+  for (const char* name : {"cats/d.Png", "cats/e.GIF", "cats/.hidden.png", "cats/f.png/inside.png"})
+    folder.write(name, "x");
   EXPECT_EQ(resolve(kCats).images.size(), 4u);
   EXPECT_EQ(resolve(kCats, Profile::kKohya).images.size(), 2u);
 }
 
 TEST_F(DatasetFile, ReadsMetadata) {
-  const std::string toml = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.jsonl'\nimage_dir = 'cats'\n";
-  folder.write("m.jsonl", "{\"image_path\": \"b.JPG\", \"caption\": \"x\", \"tags\": \"t, u\"}\n\n{\"image_path\": \"a.png\", \"tags\": \"t\"}\n");
+  const std::string toml =
+      "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.jsonl'\nimage_dir = "
+      "'cats'\n";
+  folder.write("m.jsonl",
+               "{\"image_path\": \"b.JPG\", \"caption\": \"x\", \"tags\": \"t, "
+               "u\"}\n\n{\"image_path\": \"a.png\", \"tags\": \"t\"}\n");
   const auto r = resolve(toml);
   ASSERT_EQ(r.images.size(), 2u);
   EXPECT_EQ(read_caption(r, r.images[0]), "t");
@@ -134,7 +163,8 @@ TEST_F(DatasetFile, FindsCaptions) {
 }
 
 TEST_F(DatasetFile, FolderAloneTakesTxtThenCaption) {
-  folder.write("cats/a.txt", "txt"), folder.write("cats/a.caption", "caption"), folder.write("cats/b.caption", "caption");
+  folder.write("cats/a.txt", "txt"), folder.write("cats/a.caption", "caption"),
+      folder.write("cats/b.caption", "caption");
   const auto r = resolve_folder(folder / "cats", 512, 768, Profile::kDefault);
   ASSERT_EQ(r.images.size(), 2u);
   EXPECT_EQ(read_caption(r, r.images[0]), "txt");
@@ -151,7 +181,8 @@ TEST_F(DatasetFile, FolderAloneTakesTxtThenCaption) {
 }
 
 TEST_F(DatasetFile, OddFileNamesAreItemsLikeOthers) {
-  folder.write("odd/a b\n.png", "x"), folder.write("odd/\xFF\xFE.png", "x"), folder.write("odd/\xFF\xFE.txt", "caption");
+  folder.write("odd/a b\n.png", "x"), folder.write("odd/\xFF\xFE.png", "x"),
+      folder.write("odd/\xFF\xFE.txt", "caption");
   const auto r = resolve_folder(folder / "odd", 512, 512, Profile::kDefault);
   ASSERT_EQ(r.images.size(), 2u);
   EXPECT_EQ(r.images[0].name, "a b\n.png");

@@ -11,11 +11,16 @@ namespace flux::dataset {
 namespace {
 
 Resolved two_folders(const test::TemporaryFolder& folder, const std::string& general) {
-  for (const char* name : {"a/1.png", "a/2.png", "a/3.png", "b/r.png", "b/s.png"}) folder.write(name, "x");
-  return resolve_file(folder.write("set.toml", "[general]\n" + general +
-                                                   "\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeats = 3\n"
-                                                   "[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n"),
-                      Profile::kDefault, {}, folder.path());
+  for (const char* name : {"a/1.png", "a/2.png", "a/3.png", "b/r.png", "b/s.png"})
+    folder.write(name, "x");
+  return resolve_file(
+      folder.write("set.toml",
+                   "[general]\n" + general +
+                       "\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeats = 3\n"
+                       "[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n"),
+      Profile::kDefault,
+      {},
+      folder.path());
 }
 
 TEST(Plan, RepeatsRegularisationImagesToTheNumberOfTheOthers) {
@@ -24,7 +29,8 @@ TEST(Plan, RepeatsRegularisationImagesToTheNumberOfTheOthers) {
   ASSERT_EQ(r.images.size(), 5u);
   EXPECT_EQ(r.images[3].repeats, 5);
   EXPECT_EQ(r.images[4].repeats, 4);
-  EXPECT_EQ(regularisation_repeats({2, 2, 2}, 3), (std::vector<int64_t>{2, 2, 0}));  // surplus ones are not visited
+  EXPECT_EQ(regularisation_repeats({2, 2, 2}, 3),
+            (std::vector<int64_t>{2, 2, 0}));  // surplus ones are not visited
   EXPECT_EQ(regularisation_repeats({1, 1, 1, 1}, 21), (std::vector<int64_t>{6, 5, 5, 5}));
   EXPECT_EQ(regularisation_repeats({}, 21), std::vector<int64_t>{});
 }
@@ -33,8 +39,12 @@ TEST(Plan, DigestCoversRepeatsButNoResolutionOrPlace) {
   const test::TemporaryFolder folder, elsewhere;
   const auto digest = [](const Resolved& r) { return plan_digest(plan_json(r)); };
   const auto base = digest(two_folders(folder, "resolution = 64"));
-  EXPECT_EQ(base, digest(two_folders(elsewhere, "resolution = 128\nenable_bucket = true\nmin_bucket_reso = 64")));
-  EXPECT_EQ(base, digest(two_folders(folder, "resolution = 64\nshuffle_caption = true\ncaption_prefix = 'p'")));
+  EXPECT_EQ(base,
+            digest(two_folders(elsewhere,
+                               "resolution = 128\nenable_bucket = true\nmin_bucket_reso = 64")));
+  EXPECT_EQ(
+      base,
+      digest(two_folders(folder, "resolution = 64\nshuffle_caption = true\ncaption_prefix = 'p'")));
   EXPECT_NE(base, digest(two_folders(folder, "resolution = 64\ncaption_dropout_rate = 0.1")));
   EXPECT_NE(base, digest(two_folders(folder, "resolution = 64\nflip_aug = true")));
   EXPECT_NE(base, digest(two_folders(folder, "resolution = 64\nbatch_size = 2")));
@@ -42,7 +52,8 @@ TEST(Plan, DigestCoversRepeatsButNoResolutionOrPlace) {
 
 TEST(Plan, ReadsBackWhatItWrites) {
   const test::TemporaryFolder folder;
-  const auto json = plan_json(two_folders(folder, "resolution = 64\nvalidation_split = 0.5\ncaption_dropout_rate = 0.25"));
+  const auto json = plan_json(
+      two_folders(folder, "resolution = 64\nvalidation_split = 0.5\ncaption_dropout_rate = 0.25"));
   const auto plan = parse_plan(nlohmann::json::parse(json.dump()));
   ASSERT_EQ(plan.subsets.size(), 2u);
   EXPECT_EQ(plan.subsets[0].num_repeats, 3);

@@ -20,7 +20,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-// "# args: --resolution 96,96 --enable_bucket" of the first line, as sd-scripts' command line reads them.
+// "# args: --resolution 96,96 --enable_bucket" of the first line, as sd-scripts' command line reads
+// them.
 std::vector<Fallback> fallbacks_of(const std::filesystem::path& toml) {
   std::string line;
   std::ifstream stream(toml);
@@ -36,7 +37,9 @@ std::vector<Fallback> fallbacks_of(const std::filesystem::path& toml) {
       out.push_back({word, "true"});
     } else {
       const bool number = word.find_first_not_of("0123456789,") == std::string::npos;
-      out.back().value = !number ? "\"" + word + "\"" : word.find(',') != std::string::npos ? "[" + word + "]" : word;
+      out.back().value = !number                               ? "\"" + word + "\""
+                         : word.find(',') != std::string::npos ? "[" + word + "]"
+                                                               : word;
     }
   }
   return out;
@@ -44,19 +47,24 @@ std::vector<Fallback> fallbacks_of(const std::filesystem::path& toml) {
 
 image::Buckets buckets_of(const PixelOptions& p) {
   image::BucketOptions o;
-  o.resolution = {p.width, p.height}, o.enabled = p.buckets, o.min_side = p.min_side, o.max_side = p.max_side;
+  o.resolution = {p.width, p.height}, o.enabled = p.buckets, o.min_side = p.min_side,
+  o.max_side = p.max_side;
   o.steps = p.steps, o.no_upscale = p.no_upscale, o.profile = Profile::kKohya;
   return image::Buckets(o);
 }
 
 // One dataset's part as the reference describes it: images by key, and buckets with counts.
-Json describe(const Resolved& r, const Dataset& dataset, bool validation, const std::filesystem::path& base) {
+Json describe(const Resolved& r,
+              const Dataset& dataset,
+              bool validation,
+              const std::filesystem::path& base) {
   Json images = Json::object();
   std::map<image::Size, int64_t> counts;
   for (const auto& i : r.images) {
     const auto& subset = r.subset(i.subset);
     if (subset.dataset != dataset.index || i.validation != validation) continue;
-    const auto key = subset.metadata_file.empty() ? i.file.lexically_relative(base).native() : i.name;
+    const auto key =
+        subset.metadata_file.empty() ? i.file.lexically_relative(base).native() : i.name;
     const auto rgb = image::decode(as_bytes(read_file(i.file)), {Profile::kKohya, {}});
     const auto p = buckets_of(subset.pixels).place(rgb.size);
     images[key] = {{"caption", read_caption(r, i).value_or("")},
@@ -155,7 +163,8 @@ TEST(ReferenceSplits, HaveTheRecordedCounts) {
     EXPECT_EQ(std::count(members.begin(), members.end(), false), c.at("train")) << c.dump();
     // where the reference trains on what it holds out, the rest is fewer
     const bool disjoint = c.at("disjoint");
-    EXPECT_TRUE(!disjoint || std::count(members.begin(), members.end(), true) == c.at("validation")) << c.dump();
+    EXPECT_TRUE(!disjoint || std::count(members.begin(), members.end(), true) == c.at("validation"))
+        << c.dump();
   }
 }
 

@@ -13,9 +13,11 @@
 namespace flux::image {
 namespace {
 
-BucketOptions options(Size resolution, int64_t min_side, int64_t max_side, int64_t steps, Profile profile) {
+BucketOptions options(
+    Size resolution, int64_t min_side, int64_t max_side, int64_t steps, Profile profile) {
   BucketOptions o;
-  o.resolution = resolution, o.min_side = min_side, o.max_side = max_side, o.steps = steps, o.profile = profile;
+  o.resolution = resolution, o.min_side = min_side, o.max_side = max_side, o.steps = steps,
+  o.profile = profile;
   return o;
 }
 
@@ -23,9 +25,23 @@ Size size_of(const nlohmann::json& json) { return {json.at(0), json.at(1)}; }
 
 TEST(KohyaBuckets, AreTheListOfSdScripts) {  // golden: sd-scripts, 512x512 in steps of 64
   const Buckets buckets(options({512, 512}, 256, 1024, 64, Profile::kKohya));
-  const std::vector<Size> expected = {{256, 832}, {256, 896}, {256, 960}, {256, 1024}, {320, 704}, {320, 768},
-                                      {384, 640}, {448, 576}, {512, 512}, {576, 448}, {640, 384}, {704, 320},
-                                      {768, 320}, {832, 256}, {896, 256}, {960, 256}, {1024, 256}};
+  const std::vector<Size> expected = {{256, 832},
+                                      {256, 896},
+                                      {256, 960},
+                                      {256, 1024},
+                                      {320, 704},
+                                      {320, 768},
+                                      {384, 640},
+                                      {448, 576},
+                                      {512, 512},
+                                      {576, 448},
+                                      {640, 384},
+                                      {704, 320},
+                                      {768, 320},
+                                      {832, 256},
+                                      {896, 256},
+                                      {960, 256},
+                                      {1024, 256}};
   EXPECT_EQ(buckets.list(), expected);
 }
 
@@ -45,8 +61,10 @@ TEST(KohyaBuckets, WithoutUpscalingRefuseSidesUnderOneStep) {
 }
 
 TEST(Buckets, RefuseLimitsThatExcludeTheResolution) {
-  EXPECT_THROW(Buckets(options({512, 512}, 640, 1024, 64, Profile::kDefault)), std::invalid_argument);
-  EXPECT_THROW(Buckets(options({1280, 720}, 256, 1024, 64, Profile::kKohya)), std::invalid_argument);
+  EXPECT_THROW(Buckets(options({512, 512}, 640, 1024, 64, Profile::kDefault)),
+               std::invalid_argument);
+  EXPECT_THROW(Buckets(options({1280, 720}, 256, 1024, 64, Profile::kKohya)),
+               std::invalid_argument);
   EXPECT_THROW(Buckets(options({0, 512}, 0, 1024, 64, Profile::kKohya)), std::invalid_argument);
 }
 
@@ -55,7 +73,8 @@ TEST(DefaultBuckets, KeepAreaAndTreatPortraitLikeLandscape) {  // property
   for (const auto& b : buckets.list()) {
     EXPECT_EQ(b.width % 16, 0);
     EXPECT_EQ(b.height % 16, 0);
-    EXPECT_NEAR(static_cast<double>(b.width * b.height) / (1024.0 * 1024.0), 1.0, 0.04) << b.width << "x" << b.height;
+    EXPECT_NEAR(static_cast<double>(b.width * b.height) / (1024.0 * 1024.0), 1.0, 0.04)
+        << b.width << "x" << b.height;
   }
   for (const Size image : {Size{4032, 3024}, {1920, 1080}, {640, 480}, {3000, 1000}, {1213, 887}}) {
     const auto across = buckets.place(image), upright = buckets.place({image.height, image.width});
@@ -63,7 +82,8 @@ TEST(DefaultBuckets, KeepAreaAndTreatPortraitLikeLandscape) {  // property
     EXPECT_GE(across.resized.width, across.bucket.width);
     EXPECT_GE(across.resized.height, across.bucket.height);
     const double image_ratio = static_cast<double>(image.width) / static_cast<double>(image.height);
-    const double bucket_ratio = static_cast<double>(across.bucket.width) / static_cast<double>(across.bucket.height);
+    const double bucket_ratio =
+        static_cast<double>(across.bucket.width) / static_cast<double>(across.bucket.height);
     EXPECT_LT(std::abs(std::log(image_ratio / bucket_ratio)), 0.02);
   }
   EXPECT_EQ(buckets.place({2048, 2048}).bucket, (Size{1024, 1024}));
@@ -89,7 +109,8 @@ TEST(KohyaBuckets, EqualSdScriptsOnAllReferenceLines) {
   const auto configs = nlohmann::json::parse(std::ifstream(folder / "buckets.json")).at("configs");
   std::vector<std::optional<Buckets>> all;
   for (const auto& c : configs) {
-    auto o = options(size_of(c.at("resolution")), c.at("min"), c.at("max"), c.at("steps"), Profile::kKohya);
+    auto o = options(
+        size_of(c.at("resolution")), c.at("min"), c.at("max"), c.at("steps"), Profile::kKohya);
     o.no_upscale = c.at("no_upscale");
     SCOPED_TRACE(c.at("config").dump());
     all.emplace_back();
@@ -101,7 +122,8 @@ TEST(KohyaBuckets, EqualSdScriptsOnAllReferenceLines) {
     EXPECT_EQ(all.back()->min_side(), c.at("min_adjusted").get<int64_t>());
     EXPECT_EQ(all.back()->max_side(), c.at("max_adjusted").get<int64_t>());
     std::vector<Size> expected;
-    for (const auto& b : c.value("buckets", nlohmann::json::array())) expected.push_back(size_of(b));
+    for (const auto& b : c.value("buckets", nlohmann::json::array()))
+      expected.push_back(size_of(b));
     EXPECT_EQ(all.back()->list(), expected);
   }
   std::ifstream lines(folder / "select.jsonl");

@@ -15,11 +15,14 @@ namespace {
 
 std::string encode(const char* type, const cv::Mat& picture) {
   std::vector<uint8_t> bytes;
-  cv::imencode(type, picture, bytes, {cv::IMWRITE_JPEG_QUALITY, 100, cv::IMWRITE_WEBP_QUALITY, 101});
+  cv::imencode(
+      type, picture, bytes, {cv::IMWRITE_JPEG_QUALITY, 100, cv::IMWRITE_WEBP_QUALITY, 101});
   return {bytes.begin(), bytes.end()};
 }
 
-Rgb decode_text(const std::string& bytes, const DecodeOptions& options = {}) { return decode(as_bytes(bytes), options); }
+Rgb decode_text(const std::string& bytes, const DecodeOptions& options = {}) {
+  return decode(as_bytes(bytes), options);
+}
 
 // Left half red, right half blue.
 cv::Mat halves(int width, int height) {
@@ -30,11 +33,13 @@ cv::Mat halves(int width, int height) {
 
 std::string with_segment(const std::string& jpeg, char marker, const std::string& payload) {
   const auto size = payload.size() + 2;
-  return jpeg.substr(0, 2) + '\xFF' + marker + static_cast<char>(size >> 8) + static_cast<char>(size & 255) + payload + jpeg.substr(2);
+  return jpeg.substr(0, 2) + '\xFF' + marker + static_cast<char>(size >> 8) +
+         static_cast<char>(size & 255) + payload + jpeg.substr(2);
 }
 
 std::string exif(char orientation) {
-  return std::string("Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0", 24) + orientation + std::string(7, '\0');
+  return std::string("Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0", 24) + orientation +
+         std::string(7, '\0');
 }
 
 bool near(const Rgb& image, int64_t x, int64_t y, std::array<int, 3> color, int tolerance = 0) {
@@ -61,12 +66,16 @@ TEST(DrawnPicture, IsTurnedByExifInProfileDefaultOnly) {
   const auto jpeg = encode(".jpg", halves(48, 16));
   const auto turned = decode_text(with_segment(jpeg, '\xE1', exif(6)));
   EXPECT_EQ(turned.size, (Size{16, 48}));
-  EXPECT_TRUE(near(turned, 8, 4, kRed, 6));    // what was left is up
+  EXPECT_TRUE(near(turned, 8, 4, kRed, 6));  // what was left is up
   EXPECT_TRUE(near(turned, 8, 44, kBlue, 6));
-  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', exif(6)), {Profile::kKohya, {}}).size, (Size{48, 16}));
+  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', exif(6)), {Profile::kKohya, {}}).size,
+            (Size{48, 16}));
   EXPECT_TRUE(near(decode_text(with_segment(jpeg, '\xE1', exif(2))), 4, 8, kBlue, 6));
   EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', exif(9))).data, decode_text(jpeg).data);
-  EXPECT_EQ(decode_text(with_segment(jpeg, '\xE1', std::string("Exif\0\0MM\0*\xFF\xFF\xFF\xFF", 14))).data, decode_text(jpeg).data);
+  EXPECT_EQ(
+      decode_text(with_segment(jpeg, '\xE1', std::string("Exif\0\0MM\0*\xFF\xFF\xFF\xFF", 14)))
+          .data,
+      decode_text(jpeg).data);
 }
 
 TEST(Header, SaysTheSizeThatDecodingGives) {
@@ -101,9 +110,11 @@ TEST(DrawnPicture, IsCompositedOverTheBackground) {
 
 TEST(DrawnPicture, SixteenBitsAreScaledOrClipped) {
   cv::Mat grey(1, 3, CV_16UC1);
-  grey.at<uint16_t>(0, 0) = 128, grey.at<uint16_t>(0, 1) = 129 * 257, grey.at<uint16_t>(0, 2) = 65535;
+  grey.at<uint16_t>(0, 0) = 128, grey.at<uint16_t>(0, 1) = 129 * 257,
+                       grey.at<uint16_t>(0, 2) = 65535;
   for (const char* type : {".png", ".tiff"}) {
-    EXPECT_EQ(decode_text(encode(type, grey)).data, (std::vector<uint8_t>{0, 0, 0, 129, 129, 129, 255, 255, 255}));
+    EXPECT_EQ(decode_text(encode(type, grey)).data,
+              (std::vector<uint8_t>{0, 0, 0, 129, 129, 129, 255, 255, 255}));
     EXPECT_EQ(decode_text(encode(type, grey), {Profile::kKohya, {}}).data,
               (std::vector<uint8_t>{128, 128, 128, 255, 255, 255, 255, 255, 255}));
   }
@@ -151,11 +162,15 @@ std::string linear_profile() {
 
 TEST(DrawnPicture, ColourProfileBecomesSrgb) {
   const auto jpeg = encode(".jpg", cv::Mat(16, 16, CV_8UC3, cv::Scalar(55, 55, 55)));
-  const auto tagged = with_segment(jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + linear_profile());
+  const auto tagged =
+      with_segment(jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + linear_profile());
   EXPECT_TRUE(near(decode_text(jpeg), 8, 8, {55, 55, 55}, 1));
-  EXPECT_TRUE(near(decode_text(tagged), 8, 8, {128, 128, 128}, 2));  // linear 55/255 is 0.502 in sRGB
+  EXPECT_TRUE(
+      near(decode_text(tagged), 8, 8, {128, 128, 128}, 2));  // linear 55/255 is 0.502 in sRGB
   EXPECT_TRUE(near(decode_text(tagged, {Profile::kKohya, {}}), 8, 8, {55, 55, 55}, 1));
-  EXPECT_THROW(decode_text(with_segment(jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + "nonsense")), InputError);
+  EXPECT_THROW(decode_text(with_segment(
+                   jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + "nonsense")),
+               InputError);
 }
 
 }  // namespace

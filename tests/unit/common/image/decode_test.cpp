@@ -15,7 +15,9 @@
 namespace flux::image {
 namespace {
 
-Rgb decode_text(const std::string& bytes, const DecodeOptions& options = {}) { return decode(as_bytes(bytes), options); }
+Rgb decode_text(const std::string& bytes, const DecodeOptions& options = {}) {
+  return decode(as_bytes(bytes), options);
+}
 
 std::string error_of(const std::string& bytes) {
   try {
@@ -34,8 +36,9 @@ std::string le(uint32_t value, int bytes) {
 
 /// 24-bit BMP of `width` x `height`, rows from the bottom, blue first.
 std::string bmp(int32_t width, int32_t height, const std::string& pixels) {
-  return "BM" + le(static_cast<uint32_t>(54 + pixels.size()), 4) + le(0, 4) + le(54, 4) + le(40, 4) +
-         le(static_cast<uint32_t>(width), 4) + le(static_cast<uint32_t>(height), 4) + le(1, 2) + le(24, 2) + le(0, 24) + pixels;
+  return "BM" + le(static_cast<uint32_t>(54 + pixels.size()), 4) + le(0, 4) + le(54, 4) +
+         le(40, 4) + le(static_cast<uint32_t>(width), 4) + le(static_cast<uint32_t>(height), 4) +
+         le(1, 2) + le(24, 2) + le(0, 24) + pixels;
 }
 
 TEST(Decode, Bmp) {  // golden: worked by hand
@@ -53,8 +56,13 @@ TEST(Decode, RefusesBmpWithMissingRowsAndBombs) {
 TEST(Decode, NamesWhatIsNotAPicture) {
   EXPECT_NE(error_of("").find("empty"), std::string::npos);
   EXPECT_NE(error_of("<html>").find("not a picture"), std::string::npos);
-  EXPECT_NE(error_of("version https://git-lfs.github.com/spec/v1\n").find("Git LFS"), std::string::npos);
-  EXPECT_NE(error_of(std::string("\0\0\0\x20""ftypavif", 12)).find("AVIF"), std::string::npos);
+  EXPECT_NE(error_of("version https://git-lfs.github.com/spec/v1\n").find("Git LFS"),
+            std::string::npos);
+  EXPECT_NE(error_of(std::string("\0\0\0\x20"
+                                 "ftypavif",
+                                 12))
+                .find("AVIF"),
+            std::string::npos);
 }
 
 TEST(Decode, EqualsPillowOnTheReferenceFiles) {
@@ -70,7 +78,8 @@ TEST(Decode, EqualsPillowOnTheReferenceFiles) {
     EXPECT_EQ(out.size, (Size{e.at(form).at("width"), e.at(form).at("height")}));
     const auto bytes = read_file(folder / name);
     EXPECT_EQ(read_header(as_bytes(bytes)).decoded_size(options.profile), out.size);
-    if (e.at("lossless") && name.find("rgb16") == std::string::npos && name.find("rgba16") == std::string::npos) {
+    if (e.at("lossless") && name.find("rgb16") == std::string::npos &&
+        name.find("rgba16") == std::string::npos) {
       EXPECT_EQ(to_hex(sha256(std::as_bytes(std::span(out.data)))), e.at(form).at("sha256"));
       return;
     }
@@ -109,7 +118,8 @@ TEST(Decode, GivesTheRecordedVerdictOnHostileFiles) {
     const auto verdict = error_of(read_file(folder / e.at("file")));
     const bool accepted = verdict == "accepted";
     EXPECT_TRUE(e.at("expect") == "policy" || accepted == (e.at("expect") == "accept")) << verdict;
-    if (std::getenv("FLUX_VERBOSE") != nullptr) std::printf("%s: %s\n", e.at("file").dump().c_str(), verdict.c_str());
+    if (std::getenv("FLUX_VERBOSE") != nullptr)
+      std::printf("%s: %s\n", e.at("file").dump().c_str(), verdict.c_str());
   }
 }
 

@@ -20,14 +20,16 @@ Rgb rgb_of(const safetensors::Tensor& t) {
 int worst(const Rgb& a, const Rgb& b) {
   if (a.size != b.size) return 1000;
   int diff = 0;
-  for (size_t i = 0; i < a.data.size(); ++i) diff = std::max(diff, std::abs(int{a.data[i]} - int{b.data[i]}));
+  for (size_t i = 0; i < a.data.size(); ++i)
+    diff = std::max(diff, std::abs(int{a.data[i]} - int{b.data[i]}));
   return diff;
 }
 
 Rgb ramp(int64_t width, int64_t height) {
   Rgb image{{width, height}, {}};
   for (int64_t i = 0; i < width * height; ++i) {
-    for (const int64_t v : {i % 251, i * 7 % 256, 255 - i % 256}) image.data.push_back(static_cast<uint8_t>(v));
+    for (const int64_t v : {i % 251, i * 7 % 256, 255 - i % 256})
+      image.data.push_back(static_cast<uint8_t>(v));
   }
   return image;
 }
@@ -43,10 +45,14 @@ TEST(Resize, LanczosOfARow) {  // golden: Pillow 13.0.0, 4x1 to 8x1
 }
 
 TEST(Resize, KeepsAFlatPictureFlat) {  // property: weights sum to one
-  for (const auto kind : {Interpolation::kLanczos, Interpolation::kBox, Interpolation::kArea, Interpolation::kCubic}) {
+  for (const auto kind : {Interpolation::kLanczos,
+                          Interpolation::kBox,
+                          Interpolation::kArea,
+                          Interpolation::kCubic}) {
     for (const Size size : {Size{5, 9}, {37, 12}, {100, 3}}) {
       const auto out = resize({{17, 11}, std::vector<uint8_t>(17 * 11 * 3, 200)}, size, kind);
-      EXPECT_EQ(out.data, std::vector<uint8_t>(static_cast<size_t>(size.width * size.height * 3), 200));
+      EXPECT_EQ(out.data,
+                std::vector<uint8_t>(static_cast<size_t>(size.width * size.height * 3), 200));
     }
   }
 }
@@ -54,8 +60,10 @@ TEST(Resize, KeepsAFlatPictureFlat) {  // property: weights sum to one
 TEST(Resize, AutoUsesAreaOnlyWhenBothSidesShrink) {
   const auto image = ramp(40, 30);
   EXPECT_EQ(resize(image, {40, 30}, Interpolation::kAuto).data, image.data);
-  EXPECT_EQ(resize(image, {20, 30}, Interpolation::kAuto).data, resize(image, {20, 30}, Interpolation::kArea).data);
-  EXPECT_EQ(resize(image, {20, 31}, Interpolation::kAuto).data, resize(image, {20, 31}, Interpolation::kLanczos).data);
+  EXPECT_EQ(resize(image, {20, 30}, Interpolation::kAuto).data,
+            resize(image, {20, 30}, Interpolation::kArea).data);
+  EXPECT_EQ(resize(image, {20, 31}, Interpolation::kAuto).data,
+            resize(image, {20, 31}, Interpolation::kLanczos).data);
 }
 
 TEST(Place, EqualsResizeThenCrop) {  // property: the Lanczos window is the window of the whole
@@ -64,7 +72,9 @@ TEST(Place, EqualsResizeThenCrop) {  // property: the Lanczos window is the wind
   const auto whole = resize(image, p.resized, Interpolation::kAuto);
   const auto window = place(image, p, Interpolation::kAuto);
   for (int64_t y = 0; y < 64; ++y) {
-    EXPECT_EQ(std::memcmp(&window.data[3 * 64 * y], &whole.data[3 * (95 * (y + 3) + 15)], 3 * 64), 0) << y;
+    EXPECT_EQ(std::memcmp(&window.data[3 * 64 * y], &whole.data[3 * (95 * (y + 3) + 15)], 3 * 64),
+              0)
+        << y;
   }
 }
 
@@ -86,29 +96,42 @@ TEST(Place, OfAnExtremeRatioNeedsLittleMemory) {
 TEST(Pixels, AreMinusOneToOneChannelsFirst) {
   std::vector<float> out(6);
   to_pixels({{2, 1}, {0, 128, 255, 51, 0, 255}}, out);
-  EXPECT_EQ(out, (std::vector<float>{-1.0f, (51.0f / 255.0f - 0.5f) / 0.5f, (128.0f / 255.0f - 0.5f) / 0.5f, -1.0f, 1.0f, 1.0f}));
+  EXPECT_EQ(out,
+            (std::vector<float>{-1.0f,
+                                (51.0f / 255.0f - 0.5f) / 0.5f,
+                                (128.0f / 255.0f - 0.5f) / 0.5f,
+                                -1.0f,
+                                1.0f,
+                                1.0f}));
 }
 
 TEST(Resize, EqualsTheReferenceOnItsPhotos) {
   FLUX_SHARED_DATA_OR_SKIP(folder, "golden/data/resize");
   const auto cases = nlohmann::json::parse(std::ifstream(folder / "resize.json")).at("cases");
   const auto file = safetensors::File::open(folder / "resize.safetensors");
-  const std::pair<const char*, Interpolation> filters[] = {
-      {"cv2_linear", Interpolation::kLinear}, {"cv2_cubic", Interpolation::kCubic}, {"cv2_area", Interpolation::kArea},
-      {"pil_lanczos", Interpolation::kLanczos}, {"pil_box", Interpolation::kBox}};
+  const std::pair<const char*, Interpolation> filters[] = {{"cv2_linear", Interpolation::kLinear},
+                                                           {"cv2_cubic", Interpolation::kCubic},
+                                                           {"cv2_area", Interpolation::kArea},
+                                                           {"pil_lanczos", Interpolation::kLanczos},
+                                                           {"pil_box", Interpolation::kBox}};
   for (const auto& c : cases) {
     const auto id = c.at("id").dump();
     SCOPED_TRACE(id);
     const auto src = rgb_of(*file->find(id + "/src"));
-    const Size resized{c.at("resized")[0], c.at("resized")[1]}, bucket{c.at("bucket")[0], c.at("bucket")[1]};
-    const Placement p{resized, bucket, (resized.width - bucket.width) / 2, (resized.height - bucket.height) / 2};
+    const Size resized{c.at("resized")[0], c.at("resized")[1]},
+        bucket{c.at("bucket")[0], c.at("bucket")[1]};
+    const Placement p{
+        resized, bucket, (resized.width - bucket.width) / 2, (resized.height - bucket.height) / 2};
     const auto out = place(src, p, Interpolation::kAuto);
     EXPECT_EQ(worst(out, rgb_of(*file->find(id + "/out"))), 0) << c.at("rule");
     for (const auto& [name, kind] : filters) {
       const auto* t = file->find(id + "/" + name);
       if (t == nullptr) continue;
-      // Builds of OpenCV differ by one in cubic (with and without IPP); the rest is equal to the bit.
-      EXPECT_LE(worst(resize(src, resized, kind), rgb_of(*t)), kind == Interpolation::kCubic ? 1 : 0) << name;
+      // Builds of OpenCV differ by one in cubic (with and without IPP); the rest is equal to the
+      // bit.
+      EXPECT_LE(worst(resize(src, resized, kind), rgb_of(*t)),
+                kind == Interpolation::kCubic ? 1 : 0)
+          << name;
     }
     if (const auto* t = file->find(id + "/chw_float")) {
       std::vector<float> pixels(out.data.size());

@@ -36,21 +36,24 @@ std::string picture(uint32_t width, uint32_t height, uint64_t seed) {
   const RandomStream random(seed, Purpose::kDemo);
   std::string rows;
   for (uint32_t y = 0; y < height; ++y) {
-    for (uint32_t x = 0; x < (width * 3 + 3) / 4 * 4; ++x) rows += static_cast<char>(random.bits(y * 4096 + x));
+    for (uint32_t x = 0; x < (width * 3 + 3) / 4 * 4; ++x)
+      rows += static_cast<char>(random.bits(y * 4096 + x));
   }
-  return "BM" + le(54 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) + le(54, 4) + le(40, 4) + le(width, 4) +
-         le(height, 4) + le(1, 2) + le(24, 2) + le(0, 24) + rows;
+  return "BM" + le(54 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) + le(54, 4) + le(40, 4) +
+         le(width, 4) + le(height, 4) + le(1, 2) + le(24, 2) + le(0, 24) + rows;
 }
 
 /// An autoencoder of one narrow block a level.
 void write_autoencoder(const fs::path& path, uint64_t seed) {
   vae::Config config;
-  config.channels = 32, config.channel_mult = {1, 1, 1, 1}, config.num_res_blocks = 1, config.has_decoder = false;
+  config.channels = 32, config.channel_mult = {1, 1, 1, 1}, config.num_res_blocks = 1,
+  config.has_decoder = false;
   TensorMap tensors;
   uint64_t number = 0;
   for (const auto& [name, shape] : vae::tensor_shapes(config)) {
     auto tensor = at::empty(shape);
-    RandomStream(seed, Purpose::kTinyModel, number++).fill_normal({tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel())});
+    RandomStream(seed, Purpose::kTinyModel, number++)
+        .fill_normal({tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel())});
     tensors[name] = tensor * 0.1;
   }
   write_weights(path, tensors, {});
@@ -68,7 +71,8 @@ class Latents : public testing::Test {
     options.width = options.height = 64;
   }
   void three_photos() {
-    folder.write("photos/a.bmp", picture(64, 64, 1)), folder.write("photos/b.bmp", picture(90, 60, 2));
+    folder.write("photos/a.bmp", picture(64, 64, 1)),
+        folder.write("photos/b.bmp", picture(90, 60, 2));
     folder.write("photos/c.bmp", picture(40, 80, 3));
   }
   fs::path manifest() const { return options.encode.out / "manifest.json"; }
@@ -121,7 +125,8 @@ TEST_F(Latents, RenamedFolderOrCopyEncodesNothing) {
   options.data.images = folder / "my photos";
   EXPECT_EQ(run(options).encoded, 0);
   EXPECT_EQ(fs::last_write_time(manifest()), time);
-  fs::copy_file(folder / "my photos/a.bmp", folder / "my photos/d.bmp");  // a new item, no new latents
+  fs::copy_file(folder / "my photos/a.bmp",
+                folder / "my photos/d.bmp");  // a new item, no new latents
   const auto report = run(options);
   EXPECT_EQ(report.encoded, 0);
   EXPECT_EQ(report.kept, 3);
@@ -173,7 +178,8 @@ TEST_F(Latents, BadImageIsQuarantinedAndStopsNothing) {
 TEST_F(Latents, PictureThatFailsWhenDecodedIsQuarantined) {
   three_photos();
   auto file = picture(64, 64, 9);
-  file[28] = 16, file[30] = 3;  // bits and masks that its head does not have room for: the size can be read, the pixels not
+  file[28] = 16, file[30] = 3;  // bits and masks that its head does not have room for: the size can
+                                // be read, the pixels not
   folder.write("photos/bad.bmp", file);
   const auto report = run(options);
   EXPECT_EQ(report.encoded, 3);
@@ -193,7 +199,9 @@ TEST_F(Latents, OddFileNamesAreEncodedLikeOthers) {
 }
 
 TEST_F(Latents, BitsDoNotDependOnTheBatch) {
-  for (int i = 0; i < 5; ++i) folder.write("photos/" + std::to_string(i) + ".bmp", picture(64, 64, 100 + static_cast<uint64_t>(i)));
+  for (int i = 0; i < 5; ++i)
+    folder.write("photos/" + std::to_string(i) + ".bmp",
+                 picture(64, 64, 100 + static_cast<uint64_t>(i)));
   run(options);
   std::vector<std::vector<std::byte>> one_by_one;
   for (int64_t i = 0; i < 5; ++i) one_by_one.push_back(latents(i));
@@ -216,7 +224,8 @@ TEST_F(Latents, AreThePosteriorOfThePlacedPixels) {
   auto pixels = at::empty({1, 3, placed.size.height, placed.size.width});
   image::to_pixels(placed, {pixels.data_ptr<float>(), static_cast<size_t>(pixels.numel())});
   const auto weights = vae::canonical(take_net(read_weights(options.ae), NetKind::kAutoEncoder));
-  const auto encoder = vae::Encoder::load(weights, vae::Config::from_weights(weights, options.ae), at::kFloat, at::kCPU);
+  const auto encoder = vae::Encoder::load(
+      weights, vae::Config::from_weights(weights, options.ae), at::kFloat, at::kCPU);
   const auto posterior = encoder.encode(pixels);
   const auto expected = at::cat({posterior.mean[0], posterior.logvar[0]}).contiguous();
   const auto stored = latents(0);
@@ -241,8 +250,10 @@ TEST_F(Latents, StoredSampleDependsOnSeedAlone) {
 
 TEST_F(Latents, FlipAugAddsTheMirroredImage) {
   three_photos();
-  options.data.dataset = folder.write("set.toml", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
-                                                      (folder / "photos").native() + "'\nflip_aug = true\nnum_repeats = 2\n");
+  options.data.dataset =
+      folder.write("set.toml",
+                   "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
+                       (folder / "photos").native() + "'\nflip_aug = true\nnum_repeats = 2\n");
   options.data.images.clear();
   options.width = options.height = 0;
   EXPECT_EQ(run(options).encoded, 6);
@@ -261,10 +272,14 @@ TEST_F(Latents, KeyIsTheOneOfTheFormat) {  // golden: canonical JSON written by 
   s.source_sha256 = sha256("picture");
   s.placement = {{96, 64}, {64, 64}, 16, 0};
   KeyParameters p;
-  p.weights_sha256 = "ab", p.precision = "f32", p.dtype = "bf16", p.store = "mean_logvar", p.seed = 9;
-  const std::string head = R"({"background":"#ffffff","bucket":[64,64],"crop":[0,16],"dtype":"bf16","flip":false,)";
-  const std::string tail = R"("kind":"latents","precision":"f32","profile":"default","resized":[64,96],"revision":1,)";
-  const std::string source = R"("source_sha256":")" + to_hex(s.source_sha256) + R"(","store":"mean_logvar","weights":"ab"})";
+  p.weights_sha256 = "ab", p.precision = "f32", p.dtype = "bf16", p.store = "mean_logvar",
+  p.seed = 9;
+  const std::string head =
+      R"({"background":"#ffffff","bucket":[64,64],"crop":[0,16],"dtype":"bf16","flip":false,)";
+  const std::string tail =
+      R"("kind":"latents","precision":"f32","profile":"default","resized":[64,96],"revision":1,)";
+  const std::string source = R"("source_sha256":")" + to_hex(s.source_sha256) +
+                             R"(","store":"mean_logvar","weights":"ab"})";
   EXPECT_EQ(sample_key(s, p), sha256(head + tail + source));
   s.interpolation = image::Interpolation::kCubic;
   EXPECT_EQ(sample_key(s, p), sha256(head + R"("interpolation":"cubic",)" + tail + source));
@@ -310,8 +325,10 @@ TEST_F(Latents, RefusesWhatItCannotRead) {
   EXPECT_THROW(run(wrong), InputError);
   wrong = options;
   wrong.data.images.clear();
-  wrong.data.dataset = folder.write("set.toml", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
-                                                    (folder / "photos").native() + "'\n");
+  wrong.data.dataset =
+      folder.write("set.toml",
+                   "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '" +
+                       (folder / "photos").native() + "'\n");
   EXPECT_THROW(run(wrong), UsageError);  // --resolution without effect
   EXPECT_FALSE(fs::exists(options.encode.out));
 }
@@ -323,7 +340,8 @@ TEST(LatentsOptions, ParseSizesAndColours) {
     EXPECT_THROW(parse_resolution(bad), UsageError) << bad;
   }
   EXPECT_EQ(parse_background("#0a0B0c"), (std::array<uint8_t, 3>{10, 11, 12}));
-  for (const char* bad : {"", "red", "#12345", "#12345g", "0a0b0c"}) EXPECT_THROW(parse_background(bad), UsageError) << bad;
+  for (const char* bad : {"", "red", "#12345", "#12345g", "0a0b0c"})
+    EXPECT_THROW(parse_background(bad), UsageError) << bad;
 }
 
 }  // namespace
