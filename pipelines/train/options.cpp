@@ -78,7 +78,7 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
   tool.flag("alpha", o.alpha, "A", "LoRA scale is alpha / rank; 0 = as rank", 0, 1e6);
   tool.flag("lora-dtype", o.lora_dtype, kSaveDtypes, "of the saved LoRA; it is trained in f32");
-  tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all", 1, 1'000'000'000);
+  tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
   tool.flag("learning-rate", o.lr.learning_rate, "X", "of AdamW", 0, 100);
   tool.flag("lr-scheduler", o.lr.schedule, kSchedules, "learning rate over the steps");
   tool.flag("lr-warmup-steps", o.lr.num_warmup_steps, "N", "linear rise at the start", 0, 1'000'000'000);

@@ -1,5 +1,6 @@
 #include "pipelines/train/run.h"
 
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <time.h>
 #include <unistd.h>
@@ -8,6 +9,7 @@
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "common/core/cancel.h"
 #include "common/core/file.h"
@@ -65,9 +67,17 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     saved = session.step;
   };
   double waited = 0;
+  const auto read = [&] {
+    try {
+      return reader.next();
+    } catch (const CacheError&) {
+      save_now();  // a damaged segment can be made again, and the run resumed
+      throw;
+    }
+  };
   while (session.step < options.max_steps && !cancel::requested()) {
     const auto start = std::chrono::steady_clock::now();
-    const Batch batch = reader.next();
+    const Batch batch = read();
     const StepResult result = train_step(session, batch);
     session.position = reader.position();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -92,25 +102,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   save_now();
 }
 
-}  // namespace
-
-std::string Report::line() const {
-  const auto shown = [](const std::optional<double>& loss) { return loss ? fmt::format("{:.4f}", *loss) : std::string("none"); };
-  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}", steps, shown(loss_first),
-                     shown(loss_last), seconds, show_bytes(peak_rss_bytes));
-}
-
-nlohmann::json Report::object() const {
-  const auto value = [](const std::optional<double>& number) { return number ? nlohmann::json(*number) : nlohmann::json(); };
-  return {{"steps", steps},
-          {"loss_first", value(loss_first)},
-          {"loss_last", value(loss_last)},
-          {"seconds", seconds},
-          {"seconds_to_first_step", value(seconds_to_first_step)},
-          {"peak_rss_bytes", peak_rss_bytes}};
-}
-
-Report run(const Options& options) {
+Report run_in_memory(const Options& options) {
   check_out(options);
   Session session = open_data(options);
   std::optional<checkpoint::Checkpoint> resumed;
@@ -141,6 +133,37 @@ Report run(const Options& options) {
   report.seconds = process_seconds();
   report.peak_rss_bytes = peak_rss_bytes();
   return report;
+}
+
+}  // namespace
+
+std::string Report::line() const {
+  const auto shown = [](const std::optional<double>& loss) { return loss ? fmt::format("{:.4f}", *loss) : std::string("none"); };
+  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}", steps, shown(loss_first),
+                     shown(loss_last), seconds, show_bytes(peak_rss_bytes));
+}
+
+nlohmann::json Report::object() const {
+  const auto value = [](const std::optional<double>& number) { return number ? nlohmann::json(*number) : nlohmann::json(); };
+  return {{"steps", steps},
+          {"loss_first", value(loss_first)},
+          {"loss_last", value(loss_last)},
+          {"seconds", seconds},
+          {"seconds_to_first_step", value(seconds_to_first_step)},
+          {"peak_rss_bytes", peak_rss_bytes}};
+}
+
+Report run(const Options& options) {
+  constexpr char kHint[] = "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory";
+  try {
+    return run_in_memory(options);
+  } catch (const c10::OutOfMemoryError& error) {
+    throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
+  } catch (const c10::Error& error) {
+    // the CPU's allocator has no type of its own for it
+    if (std::string_view(error.what_without_backtrace()).find("can't allocate memory") == std::string_view::npos) throw;
+    throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
+  }
 }
 
 }  // namespace flux::train

@@ -39,7 +39,7 @@ at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
   throw InputError(fmt::format("step {}: loss is {}, gradient norm {}, on {}", session.step + 1, loss, grad_norm,
                                join_some(names, names.size())),
                    data ? "the cached values of these samples are not finite: run flux-cache verify, and make them anew"
-                        : "use a lower --learning-rate, and --resume from the last checkpoint");
+                        : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
 }
 
 }  // namespace

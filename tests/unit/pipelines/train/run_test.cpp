@@ -302,6 +302,29 @@ TEST(Train, SavesAndStopsOnASignal) {
   EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{report.steps}));
 }
 
+TEST(Train, SavesWhatIsDoneIfASegmentIsDamaged) {
+  test::TrainingCaches caches = small_caches();
+  for (int i = 0; i < 300; ++i) caches.items.push_back({fmt::format("{}.png", i), 4, 4});  // several segments
+  caches.t5_length = 256;
+  Scene scene(caches, false);
+  scene.options.max_steps = 300;
+  auto segment = std::filesystem::path();
+  uintmax_t smallest = UINTMAX_MAX;
+  for (const auto& entry : std::filesystem::directory_iterator(scene.folder / "latents")) {
+    if (!entry.path().filename().string().starts_with("seg-") || entry.file_size() >= smallest) continue;
+    smallest = entry.file_size();
+    segment = entry.path();
+  }
+  std::fstream file(segment, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(static_cast<std::streamoff>(smallest / 2));
+  file << std::string(2000, 'x');
+  file.close();
+  EXPECT_THAT(message_of(scene.options), HasSubstr(segment.filename().string()));
+  const auto lines = metrics(scene.options.out);
+  ASSERT_FALSE(lines.empty());
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{lines.back()["step"]}));
+}
+
 TEST(Train, StopsWithTheSamplesNamesIfTheLossIsNotFinite) {
   Scene scene;
   scene.options.lr.learning_rate = 1e30;
