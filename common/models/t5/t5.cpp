@@ -90,7 +90,8 @@ Encoder Encoder::load(TensorMap weights, const Config& config, at::ScalarType dt
   Encoder e;
   e.config = config;
   e.dtype = dtype;
-  e.shared = take("shared.weight", weights.at("shared.weight").scalar_type());
+  const at::ScalarType table = weights.at("shared.weight").scalar_type();
+  e.shared = take("shared.weight", table == at::kFloat8_e4m3fn ? at::kBFloat16 : table);  // exact, and rows can be selected
   e.position_bias = take("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", at::kFloat);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string attention = fmt::format("encoder.block.{}.layer.0.", i), mlp = fmt::format("encoder.block.{}.layer.1.", i);

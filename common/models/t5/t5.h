@@ -51,7 +51,7 @@ struct Layer {
 struct Encoder {
   Config config;
   at::ScalarType dtype;      // of the linear layers
-  at::Tensor shared;         // [vocabulary, width]; keeps the dtype of the file: only looked up
+  at::Tensor shared;         // [vocabulary, width]; in the dtype of the file (float8 in bfloat16): only looked up
   at::Tensor position_bias;  // [32, heads] float32
   std::vector<Layer> layers;
   at::Tensor final_norm;     // [width]

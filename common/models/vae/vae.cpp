@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "common/models/vae/norm_swish.h"
 #include "common/tensor/tensor.h"
 
 namespace flux::vae {
@@ -16,8 +17,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kNormGroups = 32;
-constexpr double kNormEpsilon = 1e-6;
 /// Elements of one slice of attention scores: 64 MiB in float32, so 1024 x 1024 pixels (16384 tokens) take 16 slices.
 constexpr int64_t kScoreElements = int64_t{1} << 24;
 /// Channels last is 2 to 3 times as fast as channels first in oneDNN's convolutions, in bfloat16 and in float32
@@ -75,20 +74,12 @@ Tensor normalise(const Tensor& x, const Norm& norm) {
 
 namespace {
 
-Tensor normalise_swish(const Tensor& x, const Norm& norm) {
-  Tensor n = normalise(x, norm);
-  return at::silu_(n);
-}
-
-/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a time.
-Tensor res_block(const Tensor& x, const ResBlock& block) {
-  Tensor n = normalise_swish(x, block.norm1);
-  Tensor h = convolve_3x3(n, block.conv1);
-  n.reset();
-  n = normalise_swish(h, block.norm2);
+/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a time, `buffer` among them.
+Tensor res_block(const Tensor& x, const ResBlock& block, Tensor& buffer) {
+  Tensor h = convolve_3x3(norm_swish(x, block.norm1.weight, block.norm1.bias, buffer), block.conv1);
+  const Tensor n = norm_swish(h, block.norm2.weight, block.norm2.bias, buffer);
   h.reset();
   h = convolve_3x3(n, block.conv2);
-  n.reset();
   return h.add_(block.shortcut.weight.defined() ? convolve_1x1(x, block.shortcut) : x);
 }
 
@@ -157,13 +148,14 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
   check_batch(pixels, "pixels", config.image_channels, config.stride());
   const c10::InferenceMode no_grad;
   std::vector<Tensor> moments;
+  Tensor buffer;  // of norm_swish
   for (int64_t i = 0; i < pixels.size(0); ++i, taps = nullptr) {
     Tensor x = convolve_3x3(sample(pixels, i, conv_in.weight), conv_in);
     tap(taps, "conv_in", x);
     for (size_t l = 0; l < levels.size(); ++l) {
       const std::string name = "down." + std::to_string(l);
       for (size_t b = 0; b < levels[l].blocks.size(); ++b) {
-        x = res_block(x, levels[l].blocks[b]);
+        x = res_block(x, levels[l].blocks[b], buffer);
         tap(taps, name + ".block." + std::to_string(b), x);
       }
       if (levels[l].resample.weight.defined()) {
@@ -171,15 +163,14 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
         tap(taps, name + ".downsample", x);
       }
     }
-    x = res_block(x, mid1);
+    x = res_block(x, mid1, buffer);
     tap(taps, "mid.block_1", x);
     x = attend(x, attention);
     tap(taps, "mid.attn_1", x);
-    x = res_block(x, mid2);
+    x = res_block(x, mid2, buffer);
     tap(taps, "mid.block_2", x);
-    x = normalise(x, norm_out);
-    tap(taps, "norm_out", x);
-    x = convolve_3x3(at::silu_(x), conv_out);
+    if (taps) tap(taps, "norm_out", normalise(x, norm_out));
+    x = convolve_3x3(norm_swish(x, norm_out.weight, norm_out.bias, buffer), conv_out);
     tap(taps, "conv_out", x);
     moments.push_back(x.to(at::kFloat).contiguous());
   }
@@ -208,16 +199,17 @@ Tensor Decoder::decode(const Tensor& raw) const {
   check_batch(raw, "raw latents", config.latent_channels, 1);
   const c10::InferenceMode no_grad;
   std::vector<Tensor> images;
+  Tensor buffer;  // of norm_swish
   for (int64_t i = 0; i < raw.size(0); ++i) {
     Tensor x = convolve_3x3(sample(raw, i, conv_in.weight), conv_in);
-    x = res_block(x, mid1);
+    x = res_block(x, mid1, buffer);
     x = attend(x, attention);
-    x = res_block(x, mid2);
+    x = res_block(x, mid2, buffer);
     for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
-      for (const ResBlock& block : level->blocks) x = res_block(x, block);
+      for (const ResBlock& block : level->blocks) x = res_block(x, block, buffer);
       if (level->resample.weight.defined()) x = upsample(x, level->resample);
     }
-    x = convolve_3x3(normalise_swish(x, norm_out), conv_out);
+    x = convolve_3x3(norm_swish(x, norm_out.weight, norm_out.bias, buffer), conv_out);
     images.push_back(x.to(at::kFloat).contiguous());
   }
   return images.size() == 1 ? images[0] : at::cat(images);

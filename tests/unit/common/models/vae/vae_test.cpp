@@ -1,6 +1,7 @@
 #include "common/models/vae/vae.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -9,6 +10,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/hash.h"
+#include "common/models/vae/norm_swish.h"
 #include "common/tensor/tensor.h"
 #include "tests/support/golden.h"
 #include "tests/support/shared_data.h"
@@ -205,6 +207,53 @@ TEST(AutoEncoderWeights, OtherAutoencodersAreRefusedByName) {
   thirty_two["encoder.conv_out.weight"] = at::zeros({64, 64, 3, 3});
   EXPECT_THAT(refusal(thirty_two), HasSubstr("32: FLUX.2's"));
   EXPECT_THAT(refusal({{"model.weight", at::zeros({1})}}), HasSubstr("not a FLUX autoencoder"));
+}
+
+TEST(NormSwish, EqualsDoubleInFloat32) {  // far from zero, large, tiny; one pixel more than a chunk
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(11);
+  Tensor buffer;
+  for (const auto& [offset, spread] : {std::pair{0.0, 1.0}, {100.0, 1.0}, {0.0, 30.0}, {0.0, 1e-4}, {3.0, 0.0}}) {
+    SCOPED_TRACE(testing::Message() << offset << " +- " << spread);
+    const Tensor x = (at::randn({1, 64, 25, 41}, gen) * spread + offset).contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor weight = at::randn({64}, gen) * 20, bias = at::randn({64}, gen);
+    const Tensor y = norm_swish(x, weight, bias, buffer);
+    const Tensor exact = at::silu(at::group_norm(x.to(at::kDouble), 32, weight.to(at::kDouble), bias.to(at::kDouble), 1e-6));
+    EXPECT_LE(relative_error(y, exact), 3e-7);
+  }
+}
+
+TEST(NormSwish, RoundsToBFloat16Once) {
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(12);
+  const Tensor x = at::randn({1, 32, 40, 30}, gen).to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor weight = at::ones({32}, at::kBFloat16), bias = at::zeros({32}, at::kBFloat16);
+  Tensor buffer, wide_buffer;
+  const Tensor y = norm_swish(x, weight, bias, buffer);
+  const Tensor wide = norm_swish(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat), wide_buffer);
+  EXPECT_TRUE(at::equal(y, wide.to(at::kBFloat16)));
+}
+
+TEST(NormSwish, NaNStaysNaN) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    Tensor x = at::ones({1, 64, 8, 8}, dtype).contiguous(at::MemoryFormat::ChannelsLast), buffer;
+    x.select(1, 5).fill_(std::nan(""));
+    const Tensor y = norm_swish(x, at::ones({64}, dtype), at::zeros({64}, dtype), buffer);
+    EXPECT_TRUE(y.narrow(1, 4, 2).isnan().all().item<bool>());  // channels 4 and 5 are a group
+    EXPECT_FALSE(y.narrow(1, 6, 58).isnan().any().item<bool>());
+  }
+}
+
+TEST(NormSwish, BitsDoNotDependOnTheNumberOfThreads) {
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(13);
+  const Tensor x = at::randn({1, 32, 90, 70}, gen).contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor weight = at::ones({32}), bias = at::zeros({32});
+  const int threads = at::get_num_threads();
+  Tensor one_buffer, three_buffer;
+  at::set_num_threads(1);
+  const Tensor one = norm_swish(x, weight, bias, one_buffer);
+  at::set_num_threads(3);
+  const Tensor three = norm_swish(x, weight, bias, three_buffer);
+  at::set_num_threads(threads);
+  EXPECT_TRUE(at::equal(one, three));
 }
 
 TEST(Latents, ScaleAndShiftAreThoseOfFlux) {

@@ -1,0 +1,107 @@
+#include "common/models/vae/norm_swish.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/models/vae/norm_swish_cpu.h"
+
+namespace flux::vae {
+namespace {
+
+constexpr int64_t kChunkPixels = 1024;  // one task of a pass; fixed, so that sums do not depend on the number of threads
+constexpr int64_t kFloatPixels = 32;    // summed in float32 before they go into a double
+
+template <class T>
+float first_value(T x) {
+  if constexpr (sizeof(T) == 2)
+    return static_cast<float>(c10::BFloat16(x, c10::BFloat16::from_bits()));
+  else
+    return x;
+}
+
+/// x and out: `pixels` rows of as many channels as weight and bias have.
+template <class T>
+void norm_swish_image(const T* x, int64_t pixels, const std::vector<float>& weight, std::vector<float> bias, T* out) {
+  const auto channels = static_cast<int64_t>(weight.size());
+  const size_t width = weight.size();
+  // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is far from zero
+  std::vector<float> shift(width);
+  std::transform(x, x + channels, shift.begin(), first_value<T>);
+  const int64_t chunks = (pixels + kChunkPixels - 1) / kChunkPixels;
+  std::vector<double> partial(static_cast<size_t>(chunks) * 2 * width);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(width), square(width);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      double* total = partial.data() + static_cast<size_t>(chunk) * 2 * width;
+      const int64_t last = std::min(pixels, (chunk + 1) * kChunkPixels);
+      for (int64_t i = chunk * kChunkPixels; i < last; i += kFloatPixels) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        std::fill(square.begin(), square.end(), 0.0f);
+        add_moments_cpu(x + i * channels, std::min(kFloatPixels, last - i), channels, shift.data(), sum.data(), square.data());
+        for (size_t c = 0; c < width; ++c) {
+          total[c] += static_cast<double>(sum[c]);
+          total[width + c] += static_cast<double>(square[c]);
+        }
+      }
+    }
+  });
+  std::vector<double> total(2 * width);
+  for (size_t i = 0; i < partial.size(); ++i) total[i % (2 * width)] += partial[i];
+
+  std::vector<float> mean(width), scale(width);
+  const auto count = static_cast<double>(pixels);
+  const size_t group = width / static_cast<size_t>(kNormGroups);
+  for (size_t first = 0; first < width; first += group) {
+    double sum = 0, square = 0;
+    for (size_t c = first; c < first + group; ++c) sum += total[c] + count * static_cast<double>(shift[c]);
+    const double m = sum / (count * static_cast<double>(group));
+    for (size_t c = first; c < first + group; ++c) {
+      const double d = m - static_cast<double>(shift[c]);
+      square += total[width + c] - 2 * d * total[c] + count * d * d;
+    }
+    const double variance = std::max(0.0, square / (count * static_cast<double>(group)));
+    for (size_t c = first; c < first + group; ++c) {
+      mean[c] = static_cast<float>(m);
+      scale[c] = static_cast<float>(static_cast<double>(weight[c]) / std::sqrt(variance + kNormEpsilon));
+      // what the mean loses in float32
+      bias[c] += static_cast<float>((static_cast<double>(mean[c]) - m) * static_cast<double>(scale[c]));
+    }
+  }
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kChunkPixels, last = std::min(pixels, end * kChunkPixels);
+    norm_swish_cpu(x + first * channels, last - first, channels, mean.data(), scale.data(), bias.data(), out + first * channels);
+  });
+}
+
+}  // namespace
+
+at::Tensor norm_swish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& buffer) {
+  const bool channels_last = x.size(0) == 1 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!x.is_cpu() || !channels_last || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) {
+    at::Tensor y = at::group_norm(x, kNormGroups, weight, bias, kNormEpsilon);
+    return at::silu_(y);
+  }
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  if (!buffer.defined() || buffer.numel() < x.numel()) {
+    buffer.reset();  // before the larger one is made
+    buffer = at::empty({x.numel()}, x.options());
+  }
+  const at::Tensor out = buffer.narrow(0, 0, x.numel()).view({1, height, width, channels}).permute({0, 3, 1, 2});
+  const auto values = [&](const at::Tensor& parameter) {
+    const at::Tensor p = parameter.to(at::kFloat).contiguous();
+    return std::vector<float>(p.const_data_ptr<float>(), p.const_data_ptr<float>() + channels);
+  };
+  if (x.scalar_type() == at::kFloat) {
+    norm_swish_image(x.const_data_ptr<float>(), height * width, values(weight), values(bias), out.mutable_data_ptr<float>());
+  } else {
+    norm_swish_image(reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()), height * width, values(weight),
+                     values(bias), reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
+  }
+  return out;
+}
+
+}  // namespace flux::vae
