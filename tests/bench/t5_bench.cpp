@@ -1,5 +1,6 @@
-// Seconds a caption of the T5 encoder, at the width of T5-XXL, with random weights; see docs/benchmarks.md. The token table is
-// small and some layers stand for 24: time per layer is what is measured.
+// Seconds a caption of the T5 encoder, at the width of T5-XXL, with random weights; see
+// docs/benchmarks.md. The token table is small and some layers stand for 24: time per layer is what
+// is measured.
 //
 //   t5_bench [bf16|f32] [tokens] [layers] [captions in a batch] [runs]
 #include <ATen/ATen.h>
@@ -27,12 +28,18 @@ TensorMap random_weights(const t5::Config& config, at::ScalarType dtype) {
   const int64_t inner = config.num_heads * config.head_size;
   const double by_width = 1 / std::sqrt(static_cast<double>(config.width));
   matrix("shared", config.vocabulary, config.width, 1);
-  matrix("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", t5::kNumBuckets, config.num_heads, 1);
+  matrix("encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+         t5::kNumBuckets,
+         config.num_heads,
+         1);
   weights["encoder.final_layer_norm.weight"] = at::ones({config.width});
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string block = "encoder.block." + std::to_string(i) + ".";
     // scores are not divided by sqrt(head size), so q is drawn smaller
-    matrix(block + "layer.0.SelfAttention.q", inner, config.width, by_width / std::sqrt(static_cast<double>(config.head_size)));
+    matrix(block + "layer.0.SelfAttention.q",
+           inner,
+           config.width,
+           by_width / std::sqrt(static_cast<double>(config.head_size)));
     matrix(block + "layer.0.SelfAttention.k", inner, config.width, by_width);
     matrix(block + "layer.0.SelfAttention.v", inner, config.width, by_width);
     matrix(block + "layer.0.SelfAttention.o", config.width, inner, by_width);
@@ -49,7 +56,9 @@ TensorMap random_weights(const t5::Config& config, at::ScalarType dtype) {
 double cpu_seconds() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) { return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec); };
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+  };
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
@@ -57,7 +66,9 @@ double cpu_seconds() {
 
 int main(int argc, char** argv) {
   const std::string precision = argc > 1 ? argv[1] : "bf16";
-  const auto number = [&](int i, int64_t fallback) { return argc > i ? std::stoll(argv[i]) : fallback; };
+  const auto number = [&](int i, int64_t fallback) {
+    return argc > i ? std::stoll(argv[i]) : fallback;
+  };
   const int64_t tokens = number(2, 512), batch = number(4, 1), runs = number(5, 3);
   t5::Config config;
   config.num_layers = number(3, 2);
@@ -72,11 +83,19 @@ int main(int argc, char** argv) {
     const auto start = std::chrono::steady_clock::now();
     encoder.encode(ids);
     if (i == 0) continue;
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    best = std::min(
+        best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     best_cpu = std::min(best_cpu, cpu_seconds() - cpu);
   }
   const auto layers = static_cast<double>(config.num_layers * batch);
-  std::printf("t5 %s %lld tokens, batch %lld: %.3f s (%.3f s of CPU) a layer and caption, so %.2f s a caption of 24 layers; peak RSS %.2f GB\n",
-              precision.c_str(), static_cast<long long>(tokens), static_cast<long long>(batch), best / layers, best_cpu / layers,
-              24 * best / layers, static_cast<double>(peak_rss_bytes()) / 1e9);
+  std::printf(
+      "t5 %s %lld tokens, batch %lld: %.3f s (%.3f s of CPU) a layer and caption, so %.2f s a "
+      "caption of 24 layers; peak RSS %.2f GB\n",
+      precision.c_str(),
+      static_cast<long long>(tokens),
+      static_cast<long long>(batch),
+      best / layers,
+      best_cpu / layers,
+      24 * best / layers,
+      static_cast<double>(peak_rss_bytes()) / 1e9);
 }

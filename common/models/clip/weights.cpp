@@ -13,23 +13,31 @@
 namespace flux::clip {
 namespace {
 
-constexpr const char* kHint = "FLUX.1 takes CLIP-L's text encoder: clip_l.safetensors, or the text_encoder folder";
+constexpr const char* kHint =
+    "FLUX.1 takes CLIP-L's text encoder: clip_l.safetensors, or the text_encoder folder";
 constexpr const char* kTokens = "text_model.embeddings.token_embedding.weight";
 constexpr const char* kPositions = "text_model.embeddings.position_embedding.weight";
-constexpr int64_t kHeadSize = 64;          // of every published CLIP text encoder
-constexpr int64_t kClipGHidden = 1280;     // SDXL's second text encoder
-constexpr double kNormEpsilon = 1e-5;      // what clip.cpp computes with
-constexpr int64_t kLegacyEosTokenId = 2;   // a mistake in the config.json of published CLIPs
+constexpr int64_t kHeadSize = 64;         // of every published CLIP text encoder
+constexpr int64_t kClipGHidden = 1280;    // SDXL's second text encoder
+constexpr double kNormEpsilon = 1e-5;     // what clip.cpp computes with
+constexpr int64_t kLegacyEosTokenId = 2;  // a mistake in the config.json of published CLIPs
 
 std::string layer(int64_t i) { return "text_model.encoder.layers." + std::to_string(i) + "."; }
 
 /// Size `dim` of a matrix that the configuration is read off.
-int64_t size_of(const TensorMap& weights, const std::string& name, int64_t dim, const std::filesystem::path& path) {
+int64_t size_of(const TensorMap& weights,
+                const std::string& name,
+                int64_t dim,
+                const std::filesystem::path& path) {
   const auto found = weights.find(name);
   if (found == weights.end())
-    throw InputError(fmt::format("{}: not a CLIP text encoder: no tensor {}", show(path), name), kHint);
+    throw InputError(fmt::format("{}: not a CLIP text encoder: no tensor {}", show(path), name),
+                     kHint);
   if (found->second.dim() != 2)
-    throw InputError(fmt::format("{}: not a CLIP text encoder: {} has shape {}", show(path), name, shape_text(found->second)),
+    throw InputError(fmt::format("{}: not a CLIP text encoder: {} has shape {}",
+                                 show(path),
+                                 name,
+                                 shape_text(found->second)),
                      kHint);
   return found->second.size(dim);
 }
@@ -41,7 +49,8 @@ void apply(const nlohmann::json& json, Config& config, const std::filesystem::pa
                      "use the config.json that belongs to them, or take it away");
   };
   if (!json.is_object()) refuse("is not a JSON object");
-  const nlohmann::json& text = json.contains("text_config") && json["text_config"].is_object() ? json["text_config"] : json;
+  const nlohmann::json& text =
+      json.contains("text_config") && json["text_config"].is_object() ? json["text_config"] : json;
   const auto integer = [&](const char* key, int64_t fallback) {
     if (!text.contains(key)) return fallback;
     if (!text[key].is_number_integer()) refuse(fmt::format("has a {} that is no integer", key));
@@ -57,34 +66,43 @@ void apply(const nlohmann::json& json, Config& config, const std::filesystem::pa
   same("vocab_size", config.vocabulary);
   same("max_position_embeddings", config.num_positions);
   const std::string act = text.value("hidden_act", nlohmann::json("quick_gelu")).dump();
-  if (act != "\"quick_gelu\"") refuse("has hidden_act " + printable(act) + ", CLIP-L's is quick_gelu");
+  if (act != "\"quick_gelu\"")
+    refuse("has hidden_act " + printable(act) + ", CLIP-L's is quick_gelu");
   const auto epsilon = text.value("layer_norm_eps", nlohmann::json(kNormEpsilon));
   if (!epsilon.is_number() || std::abs(epsilon.get<double>() - kNormEpsilon) > 1e-9)
     refuse("has layer_norm_eps " + printable(epsilon.dump()) + ", CLIP-L's is 1e-05");
   config.num_heads = integer("num_attention_heads", 0);
   if (config.num_heads < 1 || config.hidden % config.num_heads)
-    refuse(fmt::format("has num_attention_heads {} for a width of {}", config.num_heads, config.hidden));
+    refuse(fmt::format(
+        "has num_attention_heads {} for a width of {}", config.num_heads, config.hidden));
   if (const int64_t eos = integer("eos_token_id", kLegacyEosTokenId); eos != kLegacyEosTokenId) {
-    if (eos < 0 || eos >= config.vocabulary) refuse(fmt::format("has eos_token_id {} outside the vocabulary", eos));
+    if (eos < 0 || eos >= config.vocabulary)
+      refuse(fmt::format("has eos_token_id {} outside the vocabulary", eos));
     config.eos_id = eos;
   }
 }
 
 /// Everything but what config.json would say.
 Config sizes_from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
-  const auto size = [&](const std::string& name, int64_t dim) { return size_of(canonical, name, dim, path); };
+  const auto size = [&](const std::string& name, int64_t dim) {
+    return size_of(canonical, name, dim, path);
+  };
   Config config;
   config.vocabulary = size(kTokens, 0);
   config.hidden = size(kTokens, 1);
   config.num_positions = size(kPositions, 0);
   if (config.hidden == kClipGHidden)
-    throw InputError(fmt::format("{}: this is CLIP-G (1280 wide), which FLUX.1 does not use", show(path)), kHint);
+    throw InputError(
+        fmt::format("{}: this is CLIP-G (1280 wide), which FLUX.1 does not use", show(path)),
+        kHint);
   if (config.vocabulary < 1 || config.hidden < 1 || config.num_positions < 1)
-    throw InputError(fmt::format("{}: not a CLIP text encoder: an empty embedding", show(path)), kHint);
+    throw InputError(fmt::format("{}: not a CLIP text encoder: an empty embedding", show(path)),
+                     kHint);
   config.eos_id = config.vocabulary - 1;
   config.mlp = size(layer(0) + "mlp.fc1.weight", 0);
   config.num_layers = 0;
-  for (auto next = canonical.lower_bound(layer(0)); next != canonical.end() && next->first.starts_with(layer(config.num_layers));
+  for (auto next = canonical.lower_bound(layer(0));
+       next != canonical.end() && next->first.starts_with(layer(config.num_layers));
        next = canonical.lower_bound(layer(config.num_layers)))
     ++config.num_layers;
   return config;
@@ -100,7 +118,8 @@ ShapeMap tensor_shapes(const Config& config) {
     shapes[name + ".weight"] = std::move(weight);
   };
   for (int64_t i = 0; i < config.num_layers; ++i) {
-    for (const char* name : {"q_proj", "k_proj", "v_proj", "out_proj"}) affine(layer(i) + "self_attn." + name, {h, h});
+    for (const char* name : {"q_proj", "k_proj", "v_proj", "out_proj"})
+      affine(layer(i) + "self_attn." + name, {h, h});
     affine(layer(i) + "layer_norm1", {h});
     affine(layer(i) + "layer_norm2", {h});
     affine(layer(i) + "mlp.fc1", {config.mlp, h});
@@ -110,7 +129,8 @@ ShapeMap tensor_shapes(const Config& config) {
   return shapes;
 }
 
-Config Config::from_weights(const TensorMap& canonical, const nlohmann::json* config_json,
+Config Config::from_weights(const TensorMap& canonical,
+                            const nlohmann::json* config_json,
                             const std::filesystem::path& path) {
   Config config = sizes_from_weights(canonical, path);
   if (config_json) {
@@ -118,9 +138,11 @@ Config Config::from_weights(const TensorMap& canonical, const nlohmann::json* co
   } else if (config.hidden % kHeadSize == 0) {
     config.num_heads = config.hidden / kHeadSize;
   } else {
-    throw InputError(fmt::format("{}: a CLIP {} wide: its number of heads cannot be told from the weights", show(path),
-                                 config.hidden),
-                     "put the config.json that belongs to it into the same folder");
+    throw InputError(
+        fmt::format("{}: a CLIP {} wide: its number of heads cannot be told from the weights",
+                    show(path),
+                    config.hidden),
+        "put the config.json that belongs to it into the same folder");
   }
   return config;
 }
@@ -128,13 +150,22 @@ Config Config::from_weights(const TensorMap& canonical, const nlohmann::json* co
 TensorMap canonical(const NetTensors& net) {
   TensorMap renamed;
   for (const auto& [name, tensor] : net.tensors) {
-    const bool bare = name.starts_with("embeddings.") || name.starts_with("encoder.") || name.starts_with("final_layer_norm.");
+    const bool bare = name.starts_with("embeddings.") || name.starts_with("encoder.") ||
+                      name.starts_with("final_layer_norm.");
     if (!renamed.emplace(bare ? "text_model." + name : name, tensor).second)
-      throw InputError(fmt::format("{}: {} is there twice, with and without text_model.", show(net.path), printable(name)));
+      throw InputError(fmt::format(
+          "{}: {} is there twice, with and without text_model.", show(net.path), printable(name)));
   }
-  return expect_tensors(net.path, net_title(NetKind::kClip), renamed, tensor_shapes(sizes_from_weights(renamed, net.path)),
-                        {"text_model.embeddings.position_ids", "text_projection.weight", "text_projection", "logit_scale",
-                         "vision_model.*", "visual_projection.*"});
+  return expect_tensors(net.path,
+                        net_title(NetKind::kClip),
+                        renamed,
+                        tensor_shapes(sizes_from_weights(renamed, net.path)),
+                        {"text_model.embeddings.position_ids",
+                         "text_projection.weight",
+                         "text_projection",
+                         "logit_scale",
+                         "vision_model.*",
+                         "visual_projection.*"});
 }
 
 }  // namespace flux::clip

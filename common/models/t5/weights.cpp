@@ -11,20 +11,29 @@
 namespace flux::t5 {
 namespace {
 
-constexpr const char* kHint = "FLUX.1 takes the T5-XXL v1.1 encoder: t5xxl_fp16.safetensors, or the text_encoder_2 folder";
+constexpr const char* kHint =
+    "FLUX.1 takes the T5-XXL v1.1 encoder: t5xxl_fp16.safetensors, or the text_encoder_2 folder";
 constexpr const char* kShared = "shared.weight";
 constexpr const char* kEmbedTokens = "encoder.embed_tokens.weight";
-constexpr const char* kBias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+constexpr const char* kBias =
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
 
 std::string block(int64_t i) { return "encoder.block." + std::to_string(i) + "."; }
 
 /// Size `dim` of a matrix that the configuration is read off.
-int64_t size_of(const TensorMap& weights, const std::string& name, int64_t dim, const std::filesystem::path& path) {
+int64_t size_of(const TensorMap& weights,
+                const std::string& name,
+                int64_t dim,
+                const std::filesystem::path& path) {
   const auto found = weights.find(name);
   if (found == weights.end())
-    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: no tensor {}", show(path), name), kHint);
+    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: no tensor {}", show(path), name),
+                     kHint);
   if (found->second.dim() != 2)
-    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: {} has shape {}", show(path), name, shape_text(found->second)),
+    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: {} has shape {}",
+                                 show(path),
+                                 name,
+                                 shape_text(found->second)),
                      kHint);
   return found->second.size(dim);
 }
@@ -38,10 +47,12 @@ ShapeMap tensor_shapes(const Config& config) {
                   {"encoder.final_layer_norm.weight", {config.width}}};
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string attention = block(i) + "layer.0.", mlp = block(i) + "layer.1.";
-    for (const char* name : {"q", "k", "v"}) shapes[attention + "SelfAttention." + name + ".weight"] = {inner, config.width};
+    for (const char* name : {"q", "k", "v"})
+      shapes[attention + "SelfAttention." + name + ".weight"] = {inner, config.width};
     shapes[attention + "SelfAttention.o.weight"] = {config.width, inner};
     shapes[attention + "layer_norm.weight"] = {config.width};
-    for (const char* name : {"wi_0", "wi_1"}) shapes[mlp + "DenseReluDense." + name + ".weight"] = {config.mlp, config.width};
+    for (const char* name : {"wi_0", "wi_1"})
+      shapes[mlp + "DenseReluDense." + name + ".weight"] = {config.mlp, config.width};
     shapes[mlp + "DenseReluDense.wo.weight"] = {config.width, config.mlp};
     shapes[mlp + "layer_norm.weight"] = {config.width};
   }
@@ -49,20 +60,27 @@ ShapeMap tensor_shapes(const Config& config) {
 }
 
 Config Config::from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
-  const auto size = [&](const std::string& name, int64_t dim) { return size_of(canonical, name, dim, path); };
+  const auto size = [&](const std::string& name, int64_t dim) {
+    return size_of(canonical, name, dim, path);
+  };
   Config config;
   config.vocabulary = size(kShared, 0);
   config.width = size(kShared, 1);
   config.num_heads = size(kBias, 1);
   const int64_t inner = size(block(0) + "layer.0.SelfAttention.q.weight", 0);
-  if (config.vocabulary < 1 || config.width < 1 || config.num_heads < 1 || inner < 1 || inner % config.num_heads)
-    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: {} rows of q do not split into {} heads", show(path), inner,
-                                 config.num_heads),
-                     kHint);
+  if (config.vocabulary < 1 || config.width < 1 || config.num_heads < 1 || inner < 1 ||
+      inner % config.num_heads)
+    throw InputError(
+        fmt::format("{}: not a T5 v1.1 encoder: {} rows of q do not split into {} heads",
+                    show(path),
+                    inner,
+                    config.num_heads),
+        kHint);
   config.head_size = inner / config.num_heads;
   config.mlp = size(block(0) + "layer.1.DenseReluDense.wi_0.weight", 0);
   config.num_layers = 0;
-  for (auto next = canonical.lower_bound(block(0)); next != canonical.end() && next->first.starts_with(block(config.num_layers));
+  for (auto next = canonical.lower_bound(block(0));
+       next != canonical.end() && next->first.starts_with(block(config.num_layers));
        next = canonical.lower_bound(block(config.num_layers)))
     ++config.num_layers;
   return config;
@@ -76,7 +94,10 @@ TensorMap canonical(const NetTensors& net) {
     renamed.insert(std::move(twin));
   }
   const Config config = Config::from_weights(renamed, net.path);
-  return expect_tensors(net.path, net_title(NetKind::kT5), renamed, tensor_shapes(config),
+  return expect_tensors(net.path,
+                        net_title(NetKind::kT5),
+                        renamed,
+                        tensor_shapes(config),
                         {"decoder.*", "lm_head.*", "logit_scale"});
 }
 

@@ -12,8 +12,9 @@
 namespace flux::vae {
 namespace {
 
-constexpr int64_t kChunkPixels = 1024;  // one task of a pass; fixed, so that sums do not depend on the number of threads
-constexpr int64_t kFloatPixels = 32;    // summed in float32 before they go into a double
+constexpr int64_t kChunkPixels =
+    1024;  // one task of a pass; fixed, so that sums do not depend on the number of threads
+constexpr int64_t kFloatPixels = 32;  // summed in float32 before they go into a double
 
 template <class T>
 float first_value(T x) {
@@ -25,10 +26,12 @@ float first_value(T x) {
 
 /// x and out: `pixels` rows of as many channels as weight and bias have.
 template <class T>
-void norm_swish_image(const T* x, int64_t pixels, const std::vector<float>& weight, std::vector<float> bias, T* out) {
+void norm_swish_image(
+    const T* x, int64_t pixels, const std::vector<float>& weight, std::vector<float> bias, T* out) {
   const auto channels = static_cast<int64_t>(weight.size());
   const size_t width = weight.size();
-  // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is far from zero
+  // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is
+  // far from zero
   std::vector<float> shift(width);
   std::transform(x, x + channels, shift.begin(), first_value<T>);
   const int64_t chunks = (pixels + kChunkPixels - 1) / kChunkPixels;
@@ -41,7 +44,12 @@ void norm_swish_image(const T* x, int64_t pixels, const std::vector<float>& weig
       for (int64_t i = chunk * kChunkPixels; i < last; i += kFloatPixels) {
         std::fill(sum.begin(), sum.end(), 0.0f);
         std::fill(square.begin(), square.end(), 0.0f);
-        add_moments_cpu(x + i * channels, std::min(kFloatPixels, last - i), channels, shift.data(), sum.data(), square.data());
+        add_moments_cpu(x + i * channels,
+                        std::min(kFloatPixels, last - i),
+                        channels,
+                        shift.data(),
+                        sum.data(),
+                        square.data());
         for (size_t c = 0; c < width; ++c) {
           total[c] += static_cast<double>(sum[c]);
           total[width + c] += static_cast<double>(square[c]);
@@ -57,7 +65,8 @@ void norm_swish_image(const T* x, int64_t pixels, const std::vector<float>& weig
   const size_t group = width / static_cast<size_t>(kNormGroups);
   for (size_t first = 0; first < width; first += group) {
     double sum = 0, square = 0;
-    for (size_t c = first; c < first + group; ++c) sum += total[c] + count * static_cast<double>(shift[c]);
+    for (size_t c = first; c < first + group; ++c)
+      sum += total[c] + count * static_cast<double>(shift[c]);
     const double m = sum / (count * static_cast<double>(group));
     for (size_t c = first; c < first + group; ++c) {
       const double d = m - static_cast<double>(shift[c]);
@@ -66,22 +75,34 @@ void norm_swish_image(const T* x, int64_t pixels, const std::vector<float>& weig
     const double variance = std::max(0.0, square / (count * static_cast<double>(group)));
     for (size_t c = first; c < first + group; ++c) {
       mean[c] = static_cast<float>(m);
-      scale[c] = static_cast<float>(static_cast<double>(weight[c]) / std::sqrt(variance + kNormEpsilon));
+      scale[c] =
+          static_cast<float>(static_cast<double>(weight[c]) / std::sqrt(variance + kNormEpsilon));
       // what the mean loses in float32
-      bias[c] += static_cast<float>((static_cast<double>(mean[c]) - m) * static_cast<double>(scale[c]));
+      bias[c] +=
+          static_cast<float>((static_cast<double>(mean[c]) - m) * static_cast<double>(scale[c]));
     }
   }
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kChunkPixels, last = std::min(pixels, end * kChunkPixels);
-    norm_swish_cpu(x + first * channels, last - first, channels, mean.data(), scale.data(), bias.data(), out + first * channels);
+    norm_swish_cpu(x + first * channels,
+                   last - first,
+                   channels,
+                   mean.data(),
+                   scale.data(),
+                   bias.data(),
+                   out + first * channels);
   });
 }
 
 }  // namespace
 
-at::Tensor norm_swish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& buffer) {
+at::Tensor norm_swish(const at::Tensor& x,
+                      const at::Tensor& weight,
+                      const at::Tensor& bias,
+                      at::Tensor& buffer) {
   const bool channels_last = x.size(0) == 1 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  if (!x.is_cpu() || !channels_last || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) {
+  if (!x.is_cpu() || !channels_last ||
+      (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) {
     at::Tensor y = at::group_norm(x, kNormGroups, weight, bias, kNormEpsilon);
     return at::silu_(y);
   }
@@ -90,16 +111,24 @@ at::Tensor norm_swish(const at::Tensor& x, const at::Tensor& weight, const at::T
     buffer.reset();  // before the larger one is made
     buffer = at::empty({x.numel()}, x.options());
   }
-  const at::Tensor out = buffer.narrow(0, 0, x.numel()).view({1, height, width, channels}).permute({0, 3, 1, 2});
+  const at::Tensor out =
+      buffer.narrow(0, 0, x.numel()).view({1, height, width, channels}).permute({0, 3, 1, 2});
   const auto values = [&](const at::Tensor& parameter) {
     const at::Tensor p = parameter.to(at::kFloat).contiguous();
     return std::vector<float>(p.const_data_ptr<float>(), p.const_data_ptr<float>() + channels);
   };
   if (x.scalar_type() == at::kFloat) {
-    norm_swish_image(x.const_data_ptr<float>(), height * width, values(weight), values(bias), out.mutable_data_ptr<float>());
+    norm_swish_image(x.const_data_ptr<float>(),
+                     height * width,
+                     values(weight),
+                     values(bias),
+                     out.mutable_data_ptr<float>());
   } else {
-    norm_swish_image(reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()), height * width, values(weight),
-                     values(bias), reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
+    norm_swish_image(reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()),
+                     height * width,
+                     values(weight),
+                     values(bias),
+                     reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
   }
   return out;
 }

@@ -13,11 +13,17 @@ inline constexpr double kNormEpsilon = 1e-6;
 ///
 ///   x             [1, c, h, w] float32 or bfloat16
 ///   weight, bias  [c], dtype of x
-///   buffer        working memory of the caller, made larger where it must be: the result lies in it, until the next call.
-///                 Mapping fresh pages for each result took a tenth of the time of encoding an image
+///   buffer        working memory of the caller, made larger where it must be: the result lies in
+///   it, until the next call.
+///                 Mapping fresh pages for each result took a tenth of the time of encoding an
+///                 image
 ///   returns       [1, c, h, w], dtype and device of x
 ///
-/// On CPU with x in channels-last order the bits depend on nothing but the arguments, not on the number of threads.
-at::Tensor norm_swish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& buffer);
+/// On CPU with x in channels-last order the bits depend on nothing but the arguments, not on the
+/// number of threads.
+at::Tensor norm_swish(const at::Tensor& x,
+                      const at::Tensor& weight,
+                      const at::Tensor& bias,
+                      at::Tensor& buffer);
 
 }  // namespace flux::vae

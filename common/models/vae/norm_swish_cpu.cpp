@@ -14,7 +14,9 @@ namespace flux::vae {
 namespace {
 
 FLUX_INLINE float load(float x) { return x; }
-FLUX_INLINE float load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+FLUX_INLINE float load(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 FLUX_INLINE void store(float x, float* out) { *out = x; }
 /// Rounds to nearest even. The NaNs that arithmetic makes stay NaN.
@@ -23,8 +25,9 @@ FLUX_INLINE void store(float x, uint16_t* out) {
   *out = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-/// e^x: 2^n e^r with |r| <= ln(2) / 2. Source of the polynomial: Cephes (Moshier), expf. Clamped to +-60, where swish is 0 or x
-/// to 25 digits, and short of where a quotient would be subnormal, which costs 100 cycles.
+/// e^x: 2^n e^r with |r| <= ln(2) / 2. Source of the polynomial: Cephes (Moshier), expf. Clamped to
+/// +-60, where swish is 0 or x to 25 digits, and short of where a quotient would be subnormal,
+/// which costs 100 cycles.
 FLUX_INLINE float exponential(float x) {
   x = x < -60.0f ? -60.0f : x;
   x = x > 60.0f ? 60.0f : x;
@@ -42,8 +45,12 @@ FLUX_INLINE float exponential(float x) {
 }
 
 template <class T>
-FLUX_INLINE void add_moments(const T* __restrict x, int64_t pixels, int64_t channels, const float* __restrict shift,
-                             float* __restrict sum, float* __restrict square) {
+FLUX_INLINE void add_moments(const T* __restrict x,
+                             int64_t pixels,
+                             int64_t channels,
+                             const float* __restrict shift,
+                             float* __restrict sum,
+                             float* __restrict square) {
   for (int64_t i = 0; i < pixels; ++i, x += channels) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
@@ -55,8 +62,13 @@ FLUX_INLINE void add_moments(const T* __restrict x, int64_t pixels, int64_t chan
 }
 
 template <class T>
-FLUX_INLINE void norm_swish(const T* __restrict x, int64_t pixels, int64_t channels, const float* __restrict mean,
-                            const float* __restrict scale, const float* __restrict bias, T* __restrict out) {
+FLUX_INLINE void norm_swish(const T* __restrict x,
+                            int64_t pixels,
+                            int64_t channels,
+                            const float* __restrict mean,
+                            const float* __restrict scale,
+                            const float* __restrict bias,
+                            T* __restrict out) {
   for (int64_t i = 0; i < pixels; ++i, x += channels, out += channels) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
@@ -68,20 +80,38 @@ FLUX_INLINE void norm_swish(const T* __restrict x, int64_t pixels, int64_t chann
 
 }  // namespace
 
-FLUX_CLONES void add_moments_cpu(const float* x, int64_t pixels, int64_t channels, const float* shift, float* sum,
+FLUX_CLONES void add_moments_cpu(const float* x,
+                                 int64_t pixels,
+                                 int64_t channels,
+                                 const float* shift,
+                                 float* sum,
                                  float* square) {
   add_moments(x, pixels, channels, shift, sum, square);
 }
-FLUX_CLONES void add_moments_cpu(const uint16_t* x, int64_t pixels, int64_t channels, const float* shift, float* sum,
+FLUX_CLONES void add_moments_cpu(const uint16_t* x,
+                                 int64_t pixels,
+                                 int64_t channels,
+                                 const float* shift,
+                                 float* sum,
                                  float* square) {
   add_moments(x, pixels, channels, shift, sum, square);
 }
-FLUX_CLONES void norm_swish_cpu(const float* x, int64_t pixels, int64_t channels, const float* mean, const float* scale,
-                                const float* bias, float* out) {
+FLUX_CLONES void norm_swish_cpu(const float* x,
+                                int64_t pixels,
+                                int64_t channels,
+                                const float* mean,
+                                const float* scale,
+                                const float* bias,
+                                float* out) {
   norm_swish(x, pixels, channels, mean, scale, bias, out);
 }
-FLUX_CLONES void norm_swish_cpu(const uint16_t* x, int64_t pixels, int64_t channels, const float* mean,
-                                const float* scale, const float* bias, uint16_t* out) {
+FLUX_CLONES void norm_swish_cpu(const uint16_t* x,
+                                int64_t pixels,
+                                int64_t channels,
+                                const float* mean,
+                                const float* scale,
+                                const float* bias,
+                                uint16_t* out) {
   norm_swish(x, pixels, channels, mean, scale, bias, out);
 }
 

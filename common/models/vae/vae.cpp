@@ -17,13 +17,15 @@ namespace {
 
 using at::Tensor;
 
-/// Elements of one slice of attention scores: 64 MiB in float32, so 1024 x 1024 pixels (16384 tokens) take 16 slices.
+/// Elements of one slice of attention scores: 64 MiB in float32, so 1024 x 1024 pixels (16384
+/// tokens) take 16 slices.
 constexpr int64_t kScoreElements = int64_t{1} << 24;
-/// Channels last is 2 to 3 times as fast as channels first in oneDNN's convolutions, in bfloat16 and in float32
-/// (docs/benchmarks.md).
+/// Channels last is 2 to 3 times as fast as channels first in oneDNN's convolutions, in bfloat16
+/// and in float32 (docs/benchmarks.md).
 constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
 
-/// Takes a net's tensors out of a map, in the dtype, on the device and in the memory format it computes in.
+/// Takes a net's tensors out of a map, in the dtype, on the device and in the memory format it
+/// computes in.
 class Loader {
  public:
   Loader(const TensorMap& weights, at::ScalarType dtype, at::Device device)
@@ -33,20 +35,33 @@ class Loader {
     const Tensor x = to_dtype(weights_.at(name), dtype_).to(device_);
     return x.dim() == 4 ? x.contiguous(kFormat) : x.contiguous();
   }
-  Conv conv(const std::string& name) const { return {take(name + ".weight"), take(name + ".bias")}; }
-  Norm norm(const std::string& name) const { return {take(name + ".weight"), take(name + ".bias")}; }
+  Conv conv(const std::string& name) const {
+    return {take(name + ".weight"), take(name + ".bias")};
+  }
+  Norm norm(const std::string& name) const {
+    return {take(name + ".weight"), take(name + ".bias")};
+  }
   ResBlock res_block(const std::string& name) const {
     const bool same = !weights_.contains(name + ".nin_shortcut.weight");
-    return {norm(name + ".norm1"), norm(name + ".norm2"), conv(name + ".conv1"), conv(name + ".conv2"),
+    return {norm(name + ".norm1"),
+            norm(name + ".norm2"),
+            conv(name + ".conv1"),
+            conv(name + ".conv2"),
             same ? Conv{} : conv(name + ".nin_shortcut")};
   }
   Attention attention(const std::string& name) const {
-    return {norm(name + ".norm"), conv(name + ".q"), conv(name + ".k"), conv(name + ".v"), conv(name + ".proj_out")};
+    return {norm(name + ".norm"),
+            conv(name + ".q"),
+            conv(name + ".k"),
+            conv(name + ".v"),
+            conv(name + ".proj_out")};
   }
   Level level(const std::string& name, int64_t num_blocks, const std::string& resample) const {
     Level level;
-    for (int64_t i = 0; i < num_blocks; ++i) level.blocks.push_back(res_block(name + ".block." + std::to_string(i)));
-    if (weights_.contains(name + resample + ".conv.weight")) level.resample = conv(name + resample + ".conv");
+    for (int64_t i = 0; i < num_blocks; ++i)
+      level.blocks.push_back(res_block(name + ".block." + std::to_string(i)));
+    if (weights_.contains(name + resample + ".conv.weight"))
+      level.resample = conv(name + resample + ".conv");
     return level;
   }
 
@@ -74,7 +89,8 @@ Tensor normalise(const Tensor& x, const Norm& norm) {
 
 namespace {
 
-/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a time, `buffer` among them.
+/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a
+/// time, `buffer` among them.
 Tensor res_block(const Tensor& x, const ResBlock& block, Tensor& buffer) {
   Tensor h = convolve_3x3(norm_swish(x, block.norm1.weight, block.norm1.bias, buffer), block.conv1);
   const Tensor n = norm_swish(h, block.norm2.weight, block.norm2.bias, buffer);
@@ -83,12 +99,17 @@ Tensor res_block(const Tensor& x, const ResBlock& block, Tensor& buffer) {
   return h.add_(block.shortcut.weight.defined() ? convolve_1x1(x, block.shortcut) : x);
 }
 
-/// One head over all pixels of one image. Scores exist for a slice of the queries at a time: all would be tokens^2.
+/// One head over all pixels of one image. Scores exist for a slice of the queries at a time: all
+/// would be tokens^2.
 Tensor attend(const Tensor& x, const Attention& attention) {
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), tokens = height * width;
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3),
+                tokens = height * width;
   const Tensor n = normalise(x, attention.norm);
-  const auto as_tokens = [&](const Tensor& y) { return y.permute({0, 2, 3, 1}).reshape({tokens, channels}); };
-  const Tensor q = as_tokens(convolve_1x1(n, attention.q)).mul(1.0 / std::sqrt(static_cast<double>(channels)));
+  const auto as_tokens = [&](const Tensor& y) {
+    return y.permute({0, 2, 3, 1}).reshape({tokens, channels});
+  };
+  const Tensor q =
+      as_tokens(convolve_1x1(n, attention.q)).mul(1.0 / std::sqrt(static_cast<double>(channels)));
   const Tensor k = as_tokens(convolve_1x1(n, attention.k)).t();
   const Tensor v = as_tokens(convolve_1x1(n, attention.v));
   Tensor out = at::empty({tokens, channels}, q.options());
@@ -99,11 +120,13 @@ Tensor attend(const Tensor& x, const Attention& attention) {
     const Tensor scores = at::softmax(at::mm(q.narrow(0, row, count), k), -1);  // [count, tokens]
     at::mm_out(slice, scores, v);
   }
-  const Tensor image = out.view({1, height, width, channels}).permute({0, 3, 1, 2});  // channels last
+  const Tensor image =
+      out.view({1, height, width, channels}).permute({0, 3, 1, 2});  // channels last
   return convolve_1x1(image, attention.out).add_(x);
 }
 
-/// Zero padding on the right and at the bottom only, as the net was trained: padding all sides would shift by half a pixel.
+/// Zero padding on the right and at the bottom only, as the net was trained: padding all sides
+/// would shift by half a pixel.
 Tensor downsample(const Tensor& x, const Conv& conv) {
   return convolve(at::constant_pad_nd(x, {0, 1, 0, 1}).contiguous(kFormat), conv, 2, 0);
 }
@@ -117,10 +140,11 @@ Tensor sample(const Tensor& batch, int64_t i, const Tensor& weight) {
 }
 
 void check_batch(const Tensor& x, const char* name, int64_t channels, int64_t stride) {
-  if (x.dim() != 4 || x.size(0) < 1 || x.size(1) != channels || x.size(2) < stride || x.size(3) < stride ||
-      x.size(2) % stride || x.size(3) % stride)
-    throw std::invalid_argument(std::string(name) + " has shape " + shape_text(x) + ", expected [B, " +
-                                std::to_string(channels) + ", H, W] with H and W multiples of " + std::to_string(stride));
+  if (x.dim() != 4 || x.size(0) < 1 || x.size(1) != channels || x.size(2) < stride ||
+      x.size(3) < stride || x.size(2) % stride || x.size(3) % stride)
+    throw std::invalid_argument(std::string(name) + " has shape " + shape_text(x) +
+                                ", expected [B, " + std::to_string(channels) +
+                                ", H, W] with H and W multiples of " + std::to_string(stride));
 }
 
 }  // namespace
@@ -128,14 +152,18 @@ void check_batch(const Tensor& x, const char* name, int64_t channels, int64_t st
 Tensor scale_latents(const Tensor& raw) { return (raw - kShift) * kScale; }
 Tensor unscale_latents(const Tensor& latents) { return latents / kScale + kShift; }
 
-Encoder Encoder::load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device) {
+Encoder Encoder::load(const TensorMap& weights,
+                      const Config& config,
+                      at::ScalarType dtype,
+                      at::Device device) {
   const c10::InferenceMode no_grad;
   const Loader loader(weights, dtype, device);
   Encoder e;
   e.config = config;
   e.conv_in = loader.conv("encoder.conv_in");
   for (size_t i = 0; i < config.channel_mult.size(); ++i)
-    e.levels.push_back(loader.level("encoder.down." + std::to_string(i), config.num_res_blocks, ".downsample"));
+    e.levels.push_back(
+        loader.level("encoder.down." + std::to_string(i), config.num_res_blocks, ".downsample"));
   e.mid1 = loader.res_block("encoder.mid.block_1");
   e.attention = loader.attention("encoder.mid.attn_1");
   e.mid2 = loader.res_block("encoder.mid.block_2");
@@ -179,7 +207,10 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
           all.narrow(1, config.latent_channels, config.latent_channels).contiguous()};
 }
 
-Decoder Decoder::load(const TensorMap& weights, const Config& config, at::ScalarType dtype, at::Device device) {
+Decoder Decoder::load(const TensorMap& weights,
+                      const Config& config,
+                      at::ScalarType dtype,
+                      at::Device device) {
   const c10::InferenceMode no_grad;
   const Loader loader(weights, dtype, device);
   Decoder d;
@@ -189,7 +220,8 @@ Decoder Decoder::load(const TensorMap& weights, const Config& config, at::Scalar
   d.attention = loader.attention("decoder.mid.attn_1");
   d.mid2 = loader.res_block("decoder.mid.block_2");
   for (size_t i = 0; i < config.channel_mult.size(); ++i)
-    d.levels.push_back(loader.level("decoder.up." + std::to_string(i), config.num_res_blocks + 1, ".upsample"));
+    d.levels.push_back(
+        loader.level("decoder.up." + std::to_string(i), config.num_res_blocks + 1, ".upsample"));
   d.norm_out = loader.norm("decoder.norm_out");
   d.conv_out = loader.conv("decoder.conv_out");
   return d;

@@ -14,7 +14,8 @@
 namespace flux::vae {
 namespace {
 
-constexpr const char* kHint = "FLUX.1's autoencoder is ae.safetensors, or the vae folder of a diffusers download";
+constexpr const char* kHint =
+    "FLUX.1's autoencoder is ae.safetensors, or the vae folder of a diffusers download";
 
 /// diffusers' names, the oldest ones too, in BFL's; each rule applies once, in this order.
 constexpr std::array<std::pair<std::string_view, std::string_view>, 19> kRenames{{
@@ -52,17 +53,25 @@ std::string bfl_name(std::string name, int64_t num_up_levels) {
   if (const int64_t level = level_after(kUp, name); level >= 0 && level < num_up_levels)
     name[kUp.size()] = static_cast<char>('0' + num_up_levels - 1 - level);
   for (const auto& [from, to] : kRenames)
-    if (const size_t at = name.find(from); at != std::string::npos) name.replace(at, from.size(), to);
+    if (const size_t at = name.find(from); at != std::string::npos)
+      name.replace(at, from.size(), to);
   return name;
 }
 
 /// Size `dim` of a tensor that a configuration is read off.
-int64_t size_of(const TensorMap& weights, const std::string& name, int64_t dim, const std::filesystem::path& path) {
+int64_t size_of(const TensorMap& weights,
+                const std::string& name,
+                int64_t dim,
+                const std::filesystem::path& path) {
   const auto found = weights.find(name);
   if (found == weights.end())
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: no tensor {}", show(path), name), kHint);
+    throw InputError(fmt::format("{}: not a FLUX autoencoder: no tensor {}", show(path), name),
+                     kHint);
   if (found->second.dim() != 4 && !(found->second.dim() == 1 && dim == 0))
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: {} has shape {}", show(path), name, shape_text(found->second)),
+    throw InputError(fmt::format("{}: not a FLUX autoencoder: {} has shape {}",
+                                 show(path),
+                                 name,
+                                 shape_text(found->second)),
                      kHint);
   return found->second.size(dim);
 }
@@ -72,11 +81,19 @@ bool has_half(const TensorMap& weights, const std::string& prefix) {
   return first != weights.end() && first->first.starts_with(prefix);
 }
 
-TensorMap half(const TensorMap& weights, const std::string& prefix, const std::filesystem::path& path, const char* title) {
+TensorMap half(const TensorMap& weights,
+               const std::string& prefix,
+               const std::filesystem::path& path,
+               const char* title) {
   TensorMap result;
-  for (auto it = weights.lower_bound(prefix); it != weights.end() && it->first.starts_with(prefix); ++it) result.insert(*it);
+  for (auto it = weights.lower_bound(prefix); it != weights.end() && it->first.starts_with(prefix);
+       ++it)
+    result.insert(*it);
   if (result.empty())
-    throw InputError(fmt::format("{}: this file holds no {}, only the other half of an autoencoder", show(path), title), kHint);
+    throw InputError(
+        fmt::format(
+            "{}: this file holds no {}, only the other half of an autoencoder", show(path), title),
+        kHint);
   return result;
 }
 
@@ -101,7 +118,8 @@ class Shapes {
   void middle(const std::string& name, int64_t channels) {
     res_block(name + ".block_1", channels, channels);
     norm(name + ".attn_1.norm", channels);
-    for (const char* part : {".q", ".k", ".v", ".proj_out"}) conv(name + ".attn_1" + part, channels, channels, 1);
+    for (const char* part : {".q", ".k", ".v", ".proj_out"})
+      conv(name + ".attn_1" + part, channels, channels, 1);
     res_block(name + ".block_2", channels, channels);
   }
 
@@ -149,57 +167,76 @@ ShapeMap tensor_shapes(const Config& config) {
 }
 
 Config Config::from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
-  const auto size = [&](const std::string& name, int64_t dim) { return size_of(canonical, name, dim, path); };
+  const auto size = [&](const std::string& name, int64_t dim) {
+    return size_of(canonical, name, dim, path);
+  };
   Config config;
   config.has_encoder = has_half(canonical, "encoder.");
   config.has_decoder = has_half(canonical, "decoder.");
   if (!config.has_encoder && !config.has_decoder)
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: no encoder and no decoder in it", show(path)), kHint);
+    throw InputError(
+        fmt::format("{}: not a FLUX autoencoder: no encoder and no decoder in it", show(path)),
+        kHint);
   const bool enc = config.has_encoder;
   config.channels = enc ? size("encoder.conv_in.weight", 0) : size("decoder.norm_out.weight", 0);
-  config.image_channels = enc ? size("encoder.conv_in.weight", 1) : size("decoder.conv_out.weight", 0);
-  config.latent_channels = enc ? size("encoder.conv_out.weight", 0) / 2 : size("decoder.conv_in.weight", 1);
+  config.image_channels =
+      enc ? size("encoder.conv_in.weight", 1) : size("decoder.conv_out.weight", 0);
+  config.latent_channels =
+      enc ? size("encoder.conv_out.weight", 0) / 2 : size("decoder.conv_in.weight", 1);
   if (config.latent_channels != 16)
-    throw InputError(fmt::format("{}: an autoencoder with {} latent channels, FLUX.1's has 16{}", show(path),
+    throw InputError(fmt::format("{}: an autoencoder with {} latent channels, FLUX.1's has 16{}",
+                                 show(path),
                                  config.latent_channels,
                                  config.latent_channels == 4    ? " (4: Stable Diffusion's)"
                                  : config.latent_channels == 32 ? " (32: FLUX.2's)"
                                                                 : ""),
                      kHint);
   if (config.channels < 32 || config.channels % 32)
-    throw InputError(fmt::format("{}: an autoencoder of {} channels; its norms need a multiple of 32", show(path),
-                                 config.channels),
-                     kHint);
+    throw InputError(
+        fmt::format("{}: an autoencoder of {} channels; its norms need a multiple of 32",
+                    show(path),
+                    config.channels),
+        kHint);
 
   const std::string levels = enc ? "encoder.down." : "decoder.up.";
   config.channel_mult.clear();
   for (int64_t l = 0; has_half(canonical, levels + std::to_string(l) + "."); ++l) {
     const int64_t out = size(levels + std::to_string(l) + ".block.0.conv1.weight", 0);
     if (out < 1 || out % config.channels)
-      throw InputError(fmt::format("{}: level {} of the autoencoder has {} channels, no multiple of {}", show(path), l, out,
-                                   config.channels),
-                       kHint);
+      throw InputError(
+          fmt::format("{}: level {} of the autoencoder has {} channels, no multiple of {}",
+                      show(path),
+                      l,
+                      out,
+                      config.channels),
+          kHint);
     config.channel_mult.push_back(out / config.channels);
   }
   config.num_res_blocks = 0;
-  while (has_half(canonical, levels + "0.block." + std::to_string(config.num_res_blocks) + ".")) ++config.num_res_blocks;
+  while (has_half(canonical, levels + "0.block." + std::to_string(config.num_res_blocks) + "."))
+    ++config.num_res_blocks;
   if (!enc) --config.num_res_blocks;
   if (config.channel_mult.empty() || config.num_res_blocks < 1)
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: no level {}0 with blocks", show(path), levels), kHint);
+    throw InputError(
+        fmt::format("{}: not a FLUX autoencoder: no level {}0 with blocks", show(path), levels),
+        kHint);
   return config;
 }
 
 TensorMap canonical(const NetTensors& net) {
   int64_t num_up_levels = 0;
-  for (const auto& [name, tensor] : net.tensors) num_up_levels = std::max(num_up_levels, level_after(kUp, name) + 1);
+  for (const auto& [name, tensor] : net.tensors)
+    num_up_levels = std::max(num_up_levels, level_after(kUp, name) + 1);
 
   TensorMap renamed;
   for (const auto& [name, tensor] : net.tensors) {
     std::string bfl = bfl_name(name, num_up_levels);
     // diffusers keeps the 1x1 convolutions of the attention as matrices
     const bool matrix = bfl.find(".mid.attn_1.") != std::string::npos && tensor.dim() == 2;
-    if (!renamed.emplace(std::move(bfl), matrix ? tensor.unsqueeze(-1).unsqueeze(-1) : tensor).second)
-      throw InputError(fmt::format("{}: {} is there twice, in BFL and in diffusers names", show(net.path), printable(name)));
+    if (!renamed.emplace(std::move(bfl), matrix ? tensor.unsqueeze(-1).unsqueeze(-1) : tensor)
+             .second)
+      throw InputError(fmt::format(
+          "{}: {} is there twice, in BFL and in diffusers names", show(net.path), printable(name)));
   }
   const Config config = Config::from_weights(renamed, net.path);
   return expect_tensors(net.path, net_title(NetKind::kAutoEncoder), renamed, tensor_shapes(config));

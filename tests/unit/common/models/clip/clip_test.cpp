@@ -20,15 +20,21 @@ using nlohmann::json;
 using test::relative_error;
 using testing::HasSubstr;
 
-const std::filesystem::path kGolden = std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/clip";
-/// Relative limits of case.json: about four times the float32 error of the reference, twice its bfloat16 error.
+const std::filesystem::path kGolden =
+    std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/clip";
+/// Relative limits of case.json: about four times the float32 error of the reference, twice its
+/// bfloat16 error.
 constexpr double kFloatLimit = 5e-6, kBFloat16Limit = 0.022;
 
-NetTensors net_of(TensorMap tensors) { return {"some.safetensors", {}, "", std::move(tensors), {}}; }
+NetTensors net_of(TensorMap tensors) {
+  return {"some.safetensors", {}, "", std::move(tensors), {}};
+}
 TensorMap weights_in(const std::filesystem::path& folder) {
   return canonical(take_net(read_weights(folder / "weights.safetensors"), NetKind::kClip));
 }
-json config_in(const std::filesystem::path& folder) { return json::parse(read_file(folder / "config.json")); }
+json config_in(const std::filesystem::path& folder) {
+  return json::parse(read_file(folder / "config.json"));
+}
 TextModel model_in(const std::filesystem::path& folder, at::ScalarType dtype) {
   const TensorMap weights = weights_in(folder);
   const json config = config_in(folder);
@@ -42,7 +48,9 @@ void compare(const std::filesystem::path& folder, at::ScalarType dtype, double l
   EXPECT_LE(relative_error(output.pooled, vectors.at("pooler_output")), limit);
   EXPECT_EQ(output.pooled.scalar_type(), at::kFloat);
   for (int64_t i = 0; i < output.pooled.size(0); ++i)
-    EXPECT_TRUE(at::equal(output.pooled[i], output.last_hidden_state[i][vectors.at("pool_position")[i].item<int64_t>()]));
+    EXPECT_TRUE(
+        at::equal(output.pooled[i],
+                  output.last_hidden_state[i][vectors.at("pool_position")[i].item<int64_t>()]));
 }
 
 /// The message with which `config.json` is refused, as changed by `change`.
@@ -72,21 +80,25 @@ TEST(Clip, BitsDoNotDependOnTheBatch) {
     const TextModel model = model_in(kGolden, dtype);
     const Output together = model.encode(ids);
     for (int64_t i = 0; i < ids.size(0); ++i)
-      EXPECT_TRUE(at::equal(model.encode(ids.narrow(0, i, 1).clone()).last_hidden_state, together.last_hidden_state.narrow(0, i, 1)));
+      EXPECT_TRUE(at::equal(model.encode(ids.narrow(0, i, 1).clone()).last_hidden_state,
+                            together.last_hidden_state.narrow(0, i, 1)));
   }
 }
 
 TEST(Clip, RefusesIdsItCannotEncode) {
   const TextModel model = model_in(kGolden, at::kFloat);
-  EXPECT_THROW(model.encode(at::full({1, 77}, 600, at::kLong)), std::invalid_argument);  // outside the vocabulary
-  EXPECT_THROW(model.encode(at::full({1, 77}, 5, at::kLong)), std::invalid_argument);    // no end token
+  EXPECT_THROW(model.encode(at::full({1, 77}, 600, at::kLong)),
+               std::invalid_argument);  // outside the vocabulary
+  EXPECT_THROW(model.encode(at::full({1, 77}, 5, at::kLong)),
+               std::invalid_argument);  // no end token
   EXPECT_THROW(model.encode(at::full({1, 78}, 599, at::kLong)), std::invalid_argument);  // too long
 }
 
 TEST(ClipWeights, NamesWithoutTextModelAreTheSame) {
   const TensorMap weights = weights_in(kGolden);
   TensorMap bare;
-  for (const auto& [name, tensor] : weights) bare.emplace(name.substr(std::string("text_model.").size()), tensor);
+  for (const auto& [name, tensor] : weights)
+    bare.emplace(name.substr(std::string("text_model.").size()), tensor);
   EXPECT_EQ(weights_sha256(canonical(net_of(bare))), weights_sha256(weights));
 }
 
@@ -94,7 +106,10 @@ TEST(ClipWeights, WholeClipGivesItsTextModel) {
   const TensorMap weights = weights_in(kGolden);
   TensorMap whole = weights;
   whole.emplace("text_model.embeddings.position_ids", at::arange(77).view({1, 77}));
-  for (const char* name : {"text_projection.weight", "logit_scale", "vision_model.post_layernorm.weight", "visual_projection.weight"})
+  for (const char* name : {"text_projection.weight",
+                           "logit_scale",
+                           "vision_model.post_layernorm.weight",
+                           "visual_projection.weight"})
     whole.emplace(name, at::zeros({2}));
   EXPECT_EQ(weights_sha256(canonical(net_of(whole))), weights_sha256(weights));
 }
@@ -112,12 +127,15 @@ TEST(ClipWeights, HeadsComeFromConfigJsonOrAre64Wide) {
 TEST(ClipWeights, ConfigJsonThatContradictsIsRefused) {
   EXPECT_EQ(config_refusal(json::object()), "");
   EXPECT_EQ(config_refusal({{"eos_token_id", 2}}), "");  // a mistake of published files
-  EXPECT_THAT(config_refusal({{"hidden_size", 96}}), HasSubstr("says hidden_size 96, the weights 80"));
+  EXPECT_THAT(config_refusal({{"hidden_size", 96}}),
+              HasSubstr("says hidden_size 96, the weights 80"));
   EXPECT_THAT(config_refusal({{"hidden_act", "gelu"}}), HasSubstr("hidden_act \"gelu\""));
   EXPECT_THAT(config_refusal({{"layer_norm_eps", 1e-6}}), HasSubstr("layer_norm_eps"));
-  EXPECT_THAT(config_refusal({{"num_attention_heads", 3}}), HasSubstr("num_attention_heads 3 for a width of 80"));
+  EXPECT_THAT(config_refusal({{"num_attention_heads", 3}}),
+              HasSubstr("num_attention_heads 3 for a width of 80"));
   EXPECT_THAT(config_refusal({{"num_attention_heads", "four"}}), HasSubstr("no integer"));
-  EXPECT_THAT(config_refusal({{"text_config", {{"hidden_size", 64}}}}), HasSubstr("says hidden_size 64"));
+  EXPECT_THAT(config_refusal({{"text_config", {{"hidden_size", 64}}}}),
+              HasSubstr("says hidden_size 64"));
 }
 
 TEST(ClipWeights, OthersAreRefused) {

@@ -16,13 +16,17 @@ using at::Tensor;
 using test::relative_error;
 using testing::HasSubstr;
 
-const std::filesystem::path kGolden = std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/t5";
-/// Relative limits of case.json: about four times the float32 error of the reference, twice its bfloat16 error.
+const std::filesystem::path kGolden =
+    std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/t5";
+/// Relative limits of case.json: about four times the float32 error of the reference, twice its
+/// bfloat16 error.
 constexpr double kFloatLimit = 5e-6, kBFloat16Limit = 0.016;
 constexpr const char* kShared = "shared.weight";
 constexpr const char* kEmbedTokens = "encoder.embed_tokens.weight";
 
-NetTensors net_of(TensorMap tensors) { return {"some.safetensors", {}, "", std::move(tensors), {}}; }
+NetTensors net_of(TensorMap tensors) {
+  return {"some.safetensors", {}, "", std::move(tensors), {}};
+}
 TensorMap weights_in(const std::filesystem::path& folder) {
   return canonical(take_net(read_weights(folder / "weights.safetensors"), NetKind::kT5));
 }
@@ -39,7 +43,10 @@ void compare(const std::filesystem::path& folder, at::ScalarType dtype, double l
     EXPECT_LE(relative_error(encoder.encode(ids), vectors.at(name + "no_mask.output")), limit);
     const Tensor masked = encoder.encode(ids, mask), wanted = vectors.at(name + "masked.output");
     EXPECT_LE(relative_error(masked.narrow(1, 0, wanted.size(1)), wanted), limit);
-    EXPECT_EQ(masked.narrow(1, wanted.size(1), ids.size(1) - wanted.size(1)).count_nonzero().item<int64_t>(), 0);
+    EXPECT_EQ(masked.narrow(1, wanted.size(1), ids.size(1) - wanted.size(1))
+                  .count_nonzero()
+                  .item<int64_t>(),
+              0);
   }
 }
 
@@ -65,17 +72,20 @@ TEST(T5, RelativeBucketsAreThoseOfTheReference) {
   const TensorMap vectors = test::golden("models/t5/vectors.safetensors");
   const Tensor relative = vectors.at("bias.relative"), bucket = vectors.at("bias.bucket");
   for (int64_t i = 0; i < relative.numel(); ++i)
-    EXPECT_EQ(relative_bucket(relative[i].item<int64_t>()), bucket[i].item<int64_t>()) << relative[i].item<int64_t>();
+    EXPECT_EQ(relative_bucket(relative[i].item<int64_t>()), bucket[i].item<int64_t>())
+        << relative[i].item<int64_t>();
   EXPECT_EQ(relative_bucket(100000), 31);
   EXPECT_EQ(relative_bucket(-100000), 15);
 }
 
-TEST(T5, MaskWithHolesEqualsTheTokensThatAreLeft) {  // attention sees positions only through their differences
+TEST(T5, MaskWithHolesEqualsTheTokensThatAreLeft) {  // attention sees positions only through their
+                                                     // differences
   const Encoder encoder = load(weights_in(kGolden), at::kFloat);
   const Tensor ids = at::arange(2, 26).view({1, 24});
   Tensor mask = at::zeros({1, 24}, at::kLong);
   mask.narrow(1, 5, 9).fill_(1);
-  const Tensor whole = encoder.encode(ids, mask), part = encoder.encode(ids.narrow(1, 5, 9).clone());
+  const Tensor whole = encoder.encode(ids, mask),
+               part = encoder.encode(ids.narrow(1, 5, 9).clone());
   EXPECT_LE(relative_error(whole.narrow(1, 5, 9), part), kFloatLimit);
 }
 
@@ -90,7 +100,8 @@ TEST(T5, BitsDoNotDependOnTheBatch) {
     for (int64_t i = 0; i < 3; ++i) {
       const Tensor row = ids.narrow(0, i, 1).clone();
       EXPECT_TRUE(at::equal(encoder.encode(row), together.narrow(0, i, 1)));
-      EXPECT_TRUE(at::equal(encoder.encode(row, mask.narrow(0, i, 1).clone()), masked.narrow(0, i, 1)));
+      EXPECT_TRUE(
+          at::equal(encoder.encode(row, mask.narrow(0, i, 1).clone()), masked.narrow(0, i, 1)));
     }
   }
 }
@@ -100,8 +111,10 @@ TEST(T5, RefusesIdsOutsideTheVocabulary) {
   EXPECT_THROW(encoder.encode(at::full({1, 4}, 512, at::kLong)), std::invalid_argument);
   EXPECT_THROW(encoder.encode(at::full({1, 4}, -1, at::kLong)), std::invalid_argument);
   EXPECT_THROW(encoder.encode(at::zeros({4}, at::kLong)), std::invalid_argument);
-  EXPECT_THROW(encoder.encode(at::zeros({1, 4}, at::kLong), at::zeros({1, 3}, at::kLong)), std::invalid_argument);
-  EXPECT_THROW(encoder.encode(at::zeros({1, 4}, at::kLong), at::zeros({1, 4}, at::kLong)), std::invalid_argument);
+  EXPECT_THROW(encoder.encode(at::zeros({1, 4}, at::kLong), at::zeros({1, 3}, at::kLong)),
+               std::invalid_argument);
+  EXPECT_THROW(encoder.encode(at::zeros({1, 4}, at::kLong), at::zeros({1, 4}, at::kLong)),
+               std::invalid_argument);
 }
 
 TEST(T5Weights, SizesAreReadOffTheCheckpoint) {
@@ -134,12 +147,14 @@ TEST(T5Weights, PlainFloat8IsRead) {  // every tensor one byte, norms and the to
     decoded[name] = to_dtype(tensor, at::kFloat);
   }
   const Tensor ids = at::arange(2, 34).view({1, 32});
-  EXPECT_TRUE(at::equal(load(canonical(net_of(weights)), at::kFloat).encode(ids), load(decoded, at::kFloat).encode(ids)));
+  EXPECT_TRUE(at::equal(load(canonical(net_of(weights)), at::kFloat).encode(ids),
+                        load(decoded, at::kFloat).encode(ids)));
 }
 
 TEST(T5Weights, RelativesAreRefusedByName) {
   TensorMap umt5 = weights_in(kGolden), v1_0 = umt5, scaled = umt5;
-  umt5.emplace("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", at::zeros({32, 4}));
+  umt5.emplace("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+               at::zeros({32, 4}));
   EXPECT_THAT(refusal(umt5), HasSubstr("umT5"));
   v1_0.erase("encoder.block.0.layer.1.DenseReluDense.wi_0.weight");
   v1_0.emplace("encoder.block.0.layer.1.DenseReluDense.wi.weight", at::zeros({128, 96}));
@@ -154,7 +169,8 @@ TEST(T5Weights, MissingSurplusAndMisshapenAreListedTogether) {
   weights.emplace("encoder.block.0.extra", at::zeros({1}));
   weights["encoder.final_layer_norm.weight"] = at::zeros({3});
   const std::string message = refusal(weights);
-  EXPECT_THAT(message, HasSubstr("1 tensor missing: encoder.block.2.layer.1.DenseReluDense.wo.weight"));
+  EXPECT_THAT(message,
+              HasSubstr("1 tensor missing: encoder.block.2.layer.1.DenseReluDense.wo.weight"));
   EXPECT_THAT(message, HasSubstr("1 tensor surplus: encoder.block.0.extra"));
   EXPECT_THAT(message, HasSubstr("encoder.final_layer_norm.weight is [3], expected [96]"));
 }

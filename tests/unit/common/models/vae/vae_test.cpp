@@ -22,26 +22,36 @@ using at::Tensor;
 using test::relative_error;
 using testing::HasSubstr;
 
-const std::filesystem::path kGolden = std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/vae";
-/// Relative limits of case.json: about four times the float32 error of the reference, twice its bfloat16 error.
+const std::filesystem::path kGolden =
+    std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/models/vae";
+/// Relative limits of case.json: about four times the float32 error of the reference, twice its
+/// bfloat16 error.
 constexpr double kFloatLimit = 5e-6, kBFloat16Limit = 0.03;
 
-NetTensors net_of(TensorMap tensors) { return {"some.safetensors", {}, "", std::move(tensors), {}}; }
-TensorMap weights_in(const std::filesystem::path& folder, const char* file = "weights_bfl.safetensors") {
+NetTensors net_of(TensorMap tensors) {
+  return {"some.safetensors", {}, "", std::move(tensors), {}};
+}
+TensorMap weights_in(const std::filesystem::path& folder,
+                     const char* file = "weights_bfl.safetensors") {
   return canonical(take_net(read_weights(folder / file), NetKind::kAutoEncoder));
 }
 Encoder encoder_in(const TensorMap& weights, at::ScalarType dtype) {
-  return Encoder::load(encoder_half(weights, "some.safetensors"), Config::from_weights(weights, "some.safetensors"), dtype,
+  return Encoder::load(encoder_half(weights, "some.safetensors"),
+                       Config::from_weights(weights, "some.safetensors"),
+                       dtype,
                        at::kCPU);
 }
 Decoder decoder_in(const TensorMap& weights, at::ScalarType dtype) {
-  return Decoder::load(decoder_half(weights, "some.safetensors"), Config::from_weights(weights, "some.safetensors"), dtype,
+  return Decoder::load(decoder_half(weights, "some.safetensors"),
+                       Config::from_weights(weights, "some.safetensors"),
+                       dtype,
                        at::kCPU);
 }
 
 /// Both inputs of the reference: encoder, decoder and the scale of latents.
 void compare(const std::filesystem::path& folder, at::ScalarType dtype, double limit) {
-  const TensorMap weights = weights_in(folder), vectors = read_weights(folder / "vectors.safetensors").tensors;
+  const TensorMap weights = weights_in(folder),
+                  vectors = read_weights(folder / "vectors.safetensors").tensors;
   const Encoder encoder = encoder_in(weights, dtype);
   const Decoder decoder = decoder_in(weights, dtype);
   for (const std::string image : {"image0.", "image1."}) {
@@ -49,7 +59,8 @@ void compare(const std::filesystem::path& folder, at::ScalarType dtype, double l
     const Posterior posterior = encoder.encode(vectors.at(image + "input"));
     EXPECT_LE(relative_error(posterior.mean, vectors.at(image + "mean")), limit);
     EXPECT_LE(relative_error(posterior.logvar, vectors.at(image + "logvar")), limit);
-    EXPECT_LE(relative_error(scale_latents(posterior.mean), vectors.at(image + "latents_of_mean")), limit);
+    EXPECT_LE(relative_error(scale_latents(posterior.mean), vectors.at(image + "latents_of_mean")),
+              limit);
     const Tensor decoded = decoder.decode(unscale_latents(vectors.at(image + "latents")));
     EXPECT_LE(relative_error(decoded, vectors.at(image + "decoded")), limit);
     EXPECT_EQ(decoded.scalar_type(), at::kFloat);
@@ -84,7 +95,8 @@ TEST(AutoEncoder, EveryStageOfTheEncoderEqualsReference) {
     SCOPED_TRACE(name);
     if (name.starts_with("tap_samples.")) {
       const Tensor flat = taps.at(name.substr(12)).flatten();
-      const Tensor index = (at::arange(wanted.numel(), at::kLong) * 1000003).remainder(flat.numel());
+      const Tensor index =
+          (at::arange(wanted.numel(), at::kLong) * 1000003).remainder(flat.numel());
       EXPECT_LE(relative_error(flat.index_select(0, index), wanted), kFloatLimit);
       ++compared;
     } else if (name.starts_with("tap.")) {
@@ -114,7 +126,8 @@ TEST(AutoEncoder, BitsDoNotDependOnTheBatch) {
   }
 }
 
-TEST(AutoEncoder, AttentionInSlicesEqualsAttentionAtOnce) {  // 80 x 80 latents: 6400 tokens, so slices of 2621 queries
+TEST(AutoEncoder, AttentionInSlicesEqualsAttentionAtOnce) {  // 80 x 80 latents: 6400 tokens, so
+                                                             // slices of 2621 queries
   const Encoder encoder = encoder_in(weights_in(kGolden), at::kFloat);
   const auto gen = at::make_generator<at::CPUGeneratorImpl>(3);
   const Tensor pixels = at::rand({1, 3, 640, 640}, gen) * 2 - 1;
@@ -122,10 +135,17 @@ TEST(AutoEncoder, AttentionInSlicesEqualsAttentionAtOnce) {  // 80 x 80 latents:
   encoder.encode(pixels, &taps);
   const Tensor x = taps.at("mid.block_1");
   const auto& a = encoder.attention;
-  const Tensor n = at::group_norm(x, 32, a.norm.weight, a.norm.bias, 1e-6).flatten(2).squeeze(0).t();  // [tokens, c]
-  const auto linear = [](const Tensor& y, const Conv& c) { return at::linear(y, c.weight.flatten(1), c.bias); };
-  const Tensor scores = at::mm(linear(n, a.q), linear(n, a.k).t()) / std::sqrt(static_cast<double>(x.size(1)));
-  const Tensor out = linear(at::mm(at::softmax(scores, -1), linear(n, a.v)), a.out).t().reshape(x.sizes()) + x;
+  const Tensor n = at::group_norm(x, 32, a.norm.weight, a.norm.bias, 1e-6)
+                       .flatten(2)
+                       .squeeze(0)
+                       .t();  // [tokens, c]
+  const auto linear = [](const Tensor& y, const Conv& c) {
+    return at::linear(y, c.weight.flatten(1), c.bias);
+  };
+  const Tensor scores =
+      at::mm(linear(n, a.q), linear(n, a.k).t()) / std::sqrt(static_cast<double>(x.size(1)));
+  const Tensor out =
+      linear(at::mm(at::softmax(scores, -1), linear(n, a.v)), a.out).t().reshape(x.sizes()) + x;
   EXPECT_LE(relative_error(taps.at("mid.attn_1"), out), kFloatLimit);
 }
 
@@ -135,7 +155,8 @@ TEST(AutoEncoder, RefusesOtherShapesOfInput) {
   EXPECT_THROW(encoder.encode(at::zeros({1, 3, 60, 64})), std::invalid_argument);
   EXPECT_THROW(encoder.encode(at::zeros({1, 4, 64, 64})), std::invalid_argument);
   EXPECT_THROW(encoder.encode(at::zeros({3, 64, 64})), std::invalid_argument);
-  EXPECT_THROW(decoder_in(weights, at::kFloat).decode(at::zeros({1, 4, 8, 8})), std::invalid_argument);
+  EXPECT_THROW(decoder_in(weights, at::kFloat).decode(at::zeros({1, 4, 8, 8})),
+               std::invalid_argument);
 }
 
 TEST(AutoEncoderWeights, SizesAreReadOffEitherHalf) {
@@ -163,7 +184,8 @@ TEST(AutoEncoderWeights, DiffusersFileGivesTheSameTensors) {
   EXPECT_EQ(weights_sha256(diffusers), weights_sha256(bfl));
 }
 
-/// The reference's own list of names, both halves, with the names of the oldest diffusers files too.
+/// The reference's own list of names, both halves, with the names of the oldest diffusers files
+/// too.
 TEST(AutoEncoderWeights, EveryDiffusersNameIsMapped) {
   const TensorMap bfl = weights_in(kGolden);
   const auto layout = nlohmann::json::parse(read_file(kGolden / "layout.json"));
@@ -174,8 +196,12 @@ TEST(AutoEncoderWeights, EveryDiffusersNameIsMapped) {
       EXPECT_EQ(to_hex(sha256(host_bytes(tensor))), entry["sha256"]);
       std::string name = entry["diffusers"];
       if (old_names)
-        for (const auto& [now, then] : {std::pair{".to_q.", ".query."}, {".to_k.", ".key."}, {".to_v.", ".value."}, {".to_out.0.", ".proj_attn."}})
-          if (const size_t at = name.find(now); at != std::string::npos) name.replace(at, std::string_view(now).size(), then);
+        for (const auto& [now, then] : {std::pair{".to_q.", ".query."},
+                                        {".to_k.", ".key."},
+                                        {".to_v.", ".value."},
+                                        {".to_out.0.", ".proj_attn."}})
+          if (const size_t at = name.find(now); at != std::string::npos)
+            name.replace(at, std::string_view(now).size(), then);
       renamed.emplace(name, tensor);
     }
     EXPECT_EQ(weights_sha256(canonical(net_of(renamed))), weights_sha256(bfl));
@@ -183,10 +209,12 @@ TEST(AutoEncoderWeights, EveryDiffusersNameIsMapped) {
 }
 
 TEST(AutoEncoderWeights, PrefixOfAnAllInOneFileIsTakenOff) {
-  TensorMap weights = weights_in(kGolden), prefixed{{"model.diffusion_model.img_in.weight", at::zeros({1})}};
+  TensorMap weights = weights_in(kGolden),
+            prefixed{{"model.diffusion_model.img_in.weight", at::zeros({1})}};
   for (const auto& [name, tensor] : weights) prefixed.emplace("first_stage_model." + name, tensor);
   const WeightFile file{"all.safetensors", {}, prefixed, {}};
-  EXPECT_EQ(weights_sha256(canonical(take_net(file, NetKind::kAutoEncoder))), weights_sha256(weights));
+  EXPECT_EQ(weights_sha256(canonical(take_net(file, NetKind::kAutoEncoder))),
+            weights_sha256(weights));
 }
 
 TEST(AutoEncoderWeights, MissingSurplusAndMisshapenAreListedTogether) {
@@ -203,7 +231,8 @@ TEST(AutoEncoderWeights, MissingSurplusAndMisshapenAreListedTogether) {
 TEST(AutoEncoderWeights, OtherAutoencodersAreRefusedByName) {
   TensorMap four = weights_in(kGolden), thirty_two = four;
   four["encoder.conv_out.weight"] = at::zeros({8, 64, 3, 3});
-  EXPECT_THAT(refusal(four), HasSubstr("4 latent channels, FLUX.1's has 16 (4: Stable Diffusion's)"));
+  EXPECT_THAT(refusal(four),
+              HasSubstr("4 latent channels, FLUX.1's has 16 (4: Stable Diffusion's)"));
   thirty_two["encoder.conv_out.weight"] = at::zeros({64, 64, 3, 3});
   EXPECT_THAT(refusal(thirty_two), HasSubstr("32: FLUX.2's"));
   EXPECT_THAT(refusal({{"model.weight", at::zeros({1})}}), HasSubstr("not a FLUX autoencoder"));
@@ -212,23 +241,28 @@ TEST(AutoEncoderWeights, OtherAutoencodersAreRefusedByName) {
 TEST(NormSwish, EqualsDoubleInFloat32) {  // far from zero, large, tiny; one pixel more than a chunk
   const auto gen = at::make_generator<at::CPUGeneratorImpl>(11);
   Tensor buffer;
-  for (const auto& [offset, spread] : {std::pair{0.0, 1.0}, {100.0, 1.0}, {0.0, 30.0}, {0.0, 1e-4}, {3.0, 0.0}}) {
+  for (const auto& [offset, spread] :
+       {std::pair{0.0, 1.0}, {100.0, 1.0}, {0.0, 30.0}, {0.0, 1e-4}, {3.0, 0.0}}) {
     SCOPED_TRACE(testing::Message() << offset << " +- " << spread);
-    const Tensor x = (at::randn({1, 64, 25, 41}, gen) * spread + offset).contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor x = (at::randn({1, 64, 25, 41}, gen) * spread + offset)
+                         .contiguous(at::MemoryFormat::ChannelsLast);
     const Tensor weight = at::randn({64}, gen) * 20, bias = at::randn({64}, gen);
     const Tensor y = norm_swish(x, weight, bias, buffer);
-    const Tensor exact = at::silu(at::group_norm(x.to(at::kDouble), 32, weight.to(at::kDouble), bias.to(at::kDouble), 1e-6));
+    const Tensor exact = at::silu(
+        at::group_norm(x.to(at::kDouble), 32, weight.to(at::kDouble), bias.to(at::kDouble), 1e-6));
     EXPECT_LE(relative_error(y, exact), 3e-7);
   }
 }
 
 TEST(NormSwish, RoundsToBFloat16Once) {
   const auto gen = at::make_generator<at::CPUGeneratorImpl>(12);
-  const Tensor x = at::randn({1, 32, 40, 30}, gen).to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor x =
+      at::randn({1, 32, 40, 30}, gen).to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor weight = at::ones({32}, at::kBFloat16), bias = at::zeros({32}, at::kBFloat16);
   Tensor buffer, wide_buffer;
   const Tensor y = norm_swish(x, weight, bias, buffer);
-  const Tensor wide = norm_swish(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat), wide_buffer);
+  const Tensor wide =
+      norm_swish(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat), wide_buffer);
   EXPECT_TRUE(at::equal(y, wide.to(at::kBFloat16)));
 }
 
