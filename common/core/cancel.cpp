@@ -9,9 +9,12 @@ volatile std::sig_atomic_t g_exit_code = 0;
 
 int exit_code_of(int signal) {
   switch (signal) {
-    case SIGHUP: return static_cast<int>(ExitCode::kHangUp);
-    case SIGINT: return static_cast<int>(ExitCode::kInterrupt);
-    default: return static_cast<int>(ExitCode::kTerminate);
+    case SIGHUP:
+      return static_cast<int>(ExitCode::kHangUp);
+    case SIGINT:
+      return static_cast<int>(ExitCode::kInterrupt);
+    default:
+      return static_cast<int>(ExitCode::kTerminate);
   }
 }
 
@@ -45,6 +48,8 @@ void check() {
   if (const auto exit_code = requested()) throw Interrupted(*exit_code);
 }
 
-void set(std::optional<ExitCode> exit_code) { g_exit_code = exit_code ? static_cast<int>(*exit_code) : 0; }
+void set(std::optional<ExitCode> exit_code) {
+  g_exit_code = exit_code ? static_cast<int>(*exit_code) : 0;
+}
 
 }  // namespace flux::cancel

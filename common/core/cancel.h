@@ -6,10 +6,12 @@
 
 namespace flux::cancel {
 
-/// Installs the handlers: the first signal asks the work to save and stop, a second one ends the process at once.
-/// SIGPIPE and SIGXFSZ are ignored, so that a failing write is an error with a message. run_tool calls it.
+/// Installs the handlers: the first signal asks the work to save and stop, a second one ends the
+/// process at once. SIGPIPE and SIGXFSZ are ignored, so that a failing write is an error with a
+/// message. run_tool calls it.
 void install();
-/// The exit code asked for, once a signal has come: 129, 130, 143 (143 for SIGUSR1 too, for requeueing).
+/// The exit code asked for, once a signal has come: 129, 130, 143 (143 for SIGUSR1 too, for
+/// requeueing).
 std::optional<ExitCode> requested();
 /// Throws Interrupted if a signal has come. For loops that have nothing to save.
 void check();

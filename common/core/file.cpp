@@ -23,10 +23,17 @@ namespace {
 
 std::string errno_text(int number) { return std::generic_category().message(number); }
 
-int64_t nanoseconds(const struct timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
+int64_t nanoseconds(const struct timespec& time) {
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
 
 FileStamp stamp_of(const fs::path& path, const struct stat& info) {
-  return {path, info.st_dev, info.st_ino, static_cast<uint64_t>(info.st_size), nanoseconds(info.st_mtim), nanoseconds(info.st_ctim)};
+  return {path,
+          info.st_dev,
+          info.st_ino,
+          static_cast<uint64_t>(info.st_size),
+          nanoseconds(info.st_mtim),
+          nanoseconds(info.st_ctim)};
 }
 
 // An open descriptor of a regular file, its size and its stamp.
@@ -46,8 +53,10 @@ struct Input {
     struct stat info {};
     if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
       close(fd);
-      throw InputError(fmt::format("{}: is {}, not a file", show(path),
-                                   S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"));
+      throw InputError(
+          fmt::format("{}: is {}, not a file",
+                      show(path),
+                      S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"));
     }
     stamp = stamp_of(path, info);
     size = stamp.size_bytes;
@@ -60,7 +69,8 @@ struct Input {
     for (;;) {
       const ssize_t got = read(fd, into.data(), into.size());
       if (got >= 0) return static_cast<size_t>(got);
-      if (errno != EINTR) throw InputError(fmt::format("{}: reading failed: {}", show(path), errno_text(errno)));
+      if (errno != EINTR)
+        throw InputError(fmt::format("{}: reading failed: {}", show(path), errno_text(errno)));
     }
   }
 };
@@ -73,14 +83,17 @@ bool rename_new(const fs::path& from, const fs::path& to) {
   return link(from.c_str(), to.c_str()) == 0 && unlink(from.c_str()) == 0;
 }
 
-fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+fs::path folder_of(const fs::path& path) {
+  return path.has_parent_path() ? path.parent_path() : fs::path(".");
+}
 
 }  // namespace
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {
   const Input input(path);
   if (input.size > max_bytes) {
-    throw InputError(fmt::format("{}: {} bytes, at most {} are read", show(path), input.size, max_bytes));
+    throw InputError(
+        fmt::format("{}: {} bytes, at most {} are read", show(path), input.size, max_bytes));
   }
   std::string out(input.size, '\0');
   size_t done = 0;
@@ -93,7 +106,8 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
   return out;
 }
 
-void read_chunks(const fs::path& path, const std::function<void(std::span<const std::byte>)>& take) {
+void read_chunks(const fs::path& path,
+                 const std::function<void(std::span<const std::byte>)>& take) {
   const Input input(path);
   std::vector<std::byte> buffer(size_t{1} << 20);
   while (const size_t got = input.read_some(path, buffer)) take(std::span(buffer).first(got));
@@ -102,7 +116,8 @@ void read_chunks(const fs::path& path, const std::function<void(std::span<const 
 FileStamp file_stamp(const fs::path& path) {
   struct stat info {};
   if (stat(path.c_str(), &info) != 0) {
-    throw InputError(fmt::format("{}: cannot be read: {}", show(path), errno_text(errno)), "check the path");
+    throw InputError(fmt::format("{}: cannot be read: {}", show(path), errno_text(errno)),
+                     "check the path");
   }
   return stamp_of(path, info);
 }
@@ -124,8 +139,10 @@ MappedFile::~MappedFile() {
 }
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
-  temporary_ = folder_of(path_) / fmt::format(".{}.tmp-{}", path_.filename().native(), random_name());
-  if (temporary_.filename().native().size() > 255) temporary_ = folder_of(path_) / (".tmp-" + random_name());
+  temporary_ =
+      folder_of(path_) / fmt::format(".{}.tmp-{}", path_.filename().native(), random_name());
+  if (temporary_.filename().native().size() > 255)
+    temporary_ = folder_of(path_) / (".tmp-" + random_name());
   fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd_ < 0) fail("cannot be created");
 }
@@ -139,8 +156,9 @@ AtomicFile::~AtomicFile() {
 void AtomicFile::fail(const char* what) const {
   const int number = errno;
   throw ResourceError(fmt::format("{}: {}: {}", show(path_), what, errno_text(number)),
-                      number == ENOSPC || number == EDQUOT ? "free some disk space and run again"
-                                                           : "check that the folder exists and is writable");
+                      number == ENOSPC || number == EDQUOT
+                          ? "free some disk space and run again"
+                          : "check that the folder exists and is writable");
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
@@ -177,7 +195,8 @@ void AtomicFile::publish(bool replace) {
   if (fsync(fd_) != 0) fail("flushing to the disk failed");
   const int fd = std::exchange(fd_, -1);
   const bool closed = close(fd) == 0;
-  if (!closed || !(replace ? rename(temporary_.c_str(), path_.c_str()) == 0 : rename_new(temporary_, path_))) {
+  if (!closed ||
+      !(replace ? rename(temporary_.c_str(), path_.c_str()) == 0 : rename_new(temporary_, path_))) {
     const int number = errno;
     unlink(temporary_.c_str());
     errno = number;
@@ -194,7 +213,8 @@ void write_file_atomic(const fs::path& path, std::string_view bytes) {
 
 bool write_file_if_changed(const fs::path& path, std::string_view bytes) {
   std::error_code error;
-  if (fs::is_regular_file(path, error) && fs::file_size(path, error) == bytes.size() && read_file(path) == bytes) {
+  if (fs::is_regular_file(path, error) && fs::file_size(path, error) == bytes.size() &&
+      read_file(path) == bytes) {
     return false;
   }
   write_file_atomic(path, bytes);
@@ -205,7 +225,8 @@ void make_folder(const fs::path& path) {
   std::error_code error;
   fs::create_directories(path, error);
   if (error || !fs::is_directory(path)) {
-    throw ResourceError(fmt::format("{}: folder cannot be made: {}", show(path),
+    throw ResourceError(fmt::format("{}: folder cannot be made: {}",
+                                    show(path),
                                     error ? error.message() : "something else has this name"),
                         "choose another --out, or make it writable");
   }
@@ -213,13 +234,15 @@ void make_folder(const fs::path& path) {
 
 void sync_folder(const fs::path& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(errno)));
+  if (fd < 0)
+    throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(errno)));
   const int result = fsync(fd);
   const int number = errno;
   close(fd);
   // some file systems do not know fsync on folders; they have no separate flush to ask for
   if (result != 0 && number != EINVAL) {
-    throw ResourceError(fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
+    throw ResourceError(
+        fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
   }
 }
 

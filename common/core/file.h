@@ -1,4 +1,5 @@
-// common/core/file.h - whole files: read, map, and write so that a file under its final name is complete.
+// common/core/file.h - whole files: read, map, and write so that a file under its final name is
+// complete.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,10 +12,12 @@
 
 namespace flux {
 
-/// Reads a regular file of at most `max_bytes`. Throws InputError: absent, not a regular file, too large, unreadable.
+/// Reads a regular file of at most `max_bytes`. Throws InputError: absent, not a regular file, too
+/// large, unreadable.
 std::string read_file(const std::filesystem::path& path, uint64_t max_bytes = UINT64_MAX);
 /// Calls `take` with the file's bytes in order, 1 MiB at a time. Throws InputError.
-void read_chunks(const std::filesystem::path& path, const std::function<void(std::span<const std::byte>)>& take);
+void read_chunks(const std::filesystem::path& path,
+                 const std::function<void(std::span<const std::byte>)>& take);
 
 /// A file as the file system knows it: equal stamps mean equal bytes, for memoising hashes.
 struct FileStamp {
@@ -26,8 +29,9 @@ struct FileStamp {
 /// Throws InputError if the file is not there.
 FileStamp file_stamp(const std::filesystem::path& path);
 
-/// A regular file mapped read-only. The mapping stays valid when the file is renamed or removed; a file that somebody
-/// truncates in place would raise SIGBUS, which is why everything here is written by rename.
+/// A regular file mapped read-only. The mapping stays valid when the file is renamed or removed; a
+/// file that somebody truncates in place would raise SIGBUS, which is why everything here is
+/// written by rename.
 class MappedFile {
  public:
   /// Throws InputError: absent, not a regular file, unreadable.
@@ -47,8 +51,9 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-/// Writes a file under a temporary name beside the final one; commit() flushes it to the disk, renames it and flushes the
-/// folder. Without commit() the temporary file is removed. Every failure is a ResourceError that names the path.
+/// Writes a file under a temporary name beside the final one; commit() flushes it to the disk,
+/// renames it and flushes the folder. Without commit() the temporary file is removed. Every failure
+/// is a ResourceError that names the path.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
@@ -75,10 +80,12 @@ class AtomicFile {
 
 /// AtomicFile in one call.
 void write_file_atomic(const std::filesystem::path& path, std::string_view bytes);
-/// Does nothing if the file already holds exactly `bytes`, so that its modification time stays. Returns whether it wrote.
+/// Does nothing if the file already holds exactly `bytes`, so that its modification time stays.
+/// Returns whether it wrote.
 bool write_file_if_changed(const std::filesystem::path& path, std::string_view bytes);
 
-/// Makes a folder and its parents. Throws ResourceError if that fails or something else has the name.
+/// Makes a folder and its parents. Throws ResourceError if that fails or something else has the
+/// name.
 void make_folder(const std::filesystem::path& path);
 /// Flushes a folder's entries to the disk. Throws ResourceError.
 void sync_folder(const std::filesystem::path& path);

@@ -12,7 +12,8 @@
 
 namespace flux {
 
-static_assert(std::endian::native == std::endian::little, "files of this project are little-endian");
+static_assert(std::endian::native == std::endian::little,
+              "files of this project are little-endian");
 
 struct Sha256::Context {
   EVP_MD_CTX* evp = EVP_MD_CTX_new();
@@ -78,7 +79,9 @@ Xxh3& Xxh3::add(std::span<const std::byte> bytes) {
 
 uint64_t Xxh3::digest() const { return XXH3_64bits_digest(state_->xxh); }
 
-uint64_t xxh3_64(std::span<const std::byte> bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
+uint64_t xxh3_64(std::span<const std::byte> bytes) {
+  return XXH3_64bits(bytes.data(), bytes.size());
+}
 
 std::string xxh3_128_hex(std::span<const std::byte> bytes) {
   XXH128_canonical_t canonical;

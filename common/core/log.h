@@ -11,7 +11,8 @@ enum class Level { kDebug, kInfo, kWarn, kError };
 
 /// Sets the name at the start of each line and the lowest level shown. run_tool calls it.
 void start(std::string_view program, Level lowest);
-/// Shows one line, escaped (text.h) except for line breaks. A progress line on the terminal is cleared first.
+/// Shows one line, escaped (text.h) except for line breaks. A progress line on the terminal is
+/// cleared first.
 void write(Level level, std::string_view text);
 
 template <class... Args>

@@ -10,7 +10,8 @@
 namespace flux {
 namespace {
 
-// Length of the well-formed UTF-8 sequence at the start of `s`, 0 if there is none. Unicode 15, table 3-7.
+// Length of the well-formed UTF-8 sequence at the start of `s`, 0 if there is none. Unicode 15,
+// table 3-7.
 size_t utf8_length(std::string_view s) {
   const auto at = [&](size_t i) { return static_cast<unsigned char>(s[i]); };
   const auto tail = [&](size_t i) { return i < s.size() && (at(i) & 0xC0) == 0x80; };
@@ -39,7 +40,8 @@ bool is_control(std::string_view sequence) {
   if (sequence.size() == 1) return at(0) < 0x20 || at(0) == 0x7F;
   if (sequence.size() == 2) return at(0) == 0xC2 && at(1) < 0xA0;
   if (sequence.size() == 3 && at(0) == 0xE2) {
-    return (at(1) == 0x80 && ((at(2) >= 0x8E && at(2) <= 0x8F) || (at(2) >= 0xA8 && at(2) <= 0xAE))) ||
+    return (at(1) == 0x80 &&
+            ((at(2) >= 0x8E && at(2) <= 0x8F) || (at(2) >= 0xA8 && at(2) <= 0xAE))) ||
            (at(1) == 0x81 && at(2) >= 0xA6 && at(2) <= 0xA9);
   }
   return false;
@@ -83,7 +85,8 @@ std::optional<size_t> first_invalid_utf8(std::string_view bytes) {
   return std::nullopt;
 }
 
-std::optional<std::string> nearest_name(std::string_view name, std::span<const std::string> candidates) {
+std::optional<std::string> nearest_name(std::string_view name,
+                                        std::span<const std::string> candidates) {
   std::optional<std::string> best;
   size_t best_distance = name.size() / 3 + 1;  // one change in three letters still counts as near
   for (const std::string& candidate : candidates) {
@@ -151,7 +154,9 @@ std::string show_seconds(double seconds) {
   return fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
 }
 
-std::string shape_text(std::span<const int64_t> shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string shape_text(std::span<const int64_t> shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 std::string join_some(std::span<const std::string> names, size_t limit) {
   std::string out;

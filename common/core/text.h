@@ -11,17 +11,19 @@
 
 namespace flux {
 
-/// `text` with control characters and bytes that are not UTF-8 written as \n, \t or \xNN, so that what users' files say
-/// cannot steer a terminal or forge a log line.
+/// `text` with control characters and bytes that are not UTF-8 written as \n, \t or \xNN, so that
+/// what users' files say cannot steer a terminal or forge a log line.
 std::string printable(std::string_view text);
 /// A path for messages: printable, and in quotes where it holds spaces or anything escaped.
 std::string show(const std::filesystem::path& path);
 
-/// Offset of the first byte that is not well-formed UTF-8 (overlong forms and surrogates are not), or nothing.
+/// Offset of the first byte that is not well-formed UTF-8 (overlong forms and surrogates are not),
+/// or nothing.
 std::optional<size_t> first_invalid_utf8(std::string_view bytes);
 
 /// The candidate nearest to `name` by edit distance, if one is near enough to be what was meant.
-std::optional<std::string> nearest_name(std::string_view name, std::span<const std::string> candidates);
+std::optional<std::string> nearest_name(std::string_view name,
+                                        std::span<const std::string> candidates);
 
 std::string lower_ascii(std::string_view text);
 std::vector<std::string> split(std::string_view text, char separator);

@@ -39,12 +39,16 @@ T parse_number(const std::string& text, T low, T high, const char* kind) {
   T value{};
   const char* const end = text.data() + text.size();
   const auto [stop, error] = std::from_chars(text.data(), end, value);
-  if (error == std::errc::result_out_of_range || (error == std::errc{} && stop == end && (value < low || value > high))) {
-    throw UsageError(fmt::format("{} is out of range, {} to {} is allowed", printable(text), low, high));
+  if (error == std::errc::result_out_of_range ||
+      (error == std::errc{} && stop == end && (value < low || value > high))) {
+    throw UsageError(
+        fmt::format("{} is out of range, {} to {} is allowed", printable(text), low, high));
   }
-  if (error != std::errc{} || stop != end) throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
+  if (error != std::errc{} || stop != end)
+    throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
   if constexpr (std::is_floating_point_v<T>) {
-    if (!std::isfinite(value)) throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
+    if (!std::isfinite(value))
+      throw UsageError(fmt::format("'{}' is not {}", printable(text), kind));
   }
   return value;
 }
@@ -90,7 +94,8 @@ struct Tool::State {
   UsageError unknown(const std::string& what, const std::string& key) const {
     const auto near = nearest_name(key, names());
     return UsageError(fmt::format("unknown {} '{}'", what, printable(key)),
-                      near ? fmt::format("did you mean --{}? --help lists all flags", *near) : "--help lists all flags");
+                      near ? fmt::format("did you mean --{}? --help lists all flags", *near)
+                           : "--help lists all flags");
   }
   void apply(const Flag& flag, const std::string& text) {
     try {
@@ -105,12 +110,15 @@ struct Tool::State {
 };
 
 // One value of a TOML file as it would stand on a command line.
-static std::string toml_text(const toml::value& value, const std::string& key, const std::filesystem::path& file) {
+static std::string toml_text(const toml::value& value,
+                             const std::string& key,
+                             const std::filesystem::path& file) {
   if (value.is_boolean()) return value.as_boolean() ? "true" : "false";
   if (value.is_integer()) return std::to_string(value.as_integer());
   if (value.is_floating()) return fmt::format("{}", value.as_floating());
   if (value.is_string()) return value.as_string().str;
-  throw UsageError(fmt::format("{}: {} must be a string, a number or true/false", show(file), printable(key)));
+  throw UsageError(
+      fmt::format("{}: {} must be a string, a number or true/false", show(file), printable(key)));
 }
 
 void Tool::State::read_config() {
@@ -120,7 +128,8 @@ void Tool::State::read_config() {
     std::istringstream stream(text);
     document = toml::parse(stream, config.filename().native());
   } catch (const std::exception& error) {
-    throw UsageError(fmt::format("{}: not valid TOML\n  {}", show(config), printable(error.what())));
+    throw UsageError(
+        fmt::format("{}: not valid TOML\n  {}", show(config), printable(error.what())));
   }
   for (const auto& [key, value] : document.as_table()) {
     const std::string wanted = normal_key(key);
@@ -136,12 +145,16 @@ void Tool::State::read_config() {
 }
 
 void Tool::State::print_help() const {
-  std::string out = fmt::format("{} - {}\n\nusage: {} [flags]{}\n", name, sentence, name,
+  std::string out = fmt::format("{} - {}\n\nusage: {} [flags]{}\n",
+                                name,
+                                sentence,
+                                name,
                                 positional ? " " + positional_metavar : "");
   if (positional) out += fmt::format("  {}  {}\n", positional_metavar, positional_help);
   std::string shown_group = "-";
   for (const Flag& flag : flags) {
-    if (flag.group != shown_group) out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
+    if (flag.group != shown_group)
+      out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
     shown_group = flag.group;
     std::string head = "  --" + flag.name + (flag.is_switch ? "" : " " + flag.metavar);
     if (head.size() < 30) {
@@ -150,14 +163,16 @@ void Tool::State::print_help() const {
       head += "\n" + std::string(32, ' ');
     }
     out += head + flag.help;
-    if (!flag.is_switch && !flag.default_text.empty()) out += fmt::format(" (default: {})", flag.default_text);
+    if (!flag.is_switch && !flag.default_text.empty())
+      out += fmt::format(" (default: {})", flag.default_text);
     out += '\n';
   }
   if (!example.empty()) out += fmt::format("\nexample:\n  {}\n", example);
   std::fputs(out.c_str(), stdout);
 }
 
-Tool::Tool(std::string name, std::vector<std::string> arguments) : state_(std::make_unique<State>()) {
+Tool::Tool(std::string name, std::vector<std::string> arguments)
+    : state_(std::make_unique<State>()) {
   state_->name = std::move(name);
   state_->arguments = std::move(arguments);
 }
@@ -177,26 +192,43 @@ void Tool::about(std::string_view sentence, std::string_view example) {
 }
 void Tool::group(std::string_view title) { state_->current_group = title; }
 
-void Tool::flag(std::string_view name, std::string_view metavar, std::string_view help, std::string_view default_text,
+void Tool::flag(std::string_view name,
+                std::string_view metavar,
+                std::string_view help,
+                std::string_view default_text,
                 std::function<void(const std::string&)> set) {
-  if (state_->find(name)) throw std::invalid_argument(fmt::format("flag --{} registered twice", name));
-  state_->flags.push_back({std::string(name), std::string(metavar), std::string(help), std::string(default_text),
-                           state_->current_group, false, false, std::move(set)});
+  if (state_->find(name))
+    throw std::invalid_argument(fmt::format("flag --{} registered twice", name));
+  state_->flags.push_back({std::string(name),
+                           std::string(metavar),
+                           std::string(help),
+                           std::string(default_text),
+                           state_->current_group,
+                           false,
+                           false,
+                           std::move(set)});
 }
 
 void Tool::flag(std::string_view name, bool& value, std::string_view help) {
   flag(name, "", help, "", [&value](const std::string& text) {
-    if (text != "true" && text != "false") throw UsageError(fmt::format("'{}' is not true or false", printable(text)));
+    if (text != "true" && text != "false")
+      throw UsageError(fmt::format("'{}' is not true or false", printable(text)));
     value = text == "true";
   });
   state_->flags.back().is_switch = true;
 }
 
-void Tool::flag(std::string_view name, std::string& value, std::string_view metavar, std::string_view help) {
+void Tool::flag(std::string_view name,
+                std::string& value,
+                std::string_view metavar,
+                std::string_view help) {
   flag(name, metavar, help, value, [&value](const std::string& text) { value = text; });
 }
 
-void Tool::flag(std::string_view name, std::filesystem::path& value, std::string_view metavar, std::string_view help) {
+void Tool::flag(std::string_view name,
+                std::filesystem::path& value,
+                std::string_view metavar,
+                std::string_view help) {
   flag(name, metavar, help, value.native(), [&value](const std::string& text) {
     if (text.empty()) throw UsageError("the path is empty");
     if (text.find('\0') != std::string::npos) throw UsageError("the path holds a zero byte");
@@ -204,40 +236,69 @@ void Tool::flag(std::string_view name, std::filesystem::path& value, std::string
   });
 }
 
-void Tool::flag(std::string_view name, std::vector<std::string>& values, std::string_view metavar, std::string_view help) {
+void Tool::flag(std::string_view name,
+                std::vector<std::string>& values,
+                std::string_view metavar,
+                std::string_view help) {
   flag(name, metavar, help, "", [&values](const std::string& text) { values.push_back(text); });
   state_->flags.back().is_list = true;
 }
 
-void Tool::flag(std::string_view name, int64_t& value, std::string_view metavar, std::string_view help, int64_t low,
+void Tool::flag(std::string_view name,
+                int64_t& value,
+                std::string_view metavar,
+                std::string_view help,
+                int64_t low,
                 int64_t high) {
   flag(name, metavar, help, std::to_string(value), [&value, low, high](const std::string& text) {
     value = parse_number<int64_t>(text, low, high, "a whole number");
   });
 }
 
-void Tool::flag(std::string_view name, std::optional<int64_t>& value, std::string_view metavar, std::string_view help,
-                int64_t low, int64_t high) {
-  flag(name, metavar, help, value ? std::to_string(*value) : "", [&value, low, high](const std::string& text) {
-    value = parse_number<int64_t>(text, low, high, "a whole number");
-  });
+void Tool::flag(std::string_view name,
+                std::optional<int64_t>& value,
+                std::string_view metavar,
+                std::string_view help,
+                int64_t low,
+                int64_t high) {
+  flag(name,
+       metavar,
+       help,
+       value ? std::to_string(*value) : "",
+       [&value, low, high](const std::string& text) {
+         value = parse_number<int64_t>(text, low, high, "a whole number");
+       });
 }
 
-void Tool::flag(std::string_view name, double& value, std::string_view metavar, std::string_view help, double low,
+void Tool::flag(std::string_view name,
+                double& value,
+                std::string_view metavar,
+                std::string_view help,
+                double low,
                 double high) {
   flag(name, metavar, help, fmt::format("{}", value), [&value, low, high](const std::string& text) {
     value = parse_number<double>(text, low, high, "a number");
   });
 }
 
-void Tool::flag(std::string_view name, std::optional<double>& value, std::string_view metavar, std::string_view help,
-                double low, double high) {
-  flag(name, metavar, help, value ? fmt::format("{}", *value) : "", [&value, low, high](const std::string& text) {
-    value = parse_number<double>(text, low, high, "a number");
-  });
+void Tool::flag(std::string_view name,
+                std::optional<double>& value,
+                std::string_view metavar,
+                std::string_view help,
+                double low,
+                double high) {
+  flag(name,
+       metavar,
+       help,
+       value ? fmt::format("{}", *value) : "",
+       [&value, low, high](const std::string& text) {
+         value = parse_number<double>(text, low, high, "a number");
+       });
 }
 
-void Tool::arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help) {
+void Tool::arguments(std::vector<std::string>& values,
+                     std::string_view metavar,
+                     std::string_view help) {
   state_->positional = &values;
   state_->positional_metavar = metavar;
   state_->positional_help = help;
@@ -247,7 +308,10 @@ bool Tool::parse() {
   group("common");
   flag("config", state_->config, "FILE.toml", "read flags from this file; the command line wins");
   flag("json", state_->json, "print the summary as one JSON object");
-  flag("log-level", state_->log_level, Choices<std::string>{{"info", "info"}, {"debug", "debug"}, {"warn", "warn"}, {"error", "error"}},
+  flag("log-level",
+       state_->log_level,
+       Choices<std::string>{
+           {"info", "info"}, {"debug", "debug"}, {"warn", "warn"}, {"error", "error"}},
        "least important messages to show on stderr");
   flag("version", state_->version, "print versions and exit");
   flag("help", state_->help, "print this and exit");
@@ -255,30 +319,38 @@ bool Tool::parse() {
   po::options_description described;
   for (const Flag& flag : state_->flags) {
     if (flag.is_switch) {
-      described.add_options()(flag.name.c_str(), po::value<std::string>()->zero_tokens()->implicit_value("true"));
+      described.add_options()(flag.name.c_str(),
+                              po::value<std::string>()->zero_tokens()->implicit_value("true"));
     } else {
-      described.add_options()(flag.name.c_str(), po::value<std::vector<std::string>>()->composing());
+      described.add_options()(flag.name.c_str(),
+                              po::value<std::vector<std::string>>()->composing());
     }
   }
   using Style = po::command_line_style::style_t;
   constexpr int kStyle = Style::allow_long | Style::long_allow_adjacent | Style::long_allow_next;
   std::vector<po::option> options;
   try {
-    options = po::command_line_parser(state_->arguments).options(described).style(kStyle)
-                  .allow_unregistered().run().options;
+    options = po::command_line_parser(state_->arguments)
+                  .options(described)
+                  .style(kStyle)
+                  .allow_unregistered()
+                  .run()
+                  .options;
   } catch (const po::error& error) {
     throw UsageError(printable(error.what()), "--help lists all flags");
   }
   for (const po::option& option : options) {
     if (option.unregistered) {
       const std::string& token = option.original_tokens.at(0);
-      throw state_->unknown("flag", token.substr(std::min(token.find_first_not_of('-'), token.size())));
+      throw state_->unknown("flag",
+                            token.substr(std::min(token.find_first_not_of('-'), token.size())));
     }
     if (option.string_key.empty()) {
       const std::string& text = option.value.at(0);
       if (!state_->positional || (text.size() > 1 && text[0] == '-')) {
         if (text.starts_with("-")) throw state_->unknown("flag", text.substr(1));
-        throw UsageError(fmt::format("unexpected argument '{}'", printable(text)), "--help lists all flags");
+        throw UsageError(fmt::format("unexpected argument '{}'", printable(text)),
+                         "--help lists all flags");
       }
       state_->positional->push_back(text);
       continue;
@@ -316,7 +388,8 @@ bool Tool::json() const { return state_->json; }
 
 void Tool::summary(std::string_view line, const nlohmann::json& object) const {
   const std::string text =
-      state_->json ? object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) : printable(line);
+      state_->json ? object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)
+                   : printable(line);
   std::puts(text.c_str());
 }
 
@@ -347,11 +420,15 @@ int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
     report(error.what());
     return static_cast<int>(error.exit_code());
   } catch (const std::bad_alloc&) {
-    report("out of memory\n  hint: use a smaller batch or resolution, or a machine with more memory");
+    report(
+        "out of memory\n  hint: use a smaller batch or resolution, or a machine with more memory");
     return static_cast<int>(ExitCode::kResource);
   } catch (const std::exception& error) {
-    report(fmt::format("internal error: {}\n  hint: this is a bug in {}; please report it with the command line",
-                       error.what(), tool.name()).c_str());
+    report(fmt::format("internal error: {}\n  hint: this is a bug in {}; please report it with the "
+                       "command line",
+                       error.what(),
+                       tool.name())
+               .c_str());
     return static_cast<int>(ExitCode::kBug);
   }
 }
@@ -365,7 +442,11 @@ int run_tool(const char* name, int argc, char** argv, const std::function<ExitCo
   return guarded(tool, body);
 }
 
-int run_tool(const char* name, int argc, char** argv, std::string_view about, const std::vector<Verb>& verbs) {
+int run_tool(const char* name,
+             int argc,
+             char** argv,
+             std::string_view about,
+             const std::vector<Verb>& verbs) {
   log::start(name, log::Level::kInfo);
   cancel::install();
   const std::string word = argc > 1 ? argv[1] : "";
@@ -374,7 +455,8 @@ int run_tool(const char* name, int argc, char** argv, std::string_view about, co
     return 0;
   }
   if (word == "--help") {
-    std::string out = fmt::format("{} - {}\n\nusage: {} VERB [flags]\n\nverbs:\n", name, about, name);
+    std::string out =
+        fmt::format("{} - {}\n\nusage: {} VERB [flags]\n\nverbs:\n", name, about, name);
     for (const Verb& verb : verbs) out += fmt::format("  {:<12} {}\n", verb.name, verb.sentence);
     out += fmt::format("\nexample:\n  {} {} --help\n", name, verbs.front().name);
     std::fputs(out.c_str(), stdout);
@@ -389,7 +471,8 @@ int run_tool(const char* name, int argc, char** argv, std::string_view about, co
   std::vector<std::string> names;
   for (const Verb& verb : verbs) names.push_back(verb.name);
   log::error("{}\n  hint: the verbs are {}",
-             word.empty() ? std::string("no verb given") : fmt::format("unknown verb '{}'", printable(word)),
+             word.empty() ? std::string("no verb given")
+                          : fmt::format("unknown verb '{}'", printable(word)),
              join_some(names, names.size()));
   return static_cast<int>(ExitCode::kUsage);
 }

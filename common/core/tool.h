@@ -1,4 +1,5 @@
-// common/core/tool.h - what every program shares: flags, --config, --help, --version, the summary line, exit codes.
+// common/core/tool.h - what every program shares: flags, --config, --help, --version, the summary
+// line, exit codes.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -19,8 +20,9 @@ namespace flux {
 template <class E>
 using Choices = std::vector<std::pair<std::string, E>>;
 
-/// The command line of one program. Values come from the variable's initialiser, then --config FILE.toml (keys are the
-/// flags' names; '_' and '-' are the same there), then the command line. Unknown keys are errors in both.
+/// The command line of one program. Values come from the variable's initialiser, then --config
+/// FILE.toml (keys are the flags' names; '_' and '-' are the same there), then the command line.
+/// Unknown keys are errors in both.
 class Tool {
  public:
   Tool(std::string name, std::vector<std::string> arguments);
@@ -37,31 +39,62 @@ class Tool {
   /// Flags registered after this are listed under `title` in --help.
   void group(std::string_view title);
 
-  // A flag writes into `value` when it is given. `metavar` stands for its value in --help ("FILE"); `help` says unit or
-  // range. The default shown is what `value` holds now.
+  // A flag writes into `value` when it is given. `metavar` stands for its value in --help ("FILE");
+  // `help` says unit or range. The default shown is what `value` holds now.
   void flag(std::string_view name, bool& value, std::string_view help);
-  void flag(std::string_view name, std::string& value, std::string_view metavar, std::string_view help);
-  void flag(std::string_view name, std::filesystem::path& value, std::string_view metavar, std::string_view help);
-  void flag(std::string_view name, std::vector<std::string>& values, std::string_view metavar, std::string_view help);
+  void flag(std::string_view name,
+            std::string& value,
+            std::string_view metavar,
+            std::string_view help);
+  void flag(std::string_view name,
+            std::filesystem::path& value,
+            std::string_view metavar,
+            std::string_view help);
+  void flag(std::string_view name,
+            std::vector<std::string>& values,
+            std::string_view metavar,
+            std::string_view help);
   /// Whole numbers in [low, high]; a value outside is a UsageError that names the range.
-  void flag(std::string_view name, int64_t& value, std::string_view metavar, std::string_view help,
-            int64_t low = 0, int64_t high = INT64_MAX);
-  void flag(std::string_view name, std::optional<int64_t>& value, std::string_view metavar, std::string_view help,
-            int64_t low = 0, int64_t high = INT64_MAX);
+  void flag(std::string_view name,
+            int64_t& value,
+            std::string_view metavar,
+            std::string_view help,
+            int64_t low = 0,
+            int64_t high = INT64_MAX);
+  void flag(std::string_view name,
+            std::optional<int64_t>& value,
+            std::string_view metavar,
+            std::string_view help,
+            int64_t low = 0,
+            int64_t high = INT64_MAX);
   /// Numbers in [low, high], never NaN or infinite.
-  void flag(std::string_view name, double& value, std::string_view metavar, std::string_view help, double low, double high);
-  void flag(std::string_view name, std::optional<double>& value, std::string_view metavar, std::string_view help, double low,
+  void flag(std::string_view name,
+            double& value,
+            std::string_view metavar,
+            std::string_view help,
+            double low,
+            double high);
+  void flag(std::string_view name,
+            std::optional<double>& value,
+            std::string_view metavar,
+            std::string_view help,
+            double low,
             double high);
   /// One of the named values; the list is shown as a|b|c.
   template <class E>
   void flag(std::string_view name, E& value, const Choices<E>& choices, std::string_view help);
-  /// Anything else: `set` parses and throws UsageError (its message is shown after the flag's name).
-  void flag(std::string_view name, std::string_view metavar, std::string_view help, std::string_view default_text,
+  /// Anything else: `set` parses and throws UsageError (its message is shown after the flag's
+  /// name).
+  void flag(std::string_view name,
+            std::string_view metavar,
+            std::string_view help,
+            std::string_view default_text,
             std::function<void(const std::string&)> set);
   /// Arguments that are not flags. Without this call, one is a UsageError.
   void arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help);
 
-  /// Reads --config and the command line. False: --help or --version was printed, and there is nothing to do.
+  /// Reads --config and the command line. False: --help or --version was printed, and there is
+  /// nothing to do.
   bool parse();
   /// Whether the user gave the flag, in the file or on the command line. After parse().
   bool given(std::string_view name) const;
@@ -84,10 +117,14 @@ struct Verb {
   std::string name, sentence;
   std::function<ExitCode(Tool&)> body;
 };
-int run_tool(const char* name, int argc, char** argv, std::string_view about, const std::vector<Verb>& verbs);
+int run_tool(const char* name,
+             int argc,
+             char** argv,
+             std::string_view about,
+             const std::vector<Verb>& verbs);
 
-/// "flux-stages 0.1.0 (commit ...)" and the versions of the libraries linked in. Parts that use LibTorch or HDF5 add
-/// theirs through add_version_line at static initialisation.
+/// "flux-stages 0.1.0 (commit ...)" and the versions of the libraries linked in. Parts that use
+/// LibTorch or HDF5 add theirs through add_version_line at static initialisation.
 std::string version_text(std::string_view program);
 std::string_view tool_version();
 bool add_version_line(std::string line);

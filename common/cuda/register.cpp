@@ -1,5 +1,5 @@
-// common/cuda/register.cpp - the CUDA faces of the project's ops: LibTorch tensors on this side, the torch-free kernels of the
-// .cu files on the other.
+// common/cuda/register.cpp - the CUDA faces of the project's ops: LibTorch tensors on this side,
+// the torch-free kernels of the .cu files on the other.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -21,15 +21,22 @@ extern "C" int flux_cuda_device_count() { return static_cast<int>(c10::cuda::dev
 namespace flux {
 namespace {
 
-// More rows a warp than this save nothing, and the partial sums of the scales' gradient stay small: 1 kB for 64 rows.
+// More rows a warp than this save nothing, and the partial sums of the scales' gradient stay small:
+// 1 kB for 64 rows.
 constexpr int64_t kRowsPerGroup = 64;
 
-kernel::QkvTuple qk_norm_rope(const at::Tensor& qkv, const at::Tensor& query_scale, const at::Tensor& key_scale,
-                              const at::Tensor& cos, const at::Tensor& sin, double eps) {
+kernel::QkvTuple qk_norm_rope(const at::Tensor& qkv,
+                              const at::Tensor& query_scale,
+                              const at::Tensor& key_scale,
+                              const at::Tensor& cos,
+                              const at::Tensor& sin,
+                              double eps) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t head = query_scale.size(0), heads = qkv.size(2) / (3 * head);
-  const auto result = [&] { return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options()); };
+  const auto result = [&] {
+    return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options());
+  };
   const kernel::QkvTuple out{result(), result(), result()};
   const auto run = [&]<class T>(T) {
     C10_CUDA_CHECK(kernel::qk_norm_rope_cuda(
@@ -39,18 +46,31 @@ kernel::QkvTuple qk_norm_rope(const at::Tensor& qkv, const at::Tensor& query_sca
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward(const at::Tensor& grad_q, const at::Tensor& grad_k,
-                                                         const at::Tensor& grad_v, const at::Tensor& qkv,
-                                                         const at::Tensor& query_scale, const at::Tensor& key_scale,
-                                                         const at::Tensor& cos, const at::Tensor& sin, double eps,
+std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward(const at::Tensor& grad_q,
+                                                         const at::Tensor& grad_k,
+                                                         const at::Tensor& grad_v,
+                                                         const at::Tensor& qkv,
+                                                         const at::Tensor& query_scale,
+                                                         const at::Tensor& key_scale,
+                                                         const at::Tensor& cos,
+                                                         const at::Tensor& sin,
+                                                         double eps,
                                                          bool want_scales) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto grad_qkv = at::empty(qkv.sizes(), qkv.options());
   at::Tensor partial;
   const auto run = [&]<class T>(T) {
-    auto args = kernel::backward_args<T>({grad_q, grad_k, grad_v}, qkv, query_scale, key_scale, cos, sin, eps, grad_qkv,
-                                         at::Tensor(), kRowsPerGroup);
+    auto args = kernel::backward_args<T>({grad_q, grad_k, grad_v},
+                                         qkv,
+                                         query_scale,
+                                         key_scale,
+                                         cos,
+                                         sin,
+                                         eps,
+                                         grad_qkv,
+                                         at::Tensor(),
+                                         kRowsPerGroup);
     if (want_scales) {
       partial = at::zeros({args.num_groups(), 2, args.shape.head}, query_scale.options());
       args.grad_scale = partial.mutable_data_ptr<float>();
@@ -61,15 +81,27 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward(const at::Tensor& grad_
   return {grad_qkv, want_scales ? partial.sum(0) : at::Tensor()};
 }
 
-void adamw_step(const at::Tensor& parameter, const at::Tensor& gradient, const at::Tensor& exp_avg,
-                const at::Tensor& exp_avg_sq, double learning_rate, double beta1, double beta2, double eps,
-                double weight_decay, int64_t step) {
+void adamw_step(const at::Tensor& parameter,
+                const at::Tensor& gradient,
+                const at::Tensor& exp_avg,
+                const at::Tensor& exp_avg_sq,
+                double learning_rate,
+                double beta1,
+                double beta2,
+                double eps,
+                double weight_decay,
+                int64_t step) {
   const c10::cuda::CUDAGuard guard(parameter.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto scalars = adamw_scalars(learning_rate, {beta1, beta2, eps, weight_decay}, step);
   const auto run = [&]<class T>(T) {
     const auto data = [](const at::Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
-    C10_CUDA_CHECK(adamw_cuda(data(parameter), data(gradient), data(exp_avg), data(exp_avg_sq), parameter.numel(), scalars,
+    C10_CUDA_CHECK(adamw_cuda(data(parameter),
+                              data(gradient),
+                              data(exp_avg),
+                              data(exp_avg_sq),
+                              parameter.numel(),
+                              scalars,
                               stream));
   };
   parameter.scalar_type() == at::kBFloat16 ? run(uint16_t{}) : run(float{});

@@ -20,10 +20,12 @@ struct BatchReader::State {
   };
   using Epoch = std::vector<std::vector<Visit>>;
 
-  State(const TrainingData& d, const ReaderOptions& o) : data(d), options(o), num_batches(d.num_batches()) {}
+  State(const TrainingData& d, const ReaderOptions& o)
+      : data(d), options(o), num_batches(d.num_batches()) {}
 
   void work();
-  // The order of an epoch, made once. Called with the lock held; the first threads of an epoch wait for it.
+  // The order of an epoch, made once. Called with the lock held; the first threads of an epoch wait
+  // for it.
   std::shared_ptr<const Epoch> epoch(int64_t number);
   bool done() const { return stopping || claimed == end; }
 
@@ -75,12 +77,15 @@ BatchReader::BatchReader(const TrainingData& data, DataPosition start, const Rea
     : state_(std::make_unique<State>(data, options)) {
   State& s = *state_;
   if (start.epoch < 0 || start.batch < 0 || start.batch >= s.num_batches) {
-    throw std::invalid_argument(
-        fmt::format("position epoch {} batch {}, an epoch has {} batches", start.epoch, start.batch, s.num_batches));
+    throw std::invalid_argument(fmt::format("position epoch {} batch {}, an epoch has {} batches",
+                                            start.epoch,
+                                            start.batch,
+                                            s.num_batches));
   }
   s.claimed = s.consumed = start.epoch * s.num_batches + start.batch;
   if (options.num_batches >= 0) s.end = s.claimed + options.num_batches;
-  for (int64_t i = 0; i < std::max<int64_t>(options.num_threads, 1); ++i) s.threads.emplace_back([&s] { s.work(); });
+  for (int64_t i = 0; i < std::max<int64_t>(options.num_threads, 1); ++i)
+    s.threads.emplace_back([&s] { s.work(); });
 }
 
 BatchReader::~BatchReader() {

@@ -7,7 +7,8 @@
 
 namespace flux {
 
-/// The next batch to be read. Enough to resume: what comes after does not depend on what came before.
+/// The next batch to be read. Enough to resume: what comes after does not depend on what came
+/// before.
 struct DataPosition {
   int64_t epoch = 0, batch = 0;
   bool operator==(const DataPosition&) const = default;
@@ -15,14 +16,16 @@ struct DataPosition {
 
 struct ReaderOptions {
   int64_t num_threads = 2;
-  int64_t num_ahead = 4;      // batches held ready at most
-  int64_t num_batches = -1;   // to read in all; -1: without end
+  int64_t num_ahead = 4;     // batches held ready at most
+  int64_t num_batches = -1;  // to read in all; -1: without end
 };
 
-/// Reads from a position on, across epoch ends. The result does not depend on num_threads and num_ahead.
+/// Reads from a position on, across epoch ends. The result does not depend on num_threads and
+/// num_ahead.
 class BatchReader {
  public:
-  /// `data` must outlive the reader. Throws std::invalid_argument if the position is not in the data.
+  /// `data` must outlive the reader. Throws std::invalid_argument if the position is not in the
+  /// data.
   BatchReader(const TrainingData& data, DataPosition start, const ReaderOptions& options);
   /// Waits for batches that are being read.
   ~BatchReader();

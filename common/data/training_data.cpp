@@ -75,9 +75,15 @@ void widen(const std::byte* bytes, std::span<float> out) {
 std::vector<float> to_floats(std::span<const std::byte> bytes, DType dtype) {
   std::vector<float> out(bytes.size() * 8 / static_cast<size_t>(dtype_bits(dtype)));
   switch (dtype) {
-    case DType::kBF16: widen<at::BFloat16>(bytes.data(), out); break;
-    case DType::kF16: widen<at::Half>(bytes.data(), out); break;
-    default: widen<float>(bytes.data(), out); break;
+    case DType::kBF16:
+      widen<at::BFloat16>(bytes.data(), out);
+      break;
+    case DType::kF16:
+      widen<at::Half>(bytes.data(), out);
+      break;
+    default:
+      widen<float>(bytes.data(), out);
+      break;
   }
   return out;
 }
@@ -87,7 +93,9 @@ std::span<std::byte> row_bytes(const at::Tensor& tensor, int64_t row) {
   return {static_cast<std::byte*>(tensor.data_ptr()) + static_cast<size_t>(row) * size, size};
 }
 
-double number(const cache::Manifest& manifest, const std::filesystem::path& folder, const char* name) {
+double number(const cache::Manifest& manifest,
+              const std::filesystem::path& folder,
+              const char* name) {
   const auto found = manifest.recipe.parameters.find(name);
   if (found == manifest.recipe.parameters.end() || !found->is_number()) {
     throw CacheError(fmt::format("{}: parameters.{} is absent or not a number", show(folder), name),
@@ -99,11 +107,14 @@ double number(const cache::Manifest& manifest, const std::filesystem::path& fold
 // Items by their digest, so that a rewritten index of the same content is the same data.
 std::string content_digest(const cache::Cache& cache) {
   Sha256 hash;
-  hash.add_field(cache.manifest().plan_digest).add_field(cache::canonical_json(cache.manifest().recipe.parameters));
+  hash.add_field(cache.manifest().plan_digest)
+      .add_field(cache::canonical_json(cache.manifest().recipe.parameters));
   const cache::Index& index = cache.index();
   std::vector<int64_t> order(static_cast<size_t>(index.num_items()));
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index.item(a).item < index.item(b).item; });
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return index.item(a).item < index.item(b).item;
+  });
   for (const int64_t i : order) {
     hash.add(index.item(i).item).add_u64(index.item(i).repeats).add_u64(index.item(i).flags);
     for (const IndexVariant& variant : index.variants(i)) {
@@ -116,8 +127,12 @@ std::string content_digest(const cache::Cache& cache) {
 }  // namespace
 
 struct TrainingData::State {
-  State(const std::filesystem::path& latents_folder, const std::filesystem::path& text_folder, const DataOptions& opts)
-      : options(opts), latents(latents_folder, cache::Kind::kLatents), text(text_folder, cache::Kind::kText) {}
+  State(const std::filesystem::path& latents_folder,
+        const std::filesystem::path& text_folder,
+        const DataOptions& opts)
+      : options(opts),
+        latents(latents_folder, cache::Kind::kLatents),
+        text(text_folder, cache::Kind::kText) {}
 
   void join();
   void find_empty_caption();
@@ -125,14 +140,18 @@ struct TrainingData::State {
   Group group(const Item& item) const;
   int64_t batch_size(int64_t dataset) const;
   const IndexVariant& text_variant(const Item& item, int64_t epoch, uint64_t visit) const;
-  void draw_latents(std::span<const float> stored, int64_t epoch, uint64_t visit, std::span<float> out) const;
+  void draw_latents(std::span<const float> stored,
+                    int64_t epoch,
+                    uint64_t visit,
+                    std::span<float> out) const;
 
   DataOptions options;
   cache::Cache latents, text;
   dataset::Plan plan;
   std::vector<Item> items;  // sorted by digest, so that the caches' order changes nothing
   std::map<Group, int64_t> group_visits;
-  int64_t num_visits = 0, num_batches = 0, num_regularization = 0, num_quarantined = 0, num_validation = 0;
+  int64_t num_visits = 0, num_batches = 0, num_regularization = 0, num_quarantined = 0,
+          num_validation = 0;
   int64_t empty_caption = -1;  // item of the text cache
   double shift = 0, scale = 1;
   bool masked = false;
@@ -151,7 +170,8 @@ void TrainingData::State::join() {
   num_quarantined = static_cast<int64_t>(quarantined.size());
 
   std::map<uint32_t, size_t> subsets;
-  for (size_t i = 0; i < plan.subsets.size(); ++i) subsets[static_cast<uint32_t>(plan.subsets[i].index)] = i;
+  for (size_t i = 0; i < plan.subsets.size(); ++i)
+    subsets[static_cast<uint32_t>(plan.subsets[i].index)] = i;
   std::vector<std::pair<Sha256Digest, Item>> joined;
   std::vector<std::string> latents_only, text_only;
   for (int64_t i = 0; i < latents.index().num_items(); ++i) {
@@ -169,29 +189,43 @@ void TrainingData::State::join() {
     }
     const auto subset = subsets.find(item.subset);
     if (subset == subsets.end()) {
-      throw CacheError(fmt::format("{}: item {} is of subset {}, the plan has no such subset", show(latents.folder()),
-                                   show(std::string(latents.index().path(i))), item.subset));
+      throw CacheError(fmt::format("{}: item {} is of subset {}, the plan has no such subset",
+                                   show(latents.folder()),
+                                   show(std::string(latents.index().path(i))),
+                                   item.subset));
     }
     const bool regularization = item.flags & cache::kItemRegularization;
     num_regularization += regularization;
-    joined.push_back({item.item, {first_bytes(item.item), i, in_text, subset->second, item.repeats, regularization}});
+    joined.push_back(
+        {item.item,
+         {first_bytes(item.item), i, in_text, subset->second, item.repeats, regularization}});
   }
   for (const auto& [digest, i] : text_items) {
-    if (i >= 0 && !quarantined.contains(digest)) text_only.push_back(show(std::string(text.index().path(i))));
+    if (i >= 0 && !quarantined.contains(digest))
+      text_only.push_back(show(std::string(text.index().path(i))));
   }
   std::sort(text_only.begin(), text_only.end());
-  for (const auto& [names, has, lacks] : {std::tuple{&latents_only, &latents, &text}, {&text_only, &text, &latents}}) {
+  for (const auto& [names, has, lacks] :
+       {std::tuple{&latents_only, &latents, &text}, {&text_only, &text, &latents}}) {
     if (names->empty()) continue;
-    throw CacheError(fmt::format("{} items of {} are not in {}: {}", names->size(), show(has->folder()),
-                                 show(lacks->folder()), join_some(*names)),
+    throw CacheError(fmt::format("{} items of {} are not in {}: {}",
+                                 names->size(),
+                                 show(has->folder()),
+                                 show(lacks->folder()),
+                                 join_some(*names)),
                      "run flux-cache-latents and flux-cache-text again on the same data set");
   }
-  std::sort(joined.begin(), joined.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::sort(
+      joined.begin(), joined.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   items.reserve(joined.size());
   for (const auto& [digest, item] : joined) items.push_back(item);
   if (items.empty()) {
-    throw CacheError(fmt::format("{} and {} have no item to train on ({} quarantined, {} held out for validation)",
-                                 show(latents.folder()), show(text.folder()), num_quarantined, num_validation));
+    throw CacheError(fmt::format(
+        "{} and {} have no item to train on ({} quarantined, {} held out for validation)",
+        show(latents.folder()),
+        show(text.folder()),
+        num_quarantined,
+        num_validation));
   }
 }
 
@@ -200,8 +234,10 @@ void TrainingData::State::find_empty_caption() {
     if (text.index().item(i).flags & cache::kItemEmptyCaption) empty_caption = i;
   }
   for (const auto& subset : plan.subsets) {
-    if (empty_caption < 0 && (subset.caption_dropout_rate > 0 || subset.caption_dropout_every_n_epochs > 0)) {
-      throw CacheError(fmt::format("{}: subset {} drops captions, but no empty caption is cached", show(text.folder()),
+    if (empty_caption < 0 &&
+        (subset.caption_dropout_rate > 0 || subset.caption_dropout_every_n_epochs > 0)) {
+      throw CacheError(fmt::format("{}: subset {} drops captions, but no empty caption is cached",
+                                   show(text.folder()),
                                    subset.index),
                        "run flux-cache-text again on the data set");
     }
@@ -212,7 +248,8 @@ Group TrainingData::State::group(const Item& item) const {
   const auto variants = latents.index().variants(item.in_latents);
   for (const IndexVariant& variant : variants) {
     if (variant.height != variants[0].height || variant.width != variants[0].width) {
-      throw CacheError(fmt::format("{}: the variants of {} differ in size", show(latents.folder()),
+      throw CacheError(fmt::format("{}: the variants of {} differ in size",
+                                   show(latents.folder()),
                                    show(std::string(latents.index().path(item.in_latents)))));
     }
   }
@@ -236,41 +273,51 @@ void TrainingData::State::count_batches() {
   }
 }
 
-const IndexVariant& TrainingData::State::text_variant(const Item& item, int64_t epoch, uint64_t visit) const {
+const IndexVariant& TrainingData::State::text_variant(const Item& item,
+                                                      int64_t epoch,
+                                                      uint64_t visit) const {
   const auto& subset = plan.subsets[item.subset];
   const auto at = static_cast<uint64_t>(epoch);
   // epochs are counted from 1 there, as in sd-scripts
-  const bool whole_epoch =
-      subset.caption_dropout_every_n_epochs > 0 && (epoch + 1) % subset.caption_dropout_every_n_epochs == 0;
+  const bool whole_epoch = subset.caption_dropout_every_n_epochs > 0 &&
+                           (epoch + 1) % subset.caption_dropout_every_n_epochs == 0;
   const bool dropped =
       whole_epoch || (subset.caption_dropout_rate > 0 &&
-                      RandomStream(options.seed, Purpose::kCaptionDropout, at, visit).uniform(0) < subset.caption_dropout_rate);
+                      RandomStream(options.seed, Purpose::kCaptionDropout, at, visit).uniform(0) <
+                          subset.caption_dropout_rate);
   return pick(text.index().variants(dropped ? empty_caption : item.in_text),
               RandomStream(options.seed, Purpose::kCaptionVariant, at, visit).uniform(0));
 }
 
 // `stored` is one sample, or mean and then log-variance.
-void TrainingData::State::draw_latents(std::span<const float> stored, int64_t epoch, uint64_t visit,
+void TrainingData::State::draw_latents(std::span<const float> stored,
+                                       int64_t epoch,
+                                       uint64_t visit,
                                        std::span<float> out) const {
   const size_t n = out.size();
   const bool draw = stored.size() == 2 * n && options.sample_posterior;
   const RandomStream stream(options.seed, Purpose::kPosterior, static_cast<uint64_t>(epoch), visit);
   for (size_t i = 0; i < n; ++i) {
     double value = stored[i];
-    if (draw) value += std::exp(0.5 * std::clamp(static_cast<double>(stored[n + i]), -30.0, 20.0)) * stream.normal(i);
+    if (draw)
+      value += std::exp(0.5 * std::clamp(static_cast<double>(stored[n + i]), -30.0, 20.0)) *
+               stream.normal(i);
     out[i] = static_cast<float>((value - shift) * scale);
   }
 }
 
-TrainingData::TrainingData(const std::filesystem::path& latents, const std::filesystem::path& text,
+TrainingData::TrainingData(const std::filesystem::path& latents,
+                           const std::filesystem::path& text,
                            const DataOptions& options)
     : state_(std::make_unique<State>(latents, text, options)) {
   State& s = *state_;
   cache::require_joinable(s.latents.manifest(), show(latents), s.text.manifest(), show(text));
   const int64_t channels = s.latents.layout().channels;
   if (channels != kLatentChannels && channels != 2 * kLatentChannels) {
-    throw CacheError(fmt::format("{}: latents of {} channels, FLUX has 16 (or 32: mean and log-variance)", show(latents),
-                                 channels));
+    throw CacheError(
+        fmt::format("{}: latents of {} channels, FLUX has 16 (or 32: mean and log-variance)",
+                    show(latents),
+                    channels));
   }
   s.plan = dataset::parse_plan(s.latents.manifest().plan);
   s.shift = number(s.latents.manifest(), latents, "shift");
@@ -294,10 +341,12 @@ int64_t TrainingData::num_validation() const { return state_->num_validation; }
 
 std::vector<std::pair<std::string, int64_t>> TrainingData::buckets() const {
   std::map<std::pair<uint32_t, uint32_t>, int64_t> visits;
-  for (const auto& [group, count] : state_->group_visits) visits[{std::get<2>(group), std::get<1>(group)}] += count;
+  for (const auto& [group, count] : state_->group_visits)
+    visits[{std::get<2>(group), std::get<1>(group)}] += count;
   std::vector<std::pair<std::string, int64_t>> out;
   for (const auto& [size, count] : visits) {
-    out.emplace_back(fmt::format("{}x{}", size.first * kPixelsPerLatent, size.second * kPixelsPerLatent), count);
+    out.emplace_back(
+        fmt::format("{}x{}", size.first * kPixelsPerLatent, size.second * kPixelsPerLatent), count);
   }
   return out;
 }
@@ -310,17 +359,20 @@ std::vector<std::vector<Visit>> TrainingData::epoch_batches(int64_t epoch) const
   std::vector<Visit> visits;
   visits.reserve(static_cast<size_t>(s.num_visits));
   for (size_t i = 0; i < s.items.size(); ++i) {
-    for (int64_t repeat = 0; repeat < s.items[i].repeats; ++repeat) visits.push_back({static_cast<int64_t>(i), repeat});
+    for (int64_t repeat = 0; repeat < s.items[i].repeats; ++repeat)
+      visits.push_back({static_cast<int64_t>(i), repeat});
   }
   const auto at = static_cast<uint64_t>(epoch);
   std::map<Group, std::vector<Visit>> filling;
   std::vector<std::vector<Visit>> batches;
-  for (const uint64_t i : RandomStream(s.options.seed, Purpose::kShuffle, at, 0).permutation(visits.size())) {
+  for (const uint64_t i :
+       RandomStream(s.options.seed, Purpose::kShuffle, at, 0).permutation(visits.size())) {
     const Visit& visit = visits[i];
     const Group group = s.group(s.items[static_cast<size_t>(visit.item)]);
     auto& batch = filling[group];
     batch.push_back(visit);
-    if (static_cast<int64_t>(batch.size()) == s.batch_size(std::get<0>(group))) batches.push_back(std::exchange(batch, {}));
+    if (static_cast<int64_t>(batch.size()) == s.batch_size(std::get<0>(group)))
+      batches.push_back(std::exchange(batch, {}));
   }
   for (auto& [group, batch] : filling) {
     if (!batch.empty()) batches.push_back(std::move(batch));
@@ -328,7 +380,8 @@ std::vector<std::vector<Visit>> TrainingData::epoch_batches(int64_t epoch) const
   // else the partial batches would always come last
   std::vector<std::vector<Visit>> shuffled;
   shuffled.reserve(batches.size());
-  for (const uint64_t i : RandomStream(s.options.seed, Purpose::kShuffle, at, 1).permutation(batches.size())) {
+  for (const uint64_t i :
+       RandomStream(s.options.seed, Purpose::kShuffle, at, 1).permutation(batches.size())) {
     shuffled.push_back(std::move(batches[i]));
   }
   return shuffled;
@@ -352,9 +405,11 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
   batch.loss_weight = at::empty({b}, at::kFloat);
   const int64_t elements = kLatentChannels * rows * columns;
   const auto sample_of = [&](const at::Tensor& tensor, int64_t row) {
-    return std::span(tensor.mutable_data_ptr<float>() + row * elements, static_cast<size_t>(elements));
+    return std::span(tensor.mutable_data_ptr<float>() + row * elements,
+                     static_cast<size_t>(elements));
   };
-  std::vector<std::byte> stored(static_cast<size_t>(latents.channels * rows * columns * dtype_bits(latents.dtype) / 8));
+  std::vector<std::byte> stored(
+      static_cast<size_t>(latents.channels * rows * columns * dtype_bits(latents.dtype) / 8));
 
   for (int64_t row = 0; row < b; ++row) {
     const Visit& visit = visits[static_cast<size_t>(row)];
@@ -362,8 +417,9 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
     const uint64_t key = visit_key(item.key, visit.repeat);
     const auto at = static_cast<uint64_t>(epoch);
 
-    const IndexVariant& form = pick(s.latents.index().variants(item.in_latents),
-                                    RandomStream(s.options.seed, Purpose::kFlip, at, key).uniform(0));
+    const IndexVariant& form =
+        pick(s.latents.index().variants(item.in_latents),
+             RandomStream(s.options.seed, Purpose::kFlip, at, key).uniform(0));
     const std::span<std::byte> whole(stored);
     s.latents.read_into(form, std::span(&whole, 1));
     s.draw_latents(to_floats(stored, latents.dtype), epoch, key, sample_of(batch.latents, row));

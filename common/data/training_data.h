@@ -1,4 +1,5 @@
-// common/data/training_data.h - a latents and a text cache joined: which samples there are, and what a visit of one yields.
+// common/data/training_data.h - a latents and a text cache joined: which samples there are, and
+// what a visit of one yields.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -14,9 +15,9 @@ namespace flux {
 
 struct DataOptions {
   uint64_t seed = 0;
-  int64_t batch_size = 0;         // 0: what the plan says for each of its data sets
-  bool sample_posterior = true;   // draw latents anew at each visit; false: their mean
-  double prior_loss_weight = 1;   // of regularisation images
+  int64_t batch_size = 0;        // 0: what the plan says for each of its data sets
+  bool sample_posterior = true;  // draw latents anew at each visit; false: their mean
+  double prior_loss_weight = 1;  // of regularisation images
 };
 
 /// One use of an item in an epoch.
@@ -27,27 +28,32 @@ struct Visit {
 
 /// What one training step reads; all tensors on the CPU.
 struct Batch {
-  int64_t epoch = 0, index = 0;   // from 0; `index` within the epoch
-  at::Tensor latents;             // [B, 16, H/8, W/8] float32, shifted and scaled
-  at::Tensor noise;               // the same shape, standard normal, float32
-  at::Tensor prompt_embedding;    // [B, L, X] in the cache's dtype
-  at::Tensor pooled_embedding;    // [B, V] in the cache's dtype
-  at::Tensor text_mask;           // [B, L] bool, true = real token; undefined unless the cache's pad policy is masked
-  at::Tensor loss_weight;         // [B] float32: 1, or prior_loss_weight
-  std::vector<uint64_t> visits;   // [B] names each visit's random streams: item and repeat
-  std::vector<std::string> names; // [B] for messages: path of the image in its subset
+  int64_t epoch = 0, index = 0;  // from 0; `index` within the epoch
+  at::Tensor latents;            // [B, 16, H/8, W/8] float32, shifted and scaled
+  at::Tensor noise;              // the same shape, standard normal, float32
+  at::Tensor prompt_embedding;   // [B, L, X] in the cache's dtype
+  at::Tensor pooled_embedding;   // [B, V] in the cache's dtype
+  at::Tensor text_mask;  // [B, L] bool, true = real token; undefined unless the cache's pad policy
+                         // is masked
+  at::Tensor loss_weight;          // [B] float32: 1, or prior_loss_weight
+  std::vector<uint64_t> visits;    // [B] names each visit's random streams: item and repeat
+  std::vector<std::string> names;  // [B] for messages: path of the image in its subset
 
   int64_t size() const { return static_cast<int64_t>(visits.size()); }
 };
 
-/// The join of two caches (design: the trainer reads no data set file). Every random choice is a stateless draw keyed by (seed,
-/// purpose, epoch, item and repeat), so a batch is the same whoever loads it and whatever was loaded before.
+/// The join of two caches (design: the trainer reads no data set file). Every random choice is a
+/// stateless draw keyed by (seed, purpose, epoch, item and repeat), so a batch is the same whoever
+/// loads it and whatever was loaded before.
 class TrainingData {
  public:
-  /// Opens both caches and joins them by item. Items quarantined in either are left out, as are held-out validation
-  /// items; both are counted. Throws CacheError: a cache is absent or damaged, the plans differ, items are in one of them
-  /// only (their number and five names), nothing is left to train on, a subset drops captions but there is no empty one.
-  TrainingData(const std::filesystem::path& latents, const std::filesystem::path& text, const DataOptions& options);
+  /// Opens both caches and joins them by item. Items quarantined in either are left out, as are
+  /// held-out validation items; both are counted. Throws CacheError: a cache is absent or damaged,
+  /// the plans differ, items are in one of them only (their number and five names), nothing is left
+  /// to train on, a subset drops captions but there is no empty one.
+  TrainingData(const std::filesystem::path& latents,
+               const std::filesystem::path& text,
+               const DataOptions& options);
   ~TrainingData();
   TrainingData(const TrainingData&) = delete;
   TrainingData& operator=(const TrainingData&) = delete;
@@ -60,7 +66,8 @@ class TrainingData {
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
   int64_t num_validation() const;
-  /// Samples and buckets by number of batches, for metadata: "1024x768" (width x height in pixels) -> visits an epoch.
+  /// Samples and buckets by number of batches, for metadata: "1024x768" (width x height in pixels)
+  /// -> visits an epoch.
   std::vector<std::pair<std::string, int64_t>> buckets() const;
   /// Hex digests of all that batches take from each cache: its parameters, plan, items and samples.
   std::string latents_digest() const;
@@ -68,7 +75,8 @@ class TrainingData {
 
   /// The batches of an epoch in their order. Each holds visits of one data set and one bucket.
   std::vector<std::vector<Visit>> epoch_batches(int64_t epoch) const;
-  /// Reads one batch; safe from any thread, without LibTorch's thread pool. Throws CacheError if a segment is damaged.
+  /// Reads one batch; safe from any thread, without LibTorch's thread pool. Throws CacheError if a
+  /// segment is damaged.
   Batch load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const;
 
  private:

@@ -18,7 +18,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
-  // a^T b with a made contiguous first: measured 1.1 to 1.8 times faster on the CPU than handing over the transposed view
+  // a^T b with a made contiguous first: measured 1.1 to 1.8 times faster on the CPU than handing
+  // over the transposed view
   return at::mm(a.t().contiguous(), b);
 }
 
@@ -26,9 +27,13 @@ at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kScale, kNumArguments };
 
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& down,
-                            const std::optional<at::Tensor>& up, double scale) {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& down,
+                            const std::optional<at::Tensor>& up,
+                            double scale) {
     auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
     at::Tensor down_product, down_cast, up_cast;
     if (down) {
@@ -38,7 +43,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       y.addmm_(down_product, up_cast.t(), 1, scale);
     }
     const bool x_needed = weight.requires_grad() || (down && down->requires_grad());
-    context->save_for_backward({x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast});
+    context->save_for_backward(
+        {x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast});
     context->saved_data["scale"] = scale;
     context->saved_data["has_bias"] = bias.has_value();
     context->saved_data["low_rank_type"] = down ? down->scalar_type() : at::kFloat;
@@ -47,7 +53,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto &x = saved[0], &weight = saved[1], &down_product = saved[2], &down = saved[3], &up = saved[4];
+    const auto &x = saved[0], &weight = saved[1], &down_product = saved[2], &down = saved[3],
+               &up = saved[4];
     const auto low_rank_type = context->saved_data["low_rank_type"].toScalarType();
     const double scale = context->saved_data["scale"].toDouble();
     const auto grad = grads[0].contiguous();
@@ -71,10 +78,16 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
-void require(bool holds, std::string_view what, const at::Tensor& tensor, const at::Tensor& weight) {
+void require(bool holds,
+             std::string_view what,
+             const at::Tensor& tensor,
+             const at::Tensor& weight) {
   if (holds) return;
-  throw std::invalid_argument(fmt::format("linear: {} {} {} does not fit weight {} {}", what, shape_text(tensor),
-                                          c10::toString(tensor.scalar_type()), shape_text(weight),
+  throw std::invalid_argument(fmt::format("linear: {} {} {} does not fit weight {} {}",
+                                          what,
+                                          shape_text(tensor),
+                                          c10::toString(tensor.scalar_type()),
+                                          shape_text(weight),
                                           c10::toString(weight.scalar_type())));
 }
 
@@ -83,17 +96,28 @@ void require(bool holds, std::string_view what, const at::Tensor& tensor, const 
 at::Tensor linear(const Linear& layer, const at::Tensor& x) {
   const auto& w = layer.weight;
   const auto &down = layer.lora.down, &up = layer.lora.up;
-  require(w.dim() == 2 && x.dim() >= 1 && x.size(-1) == w.size(1) && x.scalar_type() == w.scalar_type(), "x", x, w);
-  if (layer.bias.defined()) require(layer.bias.dim() == 1 && layer.bias.size(0) == w.size(0), "bias", layer.bias, w);
+  require(
+      w.dim() == 2 && x.dim() >= 1 && x.size(-1) == w.size(1) && x.scalar_type() == w.scalar_type(),
+      "x",
+      x,
+      w);
+  if (layer.bias.defined())
+    require(layer.bias.dim() == 1 && layer.bias.size(0) == w.size(0), "bias", layer.bias, w);
   if (down.defined()) {
     require(down.dim() == 2 && down.size(1) == w.size(1), "down", down, w);
-    require(up.defined() && up.dim() == 2 && up.size(0) == w.size(0) && up.size(1) == down.size(0), "up", up, w);
+    require(up.defined() && up.dim() == 2 && up.size(0) == w.size(0) && up.size(1) == down.size(0),
+            "up",
+            up,
+            w);
   }
   auto shape = x.sizes().vec();
   shape.back() = w.size(0);
   const auto rows = x.reshape({-1, x.size(-1)});
-  const auto given = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
-  return LinearFunction::apply(rows, w, given(layer.bias), given(down), given(up), layer.lora.scale).view(shape);
+  const auto given = [](const at::Tensor& t) {
+    return t.defined() ? std::optional(t) : std::nullopt;
+  };
+  return LinearFunction::apply(rows, w, given(layer.bias), given(down), given(up), layer.lora.scale)
+      .view(shape);
 }
 
 }  // namespace flux

@@ -1,4 +1,5 @@
-// common/ops/linear.h - the Linear layer as a plain struct of tensors, with room for a low-rank adapter.
+// common/ops/linear.h - the Linear layer as a plain struct of tensors, with room for a low-rank
+// adapter.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -23,14 +24,15 @@ struct Linear {
   LowRank lora;
 };
 
-/// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x, whatever the adapter is
-/// stored in. With `up` at zero the result has the bits of the layer without an adapter.
+/// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x,
+/// whatever the adapter is stored in. With `up` at zero the result has the bits of the layer
+/// without an adapter.
 ///
 ///   x        [..., in], dtype and device of weight
 ///   returns  [..., out]
 ///
-/// Gradients flow to x, weight, bias, down and up, each in its own dtype; only those asked for are computed.
-/// Throws std::invalid_argument, naming the shapes or dtypes, if they disagree.
+/// Gradients flow to x, weight, bias, down and up, each in its own dtype; only those asked for are
+/// computed. Throws std::invalid_argument, naming the shapes or dtypes, if they disagree.
 at::Tensor linear(const Linear& layer, const at::Tensor& x);
 
 }  // namespace flux

@@ -1,4 +1,5 @@
-// common/ops/qk_norm_rope_cpu.cpp - the CPU kernels: rows of the shared text, a thread a range of rows.
+// common/ops/qk_norm_rope_cpu.cpp - the CPU kernels: rows of the shared text, a thread a range of
+// rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -25,7 +26,9 @@ QkvTuple qk_norm_rope_cpu(const at::Tensor& qkv,
                           const at::Tensor& rope_sin,
                           double eps) {
   const int64_t head = query_scale.size(0), heads = qkv.size(2) / (3 * head);
-  const auto result = [&] { return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options()); };
+  const auto result = [&] {
+    return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options());
+  };
   const QkvTuple out{result(), result(), result()};
   const auto run = [&]<class T>(T) {
     const auto args = forward_args<T>(qkv, query_scale, key_scale, rope_cos, rope_sin, eps, out);
@@ -50,8 +53,16 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward_cpu(const at::Tensor& g
   const auto grad_qkv = at::empty(qkv.sizes(), qkv.options());
   at::Tensor partial;
   const auto run = [&]<class T>(T) {
-    auto args = backward_args<T>({grad_q, grad_k, grad_v}, qkv, query_scale, key_scale, rope_cos, rope_sin, eps, grad_qkv,
-                                 at::Tensor(), kRowsPerGroup);
+    auto args = backward_args<T>({grad_q, grad_k, grad_v},
+                                 qkv,
+                                 query_scale,
+                                 key_scale,
+                                 rope_cos,
+                                 rope_sin,
+                                 eps,
+                                 grad_qkv,
+                                 at::Tensor(),
+                                 kRowsPerGroup);
     if (want_scales) {
       partial = at::zeros({args.num_groups(), 2, args.shape.head}, query_scale.options());
       args.grad_scale = partial.mutable_data_ptr<float>();

@@ -11,7 +11,8 @@ constexpr int kThreads = 256;
 /// Adds over the threads of a warp; all of them get the sum.
 struct WarpSum {
   __device__ float operator()(float value) const {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
     return value;
   }
 };
@@ -53,8 +54,12 @@ cudaError_t launch(const QkNormRopeBackward<T>& args, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t qk_norm_rope_cuda(const QkNormRopeForward<float>& args, cudaStream_t stream) { return launch(args, stream); }
-cudaError_t qk_norm_rope_cuda(const QkNormRopeForward<Bf16>& args, cudaStream_t stream) { return launch(args, stream); }
+cudaError_t qk_norm_rope_cuda(const QkNormRopeForward<float>& args, cudaStream_t stream) {
+  return launch(args, stream);
+}
+cudaError_t qk_norm_rope_cuda(const QkNormRopeForward<Bf16>& args, cudaStream_t stream) {
+  return launch(args, stream);
+}
 cudaError_t qk_norm_rope_backward_cuda(const QkNormRopeBackward<float>& args, cudaStream_t stream) {
   return launch(args, stream);
 }

@@ -1,5 +1,5 @@
-// common/ops/qk_norm_rope_impl.h - what the kernels of the op flux::qk_norm_rope get and give, and the CPU ones. For the op's own
-// files and libflux_cuda.so.
+// common/ops/qk_norm_rope_impl.h - what the kernels of the op flux::qk_norm_rope get and give, and
+// the CPU ones. For the op's own files and libflux_cuda.so.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -18,7 +18,8 @@ QkvTuple qk_norm_rope_cpu(const at::Tensor& qkv,
                           const at::Tensor& rope_cos,
                           const at::Tensor& rope_sin,
                           double eps);
-/// Gradients contiguous. Returns d(qkv) and, if wanted, d(scales) [2, head] float32 (else undefined).
+/// Gradients contiguous. Returns d(qkv) and, if wanted, d(scales) [2, head] float32 (else
+/// undefined).
 std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward_cpu(const at::Tensor& grad_q,
                                                              const at::Tensor& grad_k,
                                                              const at::Tensor& grad_v,
@@ -31,7 +32,10 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward_cpu(const at::Tensor& g
                                                              bool want_scales);
 
 /// Strides and sizes of a call.
-inline QkNormRopeShape shape_of(const at::Tensor& qkv, const at::Tensor& query_scale, const at::Tensor& rope_cos, double eps) {
+inline QkNormRopeShape shape_of(const at::Tensor& qkv,
+                                const at::Tensor& query_scale,
+                                const at::Tensor& rope_cos,
+                                double eps) {
   QkNormRopeShape s;
   s.batch = qkv.size(0);
   s.tokens = qkv.size(1);
@@ -46,8 +50,13 @@ inline QkNormRopeShape shape_of(const at::Tensor& qkv, const at::Tensor& query_s
 
 /// Pointers of a forward call; `out` are the three results.
 template <class T>
-QkNormRopeForward<T> forward_args(const at::Tensor& qkv, const at::Tensor& query_scale, const at::Tensor& key_scale,
-                                  const at::Tensor& rope_cos, const at::Tensor& rope_sin, double eps, const QkvTuple& out) {
+QkNormRopeForward<T> forward_args(const at::Tensor& qkv,
+                                  const at::Tensor& query_scale,
+                                  const at::Tensor& key_scale,
+                                  const at::Tensor& rope_cos,
+                                  const at::Tensor& rope_sin,
+                                  double eps,
+                                  const QkvTuple& out) {
   const auto data = [](const at::Tensor& t) { return static_cast<T*>(t.data_ptr()); };
   return {shape_of(qkv, query_scale, rope_cos, eps),
           data(qkv),
@@ -59,9 +68,15 @@ QkNormRopeForward<T> forward_args(const at::Tensor& qkv, const at::Tensor& query
 
 /// Pointers of a backward call; `grad_scale` [groups, 2, head] may be undefined.
 template <class T>
-QkNormRopeBackward<T> backward_args(const QkvTuple& grads, const at::Tensor& qkv, const at::Tensor& query_scale,
-                                    const at::Tensor& key_scale, const at::Tensor& rope_cos, const at::Tensor& rope_sin,
-                                    double eps, const at::Tensor& grad_qkv, const at::Tensor& grad_scale,
+QkNormRopeBackward<T> backward_args(const QkvTuple& grads,
+                                    const at::Tensor& qkv,
+                                    const at::Tensor& query_scale,
+                                    const at::Tensor& key_scale,
+                                    const at::Tensor& rope_cos,
+                                    const at::Tensor& rope_sin,
+                                    double eps,
+                                    const at::Tensor& grad_qkv,
+                                    const at::Tensor& grad_scale,
                                     int64_t rows_per_group) {
   const auto data = [](const at::Tensor& t) { return static_cast<T*>(t.data_ptr()); };
   return {shape_of(qkv, query_scale, rope_cos, eps),

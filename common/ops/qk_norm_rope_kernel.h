@@ -1,8 +1,9 @@
-// common/ops/qk_norm_rope_kernel.h - index logic and arithmetic of qk_norm_rope, one text for the CPU and the CUDA kernel.
-// No LibTorch: pointers, counts and strides.
+// common/ops/qk_norm_rope_kernel.h - index logic and arithmetic of qk_norm_rope, one text for the
+// CPU and the CUDA kernel. No LibTorch: pointers, counts and strides.
 //
-// The work is a list of rows: one head of q, k or v of one token. `lanes` threads share a row (32 on a GPU, 1 on a CPU);
-// thread `lane` takes the pairs lane, lane + lanes, ... and `sum` adds a value over the threads of the row.
+// The work is a list of rows: one head of q, k or v of one token. `lanes` threads share a row (32
+// on a GPU, 1 on a CPU); thread `lane` takes the pairs lane, lane + lanes, ... and `sum` adds a
+// value over the threads of the row.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -37,7 +38,8 @@ struct QkNormRopeRow {
     part = index / s.heads % 3;
     const int64_t token = index / (3 * s.heads) % s.tokens;
     const int64_t sample = index / (3 * s.heads) / s.tokens;
-    packed = sample * s.batch_stride + token * s.token_stride + (part * s.heads + head_index) * s.head;
+    packed =
+        sample * s.batch_stride + token * s.token_stride + (part * s.heads + head_index) * s.head;
     dense = index * s.head;
     split = ((sample * s.tokens + token) * s.heads + head_index) * s.head;
     rope = sample * s.rope_batch_stride + token * (s.head / 2);
@@ -55,7 +57,8 @@ struct QkNormRopeForward {
 
 /// 1 / sqrt(mean(x^2) + eps) of one row.
 template <class T, class Sum>
-FLUX_HOST_DEVICE float inverse_rms(const T* x, int64_t head, float eps, int64_t lane, int64_t lanes, const Sum& sum) {
+FLUX_HOST_DEVICE float inverse_rms(
+    const T* x, int64_t head, float eps, int64_t lane, int64_t lanes, const Sum& sum) {
   float even = 0, odd = 0;
   for (int64_t i = 2 * lane; i < head; i += 2 * lanes) {
     const float x0 = static_cast<float>(x[i]), x1 = static_cast<float>(x[i + 1]);
@@ -66,7 +69,8 @@ FLUX_HOST_DEVICE float inverse_rms(const T* x, int64_t head, float eps, int64_t 
 }
 
 template <class T, class Sum>
-FLUX_HOST_DEVICE void forward_row(const QkNormRopeForward<T>& a, int64_t index, int64_t lane, int64_t lanes, const Sum& sum) {
+FLUX_HOST_DEVICE void forward_row(
+    const QkNormRopeForward<T>& a, int64_t index, int64_t lane, int64_t lanes, const Sum& sum) {
   const QkNormRopeRow row(a.shape, index);
   const int64_t head = a.shape.head;
   const T* x = a.qkv + row.packed;
@@ -98,14 +102,20 @@ struct QkNormRopeBackward {
   float* grad_scale;     // zeros [groups, 2, head], or null: not wanted
   int64_t rows_per_group;
 
-  FLUX_HOST_DEVICE int64_t num_groups() const { return (shape.num_rows() + rows_per_group - 1) / rows_per_group; }
+  FLUX_HOST_DEVICE int64_t num_groups() const {
+    return (shape.num_rows() + rows_per_group - 1) / rows_per_group;
+  }
 };
 
-/// With n = x r, z = n scale and y = R z for the rotation R: dz = R^T dy, dscale = dz n, and with u = dz scale
-/// dx = r (u - n mean(u n)).
+/// With n = x r, z = n scale and y = R z for the rotation R: dz = R^T dy, dscale = dz n, and with u
+/// = dz scale dx = r (u - n mean(u n)).
 template <class T, class Sum>
-FLUX_HOST_DEVICE void backward_row(const QkNormRopeBackward<T>& a, int64_t index, float* grad_scale, int64_t lane,
-                                   int64_t lanes, const Sum& sum) {
+FLUX_HOST_DEVICE void backward_row(const QkNormRopeBackward<T>& a,
+                                   int64_t index,
+                                   float* grad_scale,
+                                   int64_t lane,
+                                   int64_t lanes,
+                                   const Sum& sum) {
   const QkNormRopeRow row(a.shape, index);
   const int64_t head = a.shape.head;
   const T* x = a.qkv + row.packed;
@@ -142,15 +152,16 @@ FLUX_HOST_DEVICE void backward_row(const QkNormRopeBackward<T>& a, int64_t index
   }
 }
 
-/// The rows of one group, in order: their share of the scales' gradient has one owner, so the result has no race and does not
-/// depend on how many groups run at once.
+/// The rows of one group, in order: their share of the scales' gradient has one owner, so the
+/// result has no race and does not depend on how many groups run at once.
 template <class T, class Sum>
-FLUX_HOST_DEVICE void backward_group(const QkNormRopeBackward<T>& a, int64_t group, int64_t lane, int64_t lanes,
-                                     const Sum& sum) {
+FLUX_HOST_DEVICE void backward_group(
+    const QkNormRopeBackward<T>& a, int64_t group, int64_t lane, int64_t lanes, const Sum& sum) {
   const int64_t first = group * a.rows_per_group, rows = a.shape.num_rows();
   const int64_t last = first + a.rows_per_group < rows ? first + a.rows_per_group : rows;
   float* grad_scale = a.grad_scale ? a.grad_scale + group * 2 * a.shape.head : nullptr;
-  for (int64_t index = first; index < last; ++index) backward_row(a, index, grad_scale, lane, lanes, sum);
+  for (int64_t index = first; index < last; ++index)
+    backward_row(a, index, grad_scale, lane, lanes, sum);
 }
 
 }  // namespace flux::kernel

@@ -25,10 +25,16 @@ struct AdamWOptions {
 ///   exp_avg_sq  v: the same
 ///   step        from 1
 ///
-/// Arithmetic is float32, rounded to the dtype after each operation. CPU results do not depend on the number of threads. Throws
-/// std::invalid_argument, naming the argument and both values, if they disagree; on a device without this op, c10::Error.
-/// Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; order of operations as in torch.optim.AdamW.
-void adamw_step(const at::Tensor& parameter, const at::Tensor& gradient, const at::Tensor& exp_avg,
-                const at::Tensor& exp_avg_sq, double learning_rate, const AdamWOptions& options, int64_t step);
+/// Arithmetic is float32, rounded to the dtype after each operation. CPU results do not depend on
+/// the number of threads. Throws std::invalid_argument, naming the argument and both values, if
+/// they disagree; on a device without this op, c10::Error. Source: Loshchilov and Hutter 2019,
+/// arXiv:1711.05101, algorithm 2; order of operations as in torch.optim.AdamW.
+void adamw_step(const at::Tensor& parameter,
+                const at::Tensor& gradient,
+                const at::Tensor& exp_avg,
+                const at::Tensor& exp_avg_sq,
+                double learning_rate,
+                const AdamWOptions& options,
+                int64_t step);
 
 }  // namespace flux

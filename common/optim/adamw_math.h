@@ -14,12 +14,12 @@ namespace flux {
 
 /// What all elements of an update share, computed in double and rounded once.
 struct AdamWScalars {
-  float decay;            // 1 - lr * weight_decay
+  float decay;  // 1 - lr * weight_decay
   float one_minus_beta1;
   float beta2;
   float one_minus_beta2;
-  float step_size;        // lr / (1 - beta1^step)
-  float correction2;      // sqrt(1 - beta2^step)
+  float step_size;    // lr / (1 - beta1^step)
+  float correction2;  // sqrt(1 - beta2^step)
   float eps;
 };
 
@@ -49,9 +49,11 @@ FLUX_HOST_DEVICE float rounded(float value) {
   return to_float(kept);
 }
 
-/// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does with such weights.
+/// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does
+/// with such weights.
 template <class T>
-FLUX_HOST_DEVICE void adamw_element(T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, const AdamWScalars& s) {
+FLUX_HOST_DEVICE void adamw_element(
+    T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, const AdamWScalars& s) {
   const float g = to_float(*gradient);
   float m = to_float(*exp_avg), v = to_float(*exp_avg_sq), p = to_float(*parameter);
   p = rounded<T>(p * s.decay);

@@ -18,7 +18,8 @@ namespace {
 
 const bool kVersionLine = add_version_line("LibTorch " TORCH_VERSION);
 
-/// Asks the driver itself, since opening LibTorch's CUDA half takes a second and a gigabyte of address space.
+/// Asks the driver itself, since opening LibTorch's CUDA half takes a second and a gigabyte of
+/// address space.
 bool driver_has_gpu() {
   void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!driver) return false;
@@ -29,7 +30,8 @@ bool driver_has_gpu() {
 }
 
 std::filesystem::path cuda_library() {
-  return std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path() / "lib" / "libflux_cuda.so";
+  return std::filesystem::read_symlink("/proc/self/exe").parent_path().parent_path() / "lib" /
+         "libflux_cuda.so";
 }
 
 /// Opens the library; throws ResourceError that says what is missing.
@@ -39,7 +41,8 @@ void open_cuda() {
     throw ResourceError("--device cuda: this build has no " + show(path),
                         "install the CUDA toolkit (nvcc) and build again, or use --device cpu");
   if (!driver_has_gpu())
-    throw ResourceError("--device cuda: the NVIDIA driver shows no GPU", "check nvidia-smi, or use --device cpu");
+    throw ResourceError("--device cuda: the NVIDIA driver shows no GPU",
+                        "check nvidia-smi, or use --device cpu");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
   if (!library)
     throw ResourceError("--device cuda: " + show(path) + " does not load: " + printable(dlerror()),
@@ -59,7 +62,8 @@ void use_huge_pages() { setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
 
 c10::Device resolve_device(DeviceChoice choice) {
   if (choice == DeviceChoice::kCpu) return {c10::DeviceType::CPU};
-  if (choice == DeviceChoice::kAuto && !(std::filesystem::exists(cuda_library()) && driver_has_gpu()))
+  if (choice == DeviceChoice::kAuto &&
+      !(std::filesystem::exists(cuda_library()) && driver_has_gpu()))
     return {c10::DeviceType::CPU};
   try {
     open_cuda();

@@ -21,7 +21,8 @@ size_t space_before(std::string_view text, size_t begin, size_t end) {
   size_t start = end;
   while (start > begin) {
     size_t previous = start - 1;
-    while (previous > begin && (static_cast<unsigned char>(text[previous]) & 0xC0) == 0x80) --previous;
+    while (previous > begin && (static_cast<unsigned char>(text[previous]) & 0xC0) == 0x80)
+      --previous;
     size_t after = previous;
     if (char_class(next_code_point(text, after)) != CharClass::kSpace) break;
     start = previous;

@@ -20,7 +20,8 @@ Charsmap::Charsmap(std::string_view blob) {
   if (blob.empty()) return;
   uint32_t array_bytes = 0;
   if (blob.size() < sizeof(array_bytes)) throw std::invalid_argument("the charsmap is cut short");
-  std::memcpy(&array_bytes, blob.data(), sizeof(array_bytes));  // little-endian, as every machine here is
+  std::memcpy(
+      &array_bytes, blob.data(), sizeof(array_bytes));  // little-endian, as every machine here is
   blob.remove_prefix(sizeof(array_bytes));
   if (array_bytes == 0 || array_bytes % 4 != 0 || array_bytes > blob.size()) {
     throw std::invalid_argument("the charsmap's array size is not within the charsmap");
@@ -28,12 +29,16 @@ Charsmap::Charsmap(std::string_view blob) {
   units_.resize(array_bytes / 4);
   std::memcpy(units_.data(), blob.data(), array_bytes);
   pool_ = blob.substr(array_bytes);
-  if (first_invalid_utf8(pool_)) throw std::invalid_argument("the charsmap's replacements are not UTF-8");
-  if (!pool_.empty() && pool_.back() != '\0') throw std::invalid_argument("the charsmap's last replacement has no end");
-  constexpr size_t kLongest = 1024;  // the real one's longest is 33 bytes; bounds what a bad file can blow a text up to
+  if (first_invalid_utf8(pool_))
+    throw std::invalid_argument("the charsmap's replacements are not UTF-8");
+  if (!pool_.empty() && pool_.back() != '\0')
+    throw std::invalid_argument("the charsmap's last replacement has no end");
+  constexpr size_t kLongest =
+      1024;  // the real one's longest is 33 bytes; bounds what a bad file can blow a text up to
   for (size_t begin = 0; begin < pool_.size();) {
     const size_t end = pool_.find('\0', begin);
-    if (end - begin > kLongest) throw std::invalid_argument("the charsmap has a replacement above 1024 bytes");
+    if (end - begin > kLongest)
+      throw std::invalid_argument("the charsmap has a replacement above 1024 bytes");
     begin = end + 1;
   }
 }
@@ -51,7 +56,8 @@ std::optional<std::string_view> Charsmap::replacement(std::string_view cluster) 
     if (!unit_has_leaf(unit)) continue;
     if (pos >= units_.size()) return std::nullopt;
     const size_t begin = unit_value(units_[pos]);
-    const bool inside_code_point = begin < pool_.size() && (static_cast<unsigned char>(pool_[begin]) & 0xC0) == 0x80;
+    const bool inside_code_point =
+        begin < pool_.size() && (static_cast<unsigned char>(pool_[begin]) & 0xC0) == 0x80;
     if (begin >= pool_.size() || inside_code_point) return std::nullopt;
     return std::string_view(pool_.data() + begin);  // up to the NUL
   }

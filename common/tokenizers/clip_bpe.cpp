@@ -31,11 +31,13 @@ constexpr int64_t kLargestId = 1 << 24;
 using Vocabulary = std::unordered_map<std::string, int32_t>;
 
 Vocabulary read_vocabulary(const nlohmann::json& object) {
-  if (!object.is_object() || object.empty()) throw std::invalid_argument("the vocabulary is not an object of token: id");
+  if (!object.is_object() || object.empty())
+    throw std::invalid_argument("the vocabulary is not an object of token: id");
   Vocabulary vocabulary;
   for (const auto& [token, id] : object.items()) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() > kLargestId) {
-      throw std::invalid_argument(fmt::format("token '{}' has no id in 0..{}", printable(token), kLargestId));
+      throw std::invalid_argument(
+          fmt::format("token '{}' has no id in 0..{}", printable(token), kLargestId));
     }
     vocabulary.emplace(token, id.get<int32_t>());
   }
@@ -49,7 +51,7 @@ struct ClipTokenizer::Model {
     uint32_t rank;
     int32_t result;
   };
-  std::unordered_map<uint64_t, Merge> merges;  // by pair(left, right)
+  std::unordered_map<uint64_t, Merge> merges;          // by pair(left, right)
   std::array<int32_t, 256> symbols{}, last_symbols{};  // id of a byte inside a word, and at its end
   AddedTokens raw_tokens, normalized_tokens;
   int64_t vocab_size = 0;
@@ -64,7 +66,8 @@ struct ClipTokenizer::Model {
   void encode_words(std::string_view clean, std::vector<int32_t>& ids) const;
   void encode_word(std::string_view word, std::vector<int32_t>& ids) const;
 
-  static std::unique_ptr<Model> from_vocab_and_merges(std::string_view vocab, std::string_view merges);
+  static std::unique_ptr<Model> from_vocab_and_merges(std::string_view vocab,
+                                                      std::string_view merges);
   static std::unique_ptr<Model> from_json(std::string_view bytes);
 };
 
@@ -94,7 +97,8 @@ std::string clean(std::string_view text) {
 void ClipTokenizer::Model::set_vocabulary(const Vocabulary& vocabulary) {
   const auto need = [&](std::string_view token) {
     const auto it = vocabulary.find(std::string(token));
-    if (it == vocabulary.end()) throw std::invalid_argument(fmt::format("the vocabulary has no {}", token));
+    if (it == vocabulary.end())
+      throw std::invalid_argument(fmt::format("the vocabulary has no {}", token));
     return it->second;
   };
   bos_id = need(kBos);
@@ -111,27 +115,35 @@ void ClipTokenizer::Model::set_vocabulary(const Vocabulary& vocabulary) {
   for (const auto& [unused, id] : vocabulary) vocab_size = std::max<int64_t>(vocab_size, id + 1);
 }
 
-void ClipTokenizer::Model::add_merge(const Vocabulary& vocabulary, const std::string& left, const std::string& right) {
+void ClipTokenizer::Model::add_merge(const Vocabulary& vocabulary,
+                                     const std::string& left,
+                                     const std::string& right) {
   const auto rank = static_cast<uint32_t>(merges.size());
   const auto need = [&](const std::string& token) {
     const auto it = vocabulary.find(token);
     if (it != vocabulary.end()) return it->second;
-    throw std::invalid_argument(fmt::format("merge {} ('{} {}') needs '{}', which the vocabulary does not have", rank + 1,
-                                            printable(left), printable(right), printable(token)));
+    throw std::invalid_argument(
+        fmt::format("merge {} ('{} {}') needs '{}', which the vocabulary does not have",
+                    rank + 1,
+                    printable(left),
+                    printable(right),
+                    printable(token)));
   };
   const Merge merge{rank, need(left + right)};
   if (!merges.emplace(pair(need(left), need(right)), merge).second) {
-    throw std::invalid_argument(fmt::format("merge '{} {}' is there twice", printable(left), printable(right)));
+    throw std::invalid_argument(
+        fmt::format("merge '{} {}' is there twice", printable(left), printable(right)));
   }
 }
 
-std::unique_ptr<ClipTokenizer::Model> ClipTokenizer::Model::from_vocab_and_merges(std::string_view vocab,
-                                                                                  std::string_view merges) {
+std::unique_ptr<ClipTokenizer::Model> ClipTokenizer::Model::from_vocab_and_merges(
+    std::string_view vocab, std::string_view merges) {
   auto model = std::make_unique<Model>();
   const Vocabulary vocabulary = read_vocabulary(nlohmann::json::parse(vocab));
   model->set_vocabulary(vocabulary);
   std::vector<std::string> lines = split(merges, '\n');
-  for (size_t i = 1; i < lines.size() && model->merges.size() < kMaxMerges; ++i) {  // line 0 is a version comment
+  for (size_t i = 1; i < lines.size() && model->merges.size() < kMaxMerges;
+       ++i) {  // line 0 is a version comment
     const std::string_view line = trim(lines[i]);
     if (line.empty()) continue;
     const std::vector<std::string> pair_of = split(line, ' ');
@@ -153,23 +165,32 @@ std::unique_ptr<ClipTokenizer::Model> ClipTokenizer::Model::from_json(std::strin
     const auto it = part.find(key);
     return it == part.end() || it->is_null() ? std::string() : it->get<std::string>();
   };
-  if (text_of("type") != "BPE" || text_of("end_of_word_suffix") != kWordEnd || !text_of("continuing_subword_prefix").empty()) {
-    throw std::invalid_argument("not CLIP's byte pairs: type BPE with end_of_word_suffix </w> is expected");
+  if (text_of("type") != "BPE" || text_of("end_of_word_suffix") != kWordEnd ||
+      !text_of("continuing_subword_prefix").empty()) {
+    throw std::invalid_argument(
+        "not CLIP's byte pairs: type BPE with end_of_word_suffix </w> is expected");
   }
   std::string steps;
   for (const nlohmann::json& step : normalizer_steps(root)) steps += step.value("type", "?") + " ";
   if (steps != "NFC Replace Lowercase ") {
-    throw std::invalid_argument(fmt::format("normalizer '{}', CLIP's is NFC, Replace, Lowercase", printable(trim(steps))));
+    throw std::invalid_argument(
+        fmt::format("normalizer '{}', CLIP's is NFC, Replace, Lowercase", printable(trim(steps))));
   }
   auto model = std::make_unique<Model>();
   const Vocabulary vocabulary = read_vocabulary(member(part, "vocab"));
   model->set_vocabulary(vocabulary);
-  for (const nlohmann::json& entry : member(part, "merges")) {  // "a b", or ["a", "b"] in newer files
-    const auto pair_of = entry.is_string() ? split(entry.get<std::string>(), ' ') : entry.get<std::vector<std::string>>();
+  for (const nlohmann::json& entry :
+       member(part, "merges")) {  // "a b", or ["a", "b"] in newer files
+    const auto pair_of = entry.is_string() ? split(entry.get<std::string>(), ' ')
+                                           : entry.get<std::vector<std::string>>();
     if (pair_of.size() != 2) throw std::invalid_argument("a merge is not two symbols");
     model->add_merge(vocabulary, pair_of[0], pair_of[1]);
   }
-  read_added_tokens(root, static_cast<size_t>(model->vocab_size), model->raw_tokens, model->normalized_tokens, clean);
+  read_added_tokens(root,
+                    static_cast<size_t>(model->vocab_size),
+                    model->raw_tokens,
+                    model->normalized_tokens,
+                    clean);
   return model;
 }
 
@@ -179,7 +200,8 @@ void ClipTokenizer::Model::encode_words(std::string_view text, std::vector<int32
   for (size_t pos = 0; pos < text.size();) {
     const size_t begin = pos;
     const std::string_view rest = text.substr(begin);
-    const auto contraction = std::ranges::find_if(kContractions, [&](auto c) { return rest.starts_with(c); });
+    const auto contraction =
+        std::ranges::find_if(kContractions, [&](auto c) { return rest.starts_with(c); });
     if (contraction != std::end(kContractions)) {
       pos += contraction->size();
       encode_word(*contraction, ids);
@@ -196,7 +218,8 @@ void ClipTokenizer::Model::encode_words(std::string_view text, std::vector<int32
   }
 }
 
-// Merges the adjacent pair of lowest rank, leftmost first, until none is left: a heap of candidates over a linked list.
+// Merges the adjacent pair of lowest rank, leftmost first, until none is left: a heap of candidates
+// over a linked list.
 void ClipTokenizer::Model::encode_word(std::string_view word, std::vector<int32_t>& ids) const {
   constexpr size_t kEnd = SIZE_MAX;
   struct Symbol {
@@ -208,13 +231,16 @@ void ClipTokenizer::Model::encode_word(std::string_view word, std::vector<int32_
     uint32_t rank;
     size_t left;
     int32_t result;
-    bool operator>(const Candidate& o) const { return std::pair(rank, left) > std::pair(o.rank, o.left); }
+    bool operator>(const Candidate& o) const {
+      return std::pair(rank, left) > std::pair(o.rank, o.left);
+    }
   };
   std::vector<Symbol> list(word.size());
   for (size_t i = 0; i < word.size(); ++i) {
     const auto byte = static_cast<unsigned char>(word[i]);
     const bool last = i + 1 == word.size();
-    list[i] = {last ? last_symbols[byte] : symbols[byte], i == 0 ? kEnd : i - 1, last ? kEnd : i + 1};
+    list[i] = {
+        last ? last_symbols[byte] : symbols[byte], i == 0 ? kEnd : i - 1, last ? kEnd : i + 1};
   }
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
   const auto find_merge = [&](size_t left) -> const Merge* {
@@ -263,8 +289,9 @@ auto naming(const fs::path& name, const Parse& parse) {
   try {
     return parse();
   } catch (const std::invalid_argument& e) {
-    throw InputError(fmt::format("{}: {}", show(name), e.what()),
-                     "CLIP's tokenizer is a folder with vocab.json and merges.txt, or tokenizer.json");
+    throw InputError(
+        fmt::format("{}: {}", show(name), e.what()),
+        "CLIP's tokenizer is a folder with vocab.json and merges.txt, or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
     throw InputError(fmt::format("{}: not a CLIP vocabulary: {}", show(name), printable(e.what())));
   }
@@ -272,7 +299,9 @@ auto naming(const fs::path& name, const Parse& parse) {
 
 }  // namespace
 
-ClipTokenizer ClipTokenizer::parse(std::string_view vocab, std::string_view merges, const fs::path& name) {
+ClipTokenizer ClipTokenizer::parse(std::string_view vocab,
+                                   std::string_view merges,
+                                   const fs::path& name) {
   auto model = naming(name, [&] { return Model::from_vocab_and_merges(vocab, merges); });
   model->sha256 = Sha256().add_field(vocab).add_field(merges).digest();
   return ClipTokenizer(std::move(model));

@@ -5,7 +5,10 @@
 
 namespace flux::tokenizers {
 
-Padded pad_or_truncate(std::span<const int32_t> ids, int64_t length, int32_t eos_id, int32_t pad_id) {
+Padded pad_or_truncate(std::span<const int32_t> ids,
+                       int64_t length,
+                       int32_t eos_id,
+                       int32_t pad_id) {
   if (length < 2) throw std::invalid_argument("pad_or_truncate: length is below 2");
   const auto size = static_cast<int64_t>(ids.size());
   const int64_t live = std::min(size, length);

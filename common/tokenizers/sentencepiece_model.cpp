@@ -11,25 +11,35 @@ namespace {
 // One field of a protobuf message.
 struct Field {
   uint64_t number = 0;
-  uint64_t value = 0;       // wire types 0, 1 and 5
-  std::string_view bytes;   // wire type 2
+  uint64_t value = 0;      // wire types 0, 1 and 5
+  std::string_view bytes;  // wire type 2
   int wire_type = 0;
 };
 
 class FieldReader {
  public:
-  FieldReader(std::string_view message, size_t file_offset) : message_(message), file_offset_(file_offset) {}
+  FieldReader(std::string_view message, size_t file_offset)
+      : message_(message), file_offset_(file_offset) {}
 
   bool next(Field& field) {
     if (pos_ == message_.size()) return false;
     const uint64_t key = varint();
     field = {.number = key >> 3, .value = 0, .bytes = {}, .wire_type = static_cast<int>(key & 7)};
     switch (field.wire_type) {
-      case 0: field.value = varint(); break;
-      case 1: field.value = fixed(8); break;
-      case 2: field.bytes = take(varint()); break;
-      case 5: field.value = fixed(4); break;
-      default: fail("unknown wire type");
+      case 0:
+        field.value = varint();
+        break;
+      case 1:
+        field.value = fixed(8);
+        break;
+      case 2:
+        field.bytes = take(varint());
+        break;
+      case 5:
+        field.value = fixed(4);
+        break;
+      default:
+        fail("unknown wire type");
     }
     if (field.number == 0) fail("field number 0");
     return true;
@@ -39,7 +49,8 @@ class FieldReader {
     return file_offset_ + static_cast<size_t>(bytes.data() - message_.data());
   }
   [[noreturn]] void fail(const char* what) const {
-    throw std::invalid_argument(fmt::format("not a SentencePiece model: {} near byte {}", what, file_offset_ + pos_));
+    throw std::invalid_argument(
+        fmt::format("not a SentencePiece model: {} near byte {}", what, file_offset_ + pos_));
   }
 
  private:
@@ -101,8 +112,10 @@ SentencePieceModel parse_sentencepiece_model(std::string_view bytes) {
       continue;
     }
     for (Field f; inner.next(f);) {
-      if (field.number == 2 && f.number == 3 && f.wire_type == 0) model.model_type = static_cast<int64_t>(f.value);
-      if (field.number == 2 && f.number == 35 && f.wire_type == 0) model.byte_fallback = f.value != 0;
+      if (field.number == 2 && f.number == 3 && f.wire_type == 0)
+        model.model_type = static_cast<int64_t>(f.value);
+      if (field.number == 2 && f.number == 35 && f.wire_type == 0)
+        model.byte_fallback = f.value != 0;
       if (field.number == 3 && f.number == 2 && f.wire_type == 2) model.charsmap = f.bytes;
     }
   }

@@ -28,7 +28,8 @@ namespace {
 constexpr std::string_view kSpaceMark = "\u2581";
 constexpr double kUnknownPenalty = 10.0;
 constexpr int32_t kNumSentinels = 100;
-constexpr size_t kLongestPiece_bytes = 512;  // the real one's longest is 48; bounds the time a text takes
+constexpr size_t kLongestPiece_bytes =
+    512;  // the real one's longest is 48; bounds the time a text takes
 
 struct ScoredPiece {
   std::string text;
@@ -63,14 +64,18 @@ void T5Tokenizer::Model::set_pieces(const std::vector<ScoredPiece>& list) {
   double lowest = std::numeric_limits<double>::infinity();
   for (size_t id = 0; id < list.size(); ++id) {
     const auto& [text, score] = list[id];
-    if (first_invalid_utf8(text)) throw std::invalid_argument(fmt::format("piece {} is not UTF-8", id));
-    if (!std::isfinite(score)) throw std::invalid_argument(fmt::format("piece {} has no finite score", id));
+    if (first_invalid_utf8(text))
+      throw std::invalid_argument(fmt::format("piece {} is not UTF-8", id));
+    if (!std::isfinite(score))
+      throw std::invalid_argument(fmt::format("piece {} has no finite score", id));
     if (text.size() > kLongestPiece_bytes) {
-      throw std::invalid_argument(fmt::format("piece {} has {} bytes, at most {} are read", id, text.size(), kLongestPiece_bytes));
+      throw std::invalid_argument(fmt::format(
+          "piece {} has {} bytes, at most {} are read", id, text.size(), kLongestPiece_bytes));
     }
     if (!pieces.insert(text, static_cast<int32_t>(id))) {
-      throw std::invalid_argument(
-          text.empty() ? fmt::format("piece {} is empty", id) : fmt::format("piece '{}' is there twice", printable(text)));
+      throw std::invalid_argument(text.empty()
+                                      ? fmt::format("piece {} is empty", id)
+                                      : fmt::format("piece '{}' is there twice", printable(text)));
     }
     scores.push_back(score);
     lowest = std::min(lowest, score);
@@ -97,11 +102,15 @@ void T5Tokenizer::Model::find_specials() {
 
 std::unique_ptr<T5Tokenizer::Model> T5Tokenizer::Model::from_sentencepiece(std::string_view bytes) {
   const SentencePieceModel proto = parse_sentencepiece_model(bytes);
-  if (proto.pieces.empty()) throw std::invalid_argument("not a SentencePiece model: it has no pieces");
+  if (proto.pieces.empty())
+    throw std::invalid_argument("not a SentencePiece model: it has no pieces");
   if (proto.model_type != 1) {
-    throw std::invalid_argument(fmt::format("a SentencePiece model of type {}, T5's is 1 (unigram)", proto.model_type));
+    throw std::invalid_argument(
+        fmt::format("a SentencePiece model of type {}, T5's is 1 (unigram)", proto.model_type));
   }
-  if (proto.byte_fallback) throw std::invalid_argument("a SentencePiece model with byte_fallback, which T5's does not use");
+  if (proto.byte_fallback)
+    throw std::invalid_argument(
+        "a SentencePiece model with byte_fallback, which T5's does not use");
   auto model = std::make_unique<Model>();
   std::vector<ScoredPiece> list;
   std::optional<int32_t> unknown;
@@ -110,21 +119,28 @@ std::unique_ptr<T5Tokenizer::Model> T5Tokenizer::Model::from_sentencepiece(std::
       if (unknown) throw std::invalid_argument("the vocabulary has two unknown pieces");
       unknown = static_cast<int32_t>(list.size());
     } else if (piece.type != PieceType::kNormal && piece.type != PieceType::kControl) {
-      throw std::invalid_argument(fmt::format("piece '{}' has type {}; T5 has normal, unknown and control pieces",
-                                              printable(piece.text), static_cast<int>(piece.type)));
+      throw std::invalid_argument(
+          fmt::format("piece '{}' has type {}; T5 has normal, unknown and control pieces",
+                      printable(piece.text),
+                      static_cast<int>(piece.type)));
     }
     list.push_back({piece.text, static_cast<double>(piece.score)});
   }
   if (!unknown) throw std::invalid_argument("the vocabulary has no unknown piece");
   // the sentinels follow the pieces, the last one first, and as ordinary pieces of score 0 too
-  for (int32_t i = kNumSentinels - 1; i >= 0; --i) list.push_back({fmt::format("<extra_id_{}>", i), 0.0});
+  for (int32_t i = kNumSentinels - 1; i >= 0; --i)
+    list.push_back({fmt::format("<extra_id_{}>", i), 0.0});
   model->set_pieces(list);
   model->unk_id = *unknown;
   model->find_specials();
   model->charsmap = Charsmap(proto.charsmap);
-  const auto add = [&](int32_t id) { model->raw_tokens.add({list[static_cast<size_t>(id)].text, id}); };
+  const auto add = [&](int32_t id) {
+    model->raw_tokens.add({list[static_cast<size_t>(id)].text, id});
+  };
   add(model->pad_id), add(model->eos_id), add(model->unk_id);
-  for (auto id = static_cast<int32_t>(proto.pieces.size()); id < static_cast<int32_t>(list.size()); ++id) add(id);
+  for (auto id = static_cast<int32_t>(proto.pieces.size()); id < static_cast<int32_t>(list.size());
+       ++id)
+    add(id);
   return model;
 }
 
@@ -132,35 +148,43 @@ std::unique_ptr<T5Tokenizer::Model> T5Tokenizer::Model::from_json(std::string_vi
   const nlohmann::json root = parse_tokenizer_json(bytes);
   const nlohmann::json& part = member(root, "model");
   if (part.value("type", "Unigram") != "Unigram") {
-    throw std::invalid_argument(fmt::format("a tokenizer of type '{}', T5's is Unigram", printable(part.value("type", ""))));
+    throw std::invalid_argument(fmt::format("a tokenizer of type '{}', T5's is Unigram",
+                                            printable(part.value("type", ""))));
   }
-  if (part.value("byte_fallback", false)) throw std::invalid_argument("byte_fallback, which T5's tokenizer does not use");
+  if (part.value("byte_fallback", false))
+    throw std::invalid_argument("byte_fallback, which T5's tokenizer does not use");
   auto model = std::make_unique<Model>();
   std::vector<ScoredPiece> list;
   for (const nlohmann::json& entry : member(part, "vocab")) {
-    if (!entry.is_array() || entry.size() != 2) throw std::invalid_argument("a vocabulary entry is not [piece, score]");
+    if (!entry.is_array() || entry.size() != 2)
+      throw std::invalid_argument("a vocabulary entry is not [piece, score]");
     list.push_back({entry[0].get<std::string>(), entry[1].get<double>()});
   }
   model->set_pieces(list);
   model->unk_id = member(part, "unk_id").get<int32_t>();
   if (model->unk_id < 0 || static_cast<size_t>(model->unk_id) >= list.size()) {
-    throw std::invalid_argument(fmt::format("unk_id {} is outside the vocabulary of {}", model->unk_id, list.size()));
+    throw std::invalid_argument(
+        fmt::format("unk_id {} is outside the vocabulary of {}", model->unk_id, list.size()));
   }
   model->find_specials();
 
-  // two forms are in use, {Precompiled} and {Precompiled, Strip, Replace}; they give equal ids, so both get one pipeline
+  // two forms are in use, {Precompiled} and {Precompiled, Strip, Replace}; they give equal ids, so
+  // both get one pipeline
   std::string charsmap;
   for (const nlohmann::json& step : normalizer_steps(root)) {
     const std::string type = step.value("type", "");
     if (type == "Precompiled") {
       charsmap = from_base64(member(step, "precompiled_charsmap").get<std::string>());
     } else if (type != "Strip" && type != "Replace") {
-      throw std::invalid_argument(fmt::format("normalizer '{}', which T5's tokenizer does not use", printable(type)));
+      throw std::invalid_argument(
+          fmt::format("normalizer '{}', which T5's tokenizer does not use", printable(type)));
     }
   }
   model->charsmap = Charsmap(charsmap);
-  read_added_tokens(root, list.size(), model->raw_tokens, model->normalized_tokens,
-                    [&](std::string_view text) { return model->normalize(text); });
+  read_added_tokens(
+      root, list.size(), model->raw_tokens, model->normalized_tokens, [&](std::string_view text) {
+        return model->normalize(text);
+      });
   return model;
 }
 
@@ -187,7 +211,8 @@ std::string T5Tokenizer::Model::normalize(std::string_view text) const {
 }
 
 // Spaces become marks, one is put in front, and each mark starts a word of its own.
-void T5Tokenizer::Model::encode_words(std::string_view normalized, std::vector<int32_t>& ids) const {
+void T5Tokenizer::Model::encode_words(std::string_view normalized,
+                                      std::vector<int32_t>& ids) const {
   std::string marked;
   marked.reserve(normalized.size() + kSpaceMark.size());
   for (const char c : normalized) c == ' ' ? marked += kSpaceMark : marked += c;
@@ -201,8 +226,8 @@ void T5Tokenizer::Model::encode_words(std::string_view normalized, std::vector<i
   }
 }
 
-// The most probable pieces of a word. Order and strictness decide ties and are the reference's: starts ascending, lengths
-// ascending, later candidates only if strictly better; sums in double.
+// The most probable pieces of a word. Order and strictness decide ties and are the reference's:
+// starts ascending, lengths ascending, later candidates only if strictly better; sums in double.
 void T5Tokenizer::Model::viterbi(std::string_view word, std::vector<int32_t>& ids) const {
   struct Node {
     double score = 0;
@@ -249,9 +274,11 @@ T5Tokenizer T5Tokenizer::parse(std::string_view bytes, const fs::path& name) {
     model->sha256 = flux::sha256(bytes);
     return T5Tokenizer(std::move(model));
   } catch (const std::invalid_argument& e) {
-    throw InputError(fmt::format("{}: {}", show(name), e.what()), "T5's tokenizer is spiece.model or tokenizer.json");
+    throw InputError(fmt::format("{}: {}", show(name), e.what()),
+                     "T5's tokenizer is spiece.model or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
-    throw InputError(fmt::format("{}: not a T5 tokenizer.json: {}", show(name), printable(e.what())));
+    throw InputError(
+        fmt::format("{}: not a T5 tokenizer.json: {}", show(name), printable(e.what())));
   }
 }
 

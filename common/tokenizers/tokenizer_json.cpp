@@ -47,7 +47,8 @@ std::vector<nlohmann::json> normalizer_steps(const nlohmann::json& root) {
 }
 
 std::string from_base64(std::string_view text) {
-  constexpr std::string_view kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  constexpr std::string_view kDigits =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   while (text.ends_with('=')) text.remove_suffix(1);
   std::string out;
   out.reserve(text.size() * 3 / 4);
@@ -73,20 +74,26 @@ void read_added_tokens(const nlohmann::json& root,
                      member(entry, "id").get<int32_t>(),
                      entry.value("lstrip", false),
                      entry.value("rstrip", false)};
-    if (first_invalid_utf8(token.content)) throw std::invalid_argument("an added token is not UTF-8");
+    if (first_invalid_utf8(token.content))
+      throw std::invalid_argument("an added token is not UTF-8");
     if (token.id < 0 || static_cast<size_t>(token.id) >= vocab_size) {
-      throw std::invalid_argument(fmt::format("added token '{}' has id {}, outside the vocabulary of {}",
-                                              printable(token.content), token.id, vocab_size));
+      throw std::invalid_argument(
+          fmt::format("added token '{}' has id {}, outside the vocabulary of {}",
+                      printable(token.content),
+                      token.id,
+                      vocab_size));
     }
     if (entry.value("single_word", false)) {
-      throw std::invalid_argument(fmt::format("added token '{}' is a single_word one, which is not supported",
-                                              printable(token.content)));
+      throw std::invalid_argument(
+          fmt::format("added token '{}' is a single_word one, which is not supported",
+                      printable(token.content)));
     }
     const bool is_normalized = entry.value("normalized", false);
     if (is_normalized) token.content = normalize(token.content);
     const std::string content = token.content;
     if (!(is_normalized ? normalized : raw).add(std::move(token))) {
-      throw std::invalid_argument(fmt::format("added token '{}' is empty or there twice", printable(content)));
+      throw std::invalid_argument(
+          fmt::format("added token '{}' is empty or there twice", printable(content)));
     }
   }
 }

@@ -24,7 +24,8 @@ class Trie {
       const auto it = children_.find(edge(node, text[i]));
       if (it == children_.end()) return;
       node = it->second;
-      if (values_[static_cast<size_t>(node)] != kNone) visit(i + 1, values_[static_cast<size_t>(node)]);
+      if (values_[static_cast<size_t>(node)] != kNone)
+        visit(i + 1, values_[static_cast<size_t>(node)]);
     }
   }
 
@@ -32,8 +33,11 @@ class Trie {
   static uint64_t edge(int32_t node, char byte) {
     return static_cast<uint64_t>(node) << 8 | static_cast<unsigned char>(byte);
   }
-  struct Mix {  // std::hash of an integer is the integer: neighbouring edges would fill the same buckets
-    size_t operator()(uint64_t x) const { return static_cast<size_t>((x * 0x9E3779B97F4A7C15u) >> 20); }
+  struct Mix {  // std::hash of an integer is the integer: neighbouring edges would fill the same
+                // buckets
+    size_t operator()(uint64_t x) const {
+      return static_cast<size_t>((x * 0x9E3779B97F4A7C15u) >> 20);
+    }
   };
   std::unordered_map<uint64_t, int32_t, Mix> children_;
   std::vector<int32_t> values_ = {kNone};  // by node; 0 is the root

@@ -7,7 +7,9 @@
 
 namespace flux {
 
-at::Tensor noised_latents(const at::Tensor& latents, const at::Tensor& noise, const at::Tensor& sigma) {
+at::Tensor noised_latents(const at::Tensor& latents,
+                          const at::Tensor& noise,
+                          const at::Tensor& sigma) {
   check_shape("noise", noise, latents.sizes());
   const at::Tensor s = per_sample(sigma, latents);  // [B, 1, 1, 1]
   return ((1 - s) * latents.to(at::kFloat) + s * noise.to(at::kFloat)).to(latents.scalar_type());

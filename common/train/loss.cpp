@@ -12,13 +12,19 @@
 
 namespace flux {
 
-at::Tensor model_prediction(Prediction kind, const at::Tensor& output, const at::Tensor& noisy, const at::Tensor& sigma) {
+at::Tensor model_prediction(Prediction kind,
+                            const at::Tensor& output,
+                            const at::Tensor& noisy,
+                            const at::Tensor& sigma) {
   check_shape("noisy", noisy, output.sizes());
   const at::Tensor raw = output.to(at::kFloat);
   switch (kind) {
-    case Prediction::kRaw: return raw;
-    case Prediction::kAdditive: return raw + noisy.to(at::kFloat);
-    case Prediction::kSigmaScaled: break;
+    case Prediction::kRaw:
+      return raw;
+    case Prediction::kAdditive:
+      return raw + noisy.to(at::kFloat);
+    case Prediction::kSigmaScaled:
+      break;
   }
   return noisy.to(at::kFloat) - per_sample(sigma, output) * raw;
 }
@@ -26,11 +32,14 @@ at::Tensor model_prediction(Prediction kind, const at::Tensor& output, const at:
 at::Tensor loss_weights(WeightingScheme scheme, const at::Tensor& sigma) {
   const at::Tensor s = sigma.to(at::kFloat);
   if (scheme == WeightingScheme::kSigmaSqrt) return s.pow(-2);
-  if (scheme == WeightingScheme::kCosmap) return 2 / (std::numbers::pi * (1 - 2 * s + 2 * s.square()));
+  if (scheme == WeightingScheme::kCosmap)
+    return 2 / (std::numbers::pi * (1 - 2 * s + 2 * s.square()));
   return at::ones_like(s);
 }
 
-at::Tensor element_loss(const LossOptions& options, const at::Tensor& prediction, const at::Tensor& target,
+at::Tensor element_loss(const LossOptions& options,
+                        const at::Tensor& prediction,
+                        const at::Tensor& target,
                         const at::Tensor& sigma) {
   check_shape("prediction", prediction, target.sizes());
   const at::Tensor d = prediction.to(at::kFloat) - target.to(at::kFloat);
@@ -51,10 +60,13 @@ at::Tensor element_loss(const LossOptions& options, const at::Tensor& prediction
   return loss.flatten(1).mean(1);
 }
 
-at::Tensor loss_per_sample(const LossOptions& options, const at::Tensor& output, const at::Tensor& noisy,
-                           const at::Tensor& target, const at::Tensor& sigma) {
-  const at::Tensor loss =
-      element_loss(options, model_prediction(options.prediction, output, noisy, sigma), target, sigma);
+at::Tensor loss_per_sample(const LossOptions& options,
+                           const at::Tensor& output,
+                           const at::Tensor& noisy,
+                           const at::Tensor& target,
+                           const at::Tensor& sigma) {
+  const at::Tensor loss = element_loss(
+      options, model_prediction(options.prediction, output, noisy, sigma), target, sigma);
   if (options.prediction != Prediction::kSigmaScaled) return loss;
   return loss * loss_weights(options.weighting, sigma);
 }

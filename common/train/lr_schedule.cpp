@@ -32,39 +32,48 @@ double piecewise_factor(const std::string& rules, int64_t step) {
     const auto factor = rule_number<double>(trim(parts[0]), rules);
     if (parts.size() == 1 || step < rule_number<int64_t>(trim(parts[1]), rules)) return factor;
   }
-  throw std::invalid_argument(fmt::format("step rules '{}' do not end with a factor of their own", rules));
+  throw std::invalid_argument(
+      fmt::format("step rules '{}' do not end with a factor of their own", rules));
 }
 
 }  // namespace
 
 double learning_rate(const LrOptions& o, int64_t step) {
   const auto s = static_cast<double>(step), warmup = static_cast<double>(o.num_warmup_steps);
-  const auto total = static_cast<double>(o.num_steps), decay = static_cast<double>(o.num_decay_steps);
+  const auto total = static_cast<double>(o.num_steps),
+             decay = static_cast<double>(o.num_decay_steps);
   const double full = o.learning_rate;
   if (o.schedule == LrSchedule::kConstant) return full;
-  if (o.schedule == LrSchedule::kPiecewiseConstant) return full * piecewise_factor(o.step_rules, step);
+  if (o.schedule == LrSchedule::kPiecewiseConstant)
+    return full * piecewise_factor(o.step_rules, step);
 
   if (step < o.num_warmup_steps) {
     const double progress = s / warmup;
-    return full * (o.schedule == LrSchedule::kWarmupStableDecay ? progress * (1 - o.min_lr_ratio) + o.min_lr_ratio
-                                                                : progress);
+    return full * (o.schedule == LrSchedule::kWarmupStableDecay
+                       ? progress * (1 - o.min_lr_ratio) + o.min_lr_ratio
+                       : progress);
   }
   const double progress = (s - warmup) / std::max(1.0, total - warmup);
   switch (o.schedule) {
     case LrSchedule::kConstant:
     case LrSchedule::kPiecewiseConstant:
-    case LrSchedule::kConstantWithWarmup: return full;
-    case LrSchedule::kLinear: return full * std::max(0.0, 1 - progress);
-    case LrSchedule::kCosine: return full * half_cosine(progress);
+    case LrSchedule::kConstantWithWarmup:
+      return full;
+    case LrSchedule::kLinear:
+      return full * std::max(0.0, 1 - progress);
+    case LrSchedule::kCosine:
+      return full * half_cosine(progress);
     case LrSchedule::kCosineWithRestarts:
       return progress >= 1 ? 0 : full * half_cosine(std::fmod(o.num_cycles * progress, 1.0));
     case LrSchedule::kPolynomial:
-      return step > o.num_steps ? o.lr_end : (full - o.lr_end) * std::pow(1 - progress, o.power) + o.lr_end;
+      return step > o.num_steps ? o.lr_end
+                                : (full - o.lr_end) * std::pow(1 - progress, o.power) + o.lr_end;
     case LrSchedule::kInverseSqrt: {
       const double timescale = o.num_warmup_steps > 0 ? warmup : 10000.0;
       return full / std::sqrt((s + timescale - warmup) / timescale);
     }
-    case LrSchedule::kCosineWithMinLr: return full * (half_cosine(progress) * (1 - o.min_lr_ratio) + o.min_lr_ratio);
+    case LrSchedule::kCosineWithMinLr:
+      return full * (half_cosine(progress) * (1 - o.min_lr_ratio) + o.min_lr_ratio);
     case LrSchedule::kWarmupStableDecay: {
       const double into_decay = s - (total - decay);
       if (into_decay < 0) return full;

@@ -5,8 +5,9 @@
 
 namespace flux {
 
-/// Names and formulas of transformers.get_scheduler and diffusers.get_scheduler, which sd-scripts uses. As there, the time
-/// scale of inverse_sqrt is the warm-up (10000 steps without one), and cosine is half a wave whatever num_cycles says.
+/// Names and formulas of transformers.get_scheduler and diffusers.get_scheduler, which sd-scripts
+/// uses. As there, the time scale of inverse_sqrt is the warm-up (10000 steps without one), and
+/// cosine is half a wave whatever num_cycles says.
 enum class LrSchedule {
   kConstant,
   kConstantWithWarmup,
@@ -23,17 +24,21 @@ enum class LrSchedule {
 struct LrOptions {
   LrSchedule schedule = LrSchedule::kConstant;
   double learning_rate = 1e-4;
-  int64_t num_steps = 0;         // of the whole run; constant, constant_with_warmup and inverse_sqrt do not need it
-  int64_t num_warmup_steps = 0;  // linear from 0 (warmup_stable_decay: from min_lr_ratio); constant ignores it
-  double num_cycles = 1;         // cosine_with_restarts: falls of the cosine
-  double power = 1;              // polynomial
-  double lr_end = 1e-7;          // polynomial: absolute
-  double min_lr_ratio = 0;       // cosine_with_min_lr, warmup_stable_decay: of learning_rate
-  int64_t num_decay_steps = 0;   // warmup_stable_decay; the stable part is what remains of num_steps
-  std::string step_rules;        // piecewise_constant: "1:10,0.1:20,0.005" = factor 1 below step 10, ..., then 0.005
+  int64_t num_steps =
+      0;  // of the whole run; constant, constant_with_warmup and inverse_sqrt do not need it
+  int64_t num_warmup_steps =
+      0;  // linear from 0 (warmup_stable_decay: from min_lr_ratio); constant ignores it
+  double num_cycles = 1;        // cosine_with_restarts: falls of the cosine
+  double power = 1;             // polynomial
+  double lr_end = 1e-7;         // polynomial: absolute
+  double min_lr_ratio = 0;      // cosine_with_min_lr, warmup_stable_decay: of learning_rate
+  int64_t num_decay_steps = 0;  // warmup_stable_decay; the stable part is what remains of num_steps
+  std::string step_rules;  // piecewise_constant: "1:10,0.1:20,0.005" = factor 1 below step 10, ...,
+                           // then 0.005
 };
 
-/// Learning rate of step `step`, counted from 0. Throws std::invalid_argument for step_rules that cannot be read.
+/// Learning rate of step `step`, counted from 0. Throws std::invalid_argument for step_rules that
+/// cannot be read.
 double learning_rate(const LrOptions& options, int64_t step);
 
 }  // namespace flux

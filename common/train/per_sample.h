@@ -4,7 +4,8 @@
 
 namespace flux {
 
-/// `values` [B] as float32 [B, 1, ..] that broadcasts over `like` [B, ...]. Throws std::invalid_argument that calls it sigma.
+/// `values` [B] as float32 [B, 1, ..] that broadcasts over `like` [B, ...]. Throws
+/// std::invalid_argument that calls it sigma.
 at::Tensor per_sample(const at::Tensor& values, const at::Tensor& like);
 
 }  // namespace flux

@@ -7,11 +7,12 @@
 
 namespace flux {
 
-/// The law that sigma follows. Source: sd-scripts' --timestep_sampling; formulas in sampled_sigma().
+/// The law that sigma follows. Source: sd-scripts' --timestep_sampling; formulas in
+/// sampled_sigma().
 enum class TimestepSampling { kFluxShift, kShift, kSigmoid, kUniform, kSigma };
 
-/// sd-scripts' --weighting_scheme: which rows of the sigma table come up (with TimestepSampling::kSigma), and the loss
-/// weight (with Prediction::kSigmaScaled).
+/// sd-scripts' --weighting_scheme: which rows of the sigma table come up (with
+/// TimestepSampling::kSigma), and the loss weight (with Prediction::kSigmaScaled).
 enum class WeightingScheme { kNone, kSigmaSqrt, kCosmap, kLogitNormal, kMode };
 
 struct TimestepOptions {
@@ -27,7 +28,8 @@ struct TimestepOptions {
 double sigmoid_sigma(double normal, double scale);
 /// shift * sigma / (1 + (shift - 1) * sigma); shift 1 changes nothing.
 double shifted_sigma(double sigma, double shift);
-/// The line through (256 tokens, 0.5) and (4096 tokens, 1.15), not clamped. Tokens of an image: width/16 * height/16.
+/// The line through (256 tokens, 0.5) and (4096 tokens, 1.15), not clamped. Tokens of an image:
+/// width/16 * height/16.
 double flux_shift_mu(int64_t num_image_tokens);
 /// e^mu / (e^mu + 1/sigma - 1): shifted_sigma with shift = e^mu. 0 stays 0.
 double flux_shifted_sigma(double sigma, double mu);
@@ -42,10 +44,17 @@ double sigma_table_position(const TimestepOptions& options, double uniform, doub
 /// floor(1000 * position), kept within the table.
 int64_t sigma_table_row(double position);
 
-/// Sigma in [0, 1] from one uniform draw in [0, 1) and one standard normal draw. `num_image_tokens` matters to flux_shift.
-/// Source: Esser et al. 2024, arXiv:2403.03206, section 3.1; sd-scripts library/flux_train_utils.py for the names.
-double sampled_sigma(const TimestepOptions& options, double uniform, double normal, int64_t num_image_tokens);
-/// The same with element 0 of `stream` as normal draw and element 2 as uniform draw (they share no random bits).
-double sampled_sigma(const TimestepOptions& options, const RandomStream& stream, int64_t num_image_tokens);
+/// Sigma in [0, 1] from one uniform draw in [0, 1) and one standard normal draw. `num_image_tokens`
+/// matters to flux_shift. Source: Esser et al. 2024, arXiv:2403.03206, section 3.1; sd-scripts
+/// library/flux_train_utils.py for the names.
+double sampled_sigma(const TimestepOptions& options,
+                     double uniform,
+                     double normal,
+                     int64_t num_image_tokens);
+/// The same with element 0 of `stream` as normal draw and element 2 as uniform draw (they share no
+/// random bits).
+double sampled_sigma(const TimestepOptions& options,
+                     const RandomStream& stream,
+                     int64_t num_image_tokens);
 
 }  // namespace flux

@@ -19,15 +19,18 @@
 namespace flux::cache {
 namespace {
 
-constexpr H5Z_filter_t kZstdFilter = 32015;  // registered with The HDF Group
+constexpr H5Z_filter_t kZstdFilter = 32015;   // registered with The HDF Group
 constexpr size_t kMaxAttributeBytes = 60000;  // an attribute in an object header is below 64 KiB
-constexpr int64_t kMinFrameBytes = 10;        // magic, header with content size, an empty block, checksum: no frame is shorter
+constexpr int64_t kMinFrameBytes =
+    10;  // magic, header with content size, an empty block, checksum: no frame is shorter
 
 const bool kVersionLine = [] {
-  return add_version_line(fmt::format("HDF5 {}.{}.{} (cache schema 1)", H5_VERS_MAJOR, H5_VERS_MINOR, H5_VERS_RELEASE));
+  return add_version_line(
+      fmt::format("HDF5 {}.{}.{} (cache schema 1)", H5_VERS_MAJOR, H5_VERS_MINOR, H5_VERS_RELEASE));
 }();
 
-// The filter's name must be known for a dataset to be made with it. Chunks are written ready-made, so that it never runs.
+// The filter's name must be known for a dataset to be made with it. Chunks are written ready-made,
+// so that it never runs.
 size_t never_filter(unsigned, size_t, const unsigned*, size_t, size_t*, void**) { return 0; }
 
 // Held during every call into HDF5. Printing of error stacks is a setting of each thread.
@@ -36,9 +39,10 @@ class Lock {
   Lock() : guard_(mutex()) {
     static const bool ready = [] {
       H5open();
-      H5PLset_loading_state(0);              // no code from plugin folders
-      H5Lunregister(H5L_TYPE_EXTERNAL);      // no other files
-      static const H5Z_class2_t zstd = {H5Z_CLASS_T_VERS, kZstdFilter, 1, 1, "zstd", nullptr, nullptr, never_filter};
+      H5PLset_loading_state(0);          // no code from plugin folders
+      H5Lunregister(H5L_TYPE_EXTERNAL);  // no other files
+      static const H5Z_class2_t zstd = {
+          H5Z_CLASS_T_VERS, kZstdFilter, 1, 1, "zstd", nullptr, nullptr, never_filter};
       return H5Zregister(&zstd) >= 0;
     }();
     if (!ready) throw std::runtime_error("HDF5 cannot be initialised");
@@ -82,19 +86,27 @@ class Handle {
 
 Handle plist(hid_t kind) { return {H5Pcreate(kind), H5Pclose}; }
 
-// The file type of an element. bfloat16 is the custom float that HDF5 2.0 predefines and that h5py shows as exact float32.
+// The file type of an element. bfloat16 is the custom float that HDF5 2.0 predefines and that h5py
+// shows as exact float32.
 Handle file_type(Element element) {
   const auto copy = [](hid_t from) { return Handle(H5Tcopy(from), H5Tclose); };
   switch (element) {
-    case Element::kU8: return copy(H5T_STD_U8LE);
-    case Element::kU32: return copy(H5T_STD_U32LE);
-    case Element::kU64: return copy(H5T_STD_U64LE);
-    case Element::kF64: return copy(H5T_IEEE_F64LE);
-    case Element::kF32: return copy(H5T_IEEE_F32LE);
+    case Element::kU8:
+      return copy(H5T_STD_U8LE);
+    case Element::kU32:
+      return copy(H5T_STD_U32LE);
+    case Element::kU64:
+      return copy(H5T_STD_U64LE);
+    case Element::kF64:
+      return copy(H5T_IEEE_F64LE);
+    case Element::kF32:
+      return copy(H5T_IEEE_F32LE);
     case Element::kBF16:
-    case Element::kF16: break;
+    case Element::kF16:
+      break;
   }
-  // HDF5 1.10 has no predefined 2-byte float: sign 1 bit, exponent, mantissa, as IEEE 754 and bfloat16 lay them out
+  // HDF5 1.10 has no predefined 2-byte float: sign 1 bit, exponent, mantissa, as IEEE 754 and
+  // bfloat16 lay them out
   Handle type = copy(H5T_IEEE_F32LE);
   const size_t mantissa = element == Element::kBF16 ? 7 : 10, exponent = 15 - mantissa;
   H5Tset_fields(type, 15, mantissa, exponent, 0, mantissa);
@@ -116,13 +128,17 @@ Handle text_type(size_t bytes) {
 
 int64_t element_bytes(Element element) {
   switch (element) {
-    case Element::kU8: return 1;
+    case Element::kU8:
+      return 1;
     case Element::kBF16:
-    case Element::kF16: return 2;
+    case Element::kF16:
+      return 2;
     case Element::kU32:
-    case Element::kF32: return 4;
+    case Element::kF32:
+      return 4;
     case Element::kU64:
-    case Element::kF64: return 8;
+    case Element::kF64:
+      return 8;
   }
   return 0;
 }
@@ -131,11 +147,13 @@ int64_t table_chunk_rows(int64_t rows, int64_t row_bytes) {
   return std::min(rows, std::max<int64_t>(1, (int64_t{1} << 20) / row_bytes));
 }
 
-// ---------------------------------------------------------------------------------------------------------- writing
+// ----------------------------------------------------------------------------------------------------------
+// writing
 
 struct Hdf5Image::State {
-  // The core driver's memory, through callbacks that keep it when the file is closed. H5Fget_file_image is no
-  // substitute: HDF5 1.10.8 clears the status flags there without renewing the superblock's checksum.
+  // The core driver's memory, through callbacks that keep it when the file is closed.
+  // H5Fget_file_image is no substitute: HDF5 1.10.8 clears the status flags there without renewing
+  // the superblock's checksum.
   struct Buffer {
     void* data = nullptr;
     size_t size = 0;
@@ -180,9 +198,11 @@ Hdf5Image::Hdf5Image() : state_(std::make_unique<State>()) {
       &state_->buffer};
   const Handle access = plist(H5P_FILE_ACCESS), create = plist(H5P_FILE_CREATE);
   require(H5Pset_fapl_core(access, size_t{1} << 20, false) >= 0, "H5Pset_fapl_core");
-  require(H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0, "H5Pset_libver_bounds");
+  require(H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0,
+          "H5Pset_libver_bounds");
   require(H5Pset_file_image_callbacks(access, &callbacks) >= 0, "H5Pset_file_image_callbacks");
-  // links and attributes stay in the root's header: no heaps and trees, so less to parse and to get wrong
+  // links and attributes stay in the root's header: no heaps and trees, so less to parse and to get
+  // wrong
   require(H5Pset_link_phase_change(create, 1000, 0) >= 0, "H5Pset_link_phase_change");
   require(H5Pset_attr_phase_change(create, 1000, 0) >= 0, "H5Pset_attr_phase_change");
   require(H5Pset_obj_track_times(create, false) >= 0, "H5Pset_obj_track_times");
@@ -194,11 +214,13 @@ Hdf5Image::~Hdf5Image() = default;
 
 void Hdf5Image::attribute(const std::string& name, std::string_view text) {
   if (text.size() > kMaxAttributeBytes) {
-    throw std::invalid_argument(fmt::format("attribute '{}' has {} bytes, at most {} fit", name, text.size(), kMaxAttributeBytes));
+    throw std::invalid_argument(fmt::format(
+        "attribute '{}' has {} bytes, at most {} fit", name, text.size(), kMaxAttributeBytes));
   }
   const Lock lock;
   const Handle type = text_type(text.size()), space(H5Screate(H5S_SCALAR), H5Sclose);
-  const Handle made(H5Acreate2(state_->file, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  const Handle made(H5Acreate2(state_->file, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT),
+                    H5Aclose);
   const std::string padded = text.empty() ? std::string(1, '\0') : std::string(text);
   require(made.ok() && H5Awrite(made, type, padded.data()) >= 0, "writing an attribute");
 }
@@ -206,14 +228,20 @@ void Hdf5Image::attribute(const std::string& name, std::string_view text) {
 void Hdf5Image::attribute(const std::string& name, int64_t value) {
   const Lock lock;
   const Handle space(H5Screate(H5S_SCALAR), H5Sclose);
-  const Handle made(H5Acreate2(state_->file, name.c_str(), H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  const Handle made(
+      H5Acreate2(state_->file, name.c_str(), H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT),
+      H5Aclose);
   require(made.ok() && H5Awrite(made, H5T_NATIVE_INT64, &value) >= 0, "writing an attribute");
 }
 
 namespace {
 
-void write_chunks(hid_t file, const std::string& name, Element element, std::span<const int64_t> shape,
-                  int64_t chunk_rows, std::span<const std::span<const std::byte>> frames) {
+void write_chunks(hid_t file,
+                  const std::string& name,
+                  Element element,
+                  std::span<const int64_t> shape,
+                  int64_t chunk_rows,
+                  std::span<const std::span<const std::byte>> frames) {
   std::vector<hsize_t> dims(shape.begin(), shape.end()), chunk = dims;
   chunk[0] = static_cast<hsize_t>(chunk_rows);
   const auto rank = static_cast<int>(dims.size());
@@ -225,22 +253,28 @@ void write_chunks(hid_t file, const std::string& name, Element element, std::spa
   require(H5Pset_filter(create, kZstdFilter, 0, 1, &level) >= 0, "H5Pset_filter");
   require(H5Pset_fill_time(create, H5D_FILL_TIME_NEVER) >= 0, "H5Pset_fill_time");
   require(H5Pset_obj_track_times(create, false) >= 0, "H5Pset_obj_track_times");
-  const Handle dataset(H5Dcreate2(file, name.c_str(), type, space, H5P_DEFAULT, create, H5P_DEFAULT), H5Dclose);
+  const Handle dataset(
+      H5Dcreate2(file, name.c_str(), type, space, H5P_DEFAULT, create, H5P_DEFAULT), H5Dclose);
   require(dataset.ok(), "H5Dcreate2");
   std::vector<hsize_t> offset(dims.size(), 0);
   for (const auto& frame : frames) {
-    require(H5Dwrite_chunk(dataset, H5P_DEFAULT, 0, offset.data(), frame.size(), frame.data()) >= 0, "H5Dwrite_chunk");
+    require(H5Dwrite_chunk(dataset, H5P_DEFAULT, 0, offset.data(), frame.size(), frame.data()) >= 0,
+            "H5Dwrite_chunk");
     offset[0] += chunk[0];
   }
 }
 
 }  // namespace
 
-void Hdf5Image::table(const std::string& name, Element element, int64_t rows, int64_t columns,
+void Hdf5Image::table(const std::string& name,
+                      Element element,
+                      int64_t rows,
+                      int64_t columns,
                       std::span<const std::byte> data) {
   const int64_t row_bytes = std::max<int64_t>(columns, 1) * element_bytes(element);
   if (rows < 1 || data.size() != static_cast<size_t>(rows * row_bytes)) {
-    throw std::invalid_argument(fmt::format("table '{}': {} bytes for {} rows of {}", name, data.size(), rows, row_bytes));
+    throw std::invalid_argument(
+        fmt::format("table '{}': {} bytes for {} rows of {}", name, data.size(), rows, row_bytes));
   }
   const int64_t chunk_rows = table_chunk_rows(rows, row_bytes);
   const auto chunk_bytes = static_cast<size_t>(chunk_rows * row_bytes);
@@ -258,7 +292,9 @@ void Hdf5Image::table(const std::string& name, Element element, int64_t rows, in
   write_chunks(state_->file, name, element, shape, chunk_rows, frames);
 }
 
-void Hdf5Image::frames(const std::string& name, Element element, std::span<const int64_t> shape,
+void Hdf5Image::frames(const std::string& name,
+                       Element element,
+                       std::span<const int64_t> shape,
                        std::span<const std::span<const std::byte>> frames) {
   const Lock lock;
   write_chunks(state_->file, name, element, shape, 1, frames);
@@ -278,7 +314,8 @@ std::vector<std::byte> Hdf5Image::finish() {
   return {bytes, bytes + end};
 }
 
-// ---------------------------------------------------------------------------------------------------------- reading
+// ----------------------------------------------------------------------------------------------------------
+// reading
 
 struct Hdf5File::State {
   Handle file;
@@ -296,14 +333,16 @@ void Hdf5File::refuse(const std::string& text, const std::string& hint) const {
   throw CacheError(fmt::format("{}: {}", show(path_), text), hint);
 }
 
-Hdf5File::Hdf5File(const std::filesystem::path& path) : path_(path), state_(std::make_unique<State>()) {
+Hdf5File::Hdf5File(const std::filesystem::path& path)
+    : path_(path), state_(std::make_unique<State>()) {
   check_superblock(path);
   const Lock lock;
   const Handle access = plist(H5P_FILE_ACCESS);
   H5Pset_fapl_sec2(access);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
 #if H5_VERSION_GE(1, 10, 7)
-  H5Pset_file_locking(access, false, true);  // files never change, and some file systems have no locks
+  H5Pset_file_locking(
+      access, false, true);  // files never change, and some file systems have no locks
 #endif
   state_->file = Handle(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
   const hid_t file = state_->file;
@@ -314,14 +353,18 @@ Hdf5File::Hdf5File(const std::filesystem::path& path) : path_(path), state_(std:
   if (H5Gget_info(file, &group) < 0 || H5Oget_info2(file, &object, H5O_INFO_NUM_ATTRS) < 0) {
     refuse("its root group cannot be read");
   }
-  if (group.nlinks > 1000) refuse(fmt::format("has {} objects, a cache file has at most 1000", group.nlinks));
-  if (object.num_attrs > 100) refuse(fmt::format("has {} root attributes, a cache file has at most 100", object.num_attrs));
+  if (group.nlinks > 1000)
+    refuse(fmt::format("has {} objects, a cache file has at most 1000", group.nlinks));
+  if (object.num_attrs > 100)
+    refuse(fmt::format("has {} root attributes, a cache file has at most 100", object.num_attrs));
 
   const auto odd = [&](std::string text) {
     if (oddity_.empty()) oddity_ = std::move(text);
   };
   for (hsize_t i = 0; i < object.num_attrs; ++i) {
-    const Handle attribute(H5Aopen_by_idx(file, ".", H5_INDEX_NAME, H5_ITER_INC, i, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+    const Handle attribute(
+        H5Aopen_by_idx(file, ".", H5_INDEX_NAME, H5_ITER_INC, i, H5P_DEFAULT, H5P_DEFAULT),
+        H5Aclose);
     std::string name(257, '\0');
     const ssize_t length = attribute.ok() ? H5Aget_name(attribute, name.size(), name.data()) : -1;
     if (length < 1 || length > 256) refuse("has a root attribute that cannot be read");
@@ -336,7 +379,8 @@ Hdf5File::Hdf5File(const std::filesystem::path& path) : path_(path), state_(std:
       odd(fmt::format("root attribute '{}' is not one value", printable(name)));
     } else if (kind == H5T_STRING && size >= 1 && size <= kMaxAttributeBytes) {
       std::string text(size, '\0');
-      if (H5Aread(attribute, type, text.data()) < 0) refuse(fmt::format("root attribute '{}' cannot be read", printable(name)));
+      if (H5Aread(attribute, type, text.data()) < 0)
+        refuse(fmt::format("root attribute '{}' cannot be read", printable(name)));
       text.resize(text.find_last_not_of('\0') + 1);
       attributes_[name] = text;
     } else if (kind == H5T_INTEGER && H5Tequal(type, H5T_STD_I64LE) > 0) {
@@ -346,14 +390,15 @@ Hdf5File::Hdf5File(const std::filesystem::path& path) : path_(path), state_(std:
       }
       attributes_[name] = value;
     } else {
-      odd(fmt::format("root attribute '{}' is neither a text nor a 64-bit integer", printable(name)));
+      odd(fmt::format("root attribute '{}' is neither a text nor a 64-bit integer",
+                      printable(name)));
     }
   }
 
   for (hsize_t i = 0; i < group.nlinks; ++i) {
     std::string name(257, '\0');
-    const ssize_t length =
-        H5Lget_name_by_idx(file, ".", H5_INDEX_NAME, H5_ITER_INC, i, name.data(), name.size(), H5P_DEFAULT);
+    const ssize_t length = H5Lget_name_by_idx(
+        file, ".", H5_INDEX_NAME, H5_ITER_INC, i, name.data(), name.size(), H5P_DEFAULT);
     H5L_info_t link{};
     if (length < 1 || length > 256 ||
         H5Lget_info_by_idx(file, ".", H5_INDEX_NAME, H5_ITER_INC, i, &link, H5P_DEFAULT) < 0) {
@@ -361,14 +406,17 @@ Hdf5File::Hdf5File(const std::filesystem::path& path) : path_(path), state_(std:
     }
     name.resize(static_cast<size_t>(length));
     if (link.type != H5L_TYPE_HARD) {
-      odd(fmt::format("'{}' is {}", printable(name),
+      odd(fmt::format("'{}' is {}",
+                      printable(name),
                       link.type == H5L_TYPE_SOFT       ? "a soft link"
                       : link.type == H5L_TYPE_EXTERNAL ? "a link into another file"
                                                        : "a link of unknown type"));
     } else if (H5Oget_info_by_name2(file, name.c_str(), &object, H5O_INFO_BASIC, H5P_DEFAULT) < 0) {
       refuse(fmt::format("object '{}' cannot be read", printable(name)));
     } else if (object.type != H5O_TYPE_DATASET) {
-      odd(fmt::format("'{}' is {}, not a dataset", printable(name), object.type == H5O_TYPE_GROUP ? "a group" : "a named type"));
+      odd(fmt::format("'{}' is {}, not a dataset",
+                      printable(name),
+                      object.type == H5O_TYPE_GROUP ? "a group" : "a named type"));
     } else {
       datasets_.push_back(std::move(name));
     }
@@ -404,11 +452,16 @@ struct OpenDataset {
   std::vector<hsize_t> shape, chunk;
 };
 
-// Opens a dataset whose storage is as FORMAT.md section 2 says; shape and chunk are still to be compared.
-OpenDataset open_dataset(const Hdf5File& owner, hid_t file, const std::string& name, Element element, size_t rank) {
+// Opens a dataset whose storage is as FORMAT.md section 2 says; shape and chunk are still to be
+// compared.
+OpenDataset open_dataset(
+    const Hdf5File& owner, hid_t file, const std::string& name, Element element, size_t rank) {
   const auto& names = owner.datasets();
-  if (std::find(names.begin(), names.end(), name) == names.end()) owner.refuse(fmt::format("dataset '{}' is absent", name));
-  const auto refuse = [&](const std::string& text) { owner.refuse(fmt::format("dataset '{}' {}", name, text)); };
+  if (std::find(names.begin(), names.end(), name) == names.end())
+    owner.refuse(fmt::format("dataset '{}' is absent", name));
+  const auto refuse = [&](const std::string& text) {
+    owner.refuse(fmt::format("dataset '{}' {}", name, text));
+  };
 
   OpenDataset out;
   out.handle = Handle(H5Dopen2(file, name.c_str(), H5P_DEFAULT), H5Dclose);
@@ -417,13 +470,17 @@ OpenDataset open_dataset(const Hdf5File& owner, hid_t file, const std::string& n
   const Handle create(H5Dget_create_plist(out.handle), H5Pclose);
   if (!type.ok() || !space.ok() || !create.ok()) refuse("cannot be read");
 
-  if (H5Tdetect_class(type, H5T_VLEN) > 0 || H5Tis_variable_str(type) > 0) refuse("has values of variable length");
+  if (H5Tdetect_class(type, H5T_VLEN) > 0 || H5Tis_variable_str(type) > 0)
+    refuse("has values of variable length");
   if (H5Tequal(type, file_type(element)) <= 0) {
-    refuse(fmt::format("has another element type ({} bytes) than expected ({} bytes)", H5Tget_size(type), element_bytes(element)));
+    refuse(fmt::format("has another element type ({} bytes) than expected ({} bytes)",
+                       H5Tget_size(type),
+                       element_bytes(element)));
   }
   const H5D_layout_t layout = H5Pget_layout(create);
   if (layout == H5D_VIRTUAL) refuse("is a virtual dataset: its values are in other files");
-  if (H5Pget_external_count(create) != 0) refuse("has external storage: its values are in another file");
+  if (H5Pget_external_count(create) != 0)
+    refuse("has external storage: its values are in another file");
   if (layout != H5D_CHUNKED) refuse("is not stored in chunks");
 
   const int found_rank = H5Sget_simple_extent_ndims(space);
@@ -435,37 +492,49 @@ OpenDataset open_dataset(const Hdf5File& owner, hid_t file, const std::string& n
   out.chunk.resize(rank);
   H5Sget_simple_extent_dims(space, out.shape.data(), largest.data());
   if (largest != out.shape) refuse("can grow, a published file never does");
-  if (H5Pget_chunk(create, found_rank, out.chunk.data()) != found_rank) refuse("has chunks of another rank");
+  if (H5Pget_chunk(create, found_rank, out.chunk.data()) != found_rank)
+    refuse("has chunks of another rank");
 
   std::vector<H5Z_filter_t> filters;
   const int num_filters = H5Pget_nfilters(create);
   for (int i = 0; i < num_filters; ++i) {
     unsigned flags = 0, values[4] = {}, config = 0;
     size_t count = 4;
-    filters.push_back(H5Pget_filter2(create, static_cast<unsigned>(i), &flags, &count, values, 0, nullptr, &config));
+    filters.push_back(H5Pget_filter2(
+        create, static_cast<unsigned>(i), &flags, &count, values, 0, nullptr, &config));
   }
   std::vector<H5Z_filter_t> expected{kZstdFilter};
   if (element_bytes(element) > 1) expected.insert(expected.begin(), H5Z_FILTER_SHUFFLE);
   if (filters != expected) {
-    refuse(fmt::format("has the filters [{}], expected [{}]", fmt::join(filters, ", "), fmt::join(expected, ", ")));
+    refuse(fmt::format("has the filters [{}], expected [{}]",
+                       fmt::join(filters, ", "),
+                       fmt::join(expected, ", ")));
   }
   return out;
 }
 
-std::vector<std::byte> read_chunk(const Hdf5File& owner, hid_t dataset, const std::string& name, size_t rank,
-                                  int64_t row, int64_t max_bytes) {
-  const auto refuse = [&](const std::string& text) { owner.refuse(fmt::format("dataset '{}' row {} {}", name, row, text)); };
+std::vector<std::byte> read_chunk(const Hdf5File& owner,
+                                  hid_t dataset,
+                                  const std::string& name,
+                                  size_t rank,
+                                  int64_t row,
+                                  int64_t max_bytes) {
+  const auto refuse = [&](const std::string& text) {
+    owner.refuse(fmt::format("dataset '{}' row {} {}", name, row, text));
+  };
   std::vector<hsize_t> offset(rank, 0);
   offset[0] = static_cast<hsize_t>(row);
   const Lock lock;
   hsize_t stored = 0;  // H5Dread_chunk does not know how large the buffer is
-  if (H5Dget_chunk_storage_size(dataset, offset.data(), &stored) < 0 || stored == 0) refuse("is not stored");
+  if (H5Dget_chunk_storage_size(dataset, offset.data(), &stored) < 0 || stored == 0)
+    refuse("is not stored");
   if (stored > static_cast<hsize_t>(max_bytes)) {
     refuse(fmt::format("takes {} bytes compressed, at most {} are possible", stored, max_bytes));
   }
   std::vector<std::byte> bytes(stored);
   uint32_t mask = 0;
-  if (H5Dread_chunk(dataset, H5P_DEFAULT, offset.data(), &mask, bytes.data()) < 0) refuse("cannot be read");
+  if (H5Dread_chunk(dataset, H5P_DEFAULT, offset.data(), &mask, bytes.data()) < 0)
+    refuse("cannot be read");
   if (mask != 0) refuse(fmt::format("was stored without filters (mask {})", mask));
   return bytes;
 }
@@ -475,7 +544,10 @@ int64_t frame_bound(int64_t bytes) { return bytes + bytes / 128 + 512; }
 
 }  // namespace
 
-std::vector<std::byte> Hdf5File::table(const std::string& name, Element element, int64_t rows, int64_t columns,
+std::vector<std::byte> Hdf5File::table(const std::string& name,
+                                       Element element,
+                                       int64_t rows,
+                                       int64_t columns,
                                        int64_t max_rows) const {
   const size_t rank = columns > 0 ? 2 : 1;
   const int64_t row_bytes = std::max<int64_t>(columns, 1) * element_bytes(element);
@@ -483,9 +555,11 @@ std::vector<std::byte> Hdf5File::table(const std::string& name, Element element,
   const OpenDataset dataset = open_dataset(*this, state_->file, name, element, rank);
   const auto found = static_cast<int64_t>(std::min<hsize_t>(dataset.shape[0], INT64_MAX));
   if (rank == 2 && dataset.shape[1] != static_cast<hsize_t>(columns)) {
-    refuse(fmt::format("dataset '{}' has {} columns, expected {}", name, dataset.shape[1], columns));
+    refuse(
+        fmt::format("dataset '{}' has {} columns, expected {}", name, dataset.shape[1], columns));
   }
-  if (rows >= 0 && found != rows) refuse(fmt::format("dataset '{}' has {} rows, expected {}", name, found, rows));
+  if (rows >= 0 && found != rows)
+    refuse(fmt::format("dataset '{}' has {} rows, expected {}", name, found, rows));
   if (found < 1 || found > max_rows || found > INT64_MAX / row_bytes) {
     refuse(fmt::format("dataset '{}' has {} rows, expected 1 to {}", name, found, max_rows));
   }
@@ -493,20 +567,28 @@ std::vector<std::byte> Hdf5File::table(const std::string& name, Element element,
   std::vector<hsize_t> chunk = dataset.shape;
   chunk[0] = static_cast<hsize_t>(chunk_rows);
   if (dataset.chunk != chunk) {
-    refuse(fmt::format("dataset '{}' has chunks of [{}], expected [{}]", name, fmt::join(dataset.chunk, ", "), fmt::join(chunk, ", ")));
+    refuse(fmt::format("dataset '{}' has chunks of [{}], expected [{}]",
+                       name,
+                       fmt::join(dataset.chunk, ", "),
+                       fmt::join(chunk, ", ")));
   }
   // before memory is taken: so many chunks must fit into the file
   const int64_t num_chunks = (found + chunk_rows - 1) / chunk_rows;
   hsize_t file_bytes = 0;
   H5Fget_filesize(state_->file, &file_bytes);
   if (static_cast<hsize_t>(num_chunks) > file_bytes / kMinFrameBytes) {
-    refuse(fmt::format("dataset '{}' has {} chunks, more than a file of {} bytes can hold", name, num_chunks, file_bytes));
+    refuse(fmt::format("dataset '{}' has {} chunks, more than a file of {} bytes can hold",
+                       name,
+                       num_chunks,
+                       file_bytes));
   }
   const int64_t chunk_bytes = chunk_rows * row_bytes;
   std::vector<std::byte> out(static_cast<size_t>(num_chunks * chunk_bytes));
   for (int64_t i = 0; i < num_chunks; ++i) {
-    const auto frame = read_chunk(*this, dataset.handle, name, rank, i * chunk_rows, frame_bound(chunk_bytes));
-    const auto part = std::span(out).subspan(static_cast<size_t>(i * chunk_bytes), static_cast<size_t>(chunk_bytes));
+    const auto frame =
+        read_chunk(*this, dataset.handle, name, rank, i * chunk_rows, frame_bound(chunk_bytes));
+    const auto part = std::span(out).subspan(static_cast<size_t>(i * chunk_bytes),
+                                             static_cast<size_t>(chunk_bytes));
     const std::string wrong = decode_frame(frame, element_bytes(element), part);
     if (!wrong.empty()) refuse(fmt::format("dataset '{}' row {} {}", name, i * chunk_rows, wrong));
   }
@@ -514,17 +596,24 @@ std::vector<std::byte> Hdf5File::table(const std::string& name, Element element,
   return out;
 }
 
-std::shared_ptr<Hdf5File::Frames> Hdf5File::open_frames(const std::string& name, Element element,
+std::shared_ptr<Hdf5File::Frames> Hdf5File::open_frames(const std::string& name,
+                                                        Element element,
                                                         std::span<const int64_t> shape) const {
   const Lock lock;
   OpenDataset dataset = open_dataset(*this, state_->file, name, element, shape.size());
   std::vector<hsize_t> expected(shape.begin(), shape.end());
   if (dataset.shape != expected) {
-    refuse(fmt::format("dataset '{}' has shape [{}], expected [{}]", name, fmt::join(dataset.shape, ", "), fmt::join(expected, ", ")));
+    refuse(fmt::format("dataset '{}' has shape [{}], expected [{}]",
+                       name,
+                       fmt::join(dataset.shape, ", "),
+                       fmt::join(expected, ", ")));
   }
   expected[0] = 1;
   if (dataset.chunk != expected) {
-    refuse(fmt::format("dataset '{}' has chunks of [{}], expected [{}]", name, fmt::join(dataset.chunk, ", "), fmt::join(expected, ", ")));
+    refuse(fmt::format("dataset '{}' has chunks of [{}], expected [{}]",
+                       name,
+                       fmt::join(dataset.chunk, ", "),
+                       fmt::join(expected, ", ")));
   }
   auto out = std::make_shared<Frames>();
   out->name = name;
@@ -535,7 +624,8 @@ std::shared_ptr<Hdf5File::Frames> Hdf5File::open_frames(const std::string& name,
 }
 
 std::vector<std::byte> Hdf5File::frame(const Frames& frames, int64_t row, int64_t bytes) const {
-  if (row < 0 || row >= frames.rows) throw std::invalid_argument(fmt::format("row {} of {}", row, frames.rows));
+  if (row < 0 || row >= frames.rows)
+    throw std::invalid_argument(fmt::format("row {} of {}", row, frames.rows));
   return read_chunk(*this, frames.dataset, frames.name, frames.rank, row, frame_bound(bytes));
 }
 

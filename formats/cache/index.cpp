@@ -27,10 +27,13 @@ std::span<const IndexVariant> Index::variants(int64_t i) const {
 std::string_view Index::path(int64_t i) const {
   const auto k = static_cast<size_t>(i);
   const uint64_t end = k + 1 < items_.size() ? items_[k + 1].first_path_byte : paths_.size();
-  return std::string_view(paths_).substr(items_[k].first_path_byte, end - items_[k].first_path_byte);
+  return std::string_view(paths_).substr(items_[k].first_path_byte,
+                                         end - items_[k].first_path_byte);
 }
 
-void Index::add(const IndexItem& item, std::string_view path, std::span<const IndexVariant> variants) {
+void Index::add(const IndexItem& item,
+                std::string_view path,
+                std::span<const IndexVariant> variants) {
   if (variants.empty()) throw std::invalid_argument("an index item without variants");
   items_.push_back(item);
   items_.back().first_variant = variants_.size();
@@ -51,14 +54,20 @@ std::vector<std::byte> encode_index(const Index& index, Kind kind) {
   write_column(image, "items_subset", items, [](const IndexItem& i) { return i.subset; });
   write_column(image, "items_repeats", items, [](const IndexItem& i) { return i.repeats; });
   write_column(image, "items_flags", items, [](const IndexItem& i) { return i.flags; });
-  write_column(image, "items_first_variant", items, [](const IndexItem& i) { return i.first_variant; });
-  write_texts(image, "items_path", items.size(), [&](size_t i) { return index.path(static_cast<int64_t>(i)); });
+  write_column(
+      image, "items_first_variant", items, [](const IndexItem& i) { return i.first_variant; });
+  write_texts(image, "items_path", items.size(), [&](size_t i) {
+    return index.path(static_cast<int64_t>(i));
+  });
 
   const std::span<const IndexVariant> variants = index.variants_;
   write_column(image, "variants_key", variants, [](const IndexVariant& v) { return v.key; });
-  write_column(image, "variants_segment", variants, [](const IndexVariant& v) { return v.segment; });
+  write_column(
+      image, "variants_segment", variants, [](const IndexVariant& v) { return v.segment; });
   write_column(image, "variants_row", variants, [](const IndexVariant& v) { return v.row; });
-  write_column(image, "variants_bucket", variants, [](const IndexVariant& v) { return std::array{v.height, v.width}; });
+  write_column(image, "variants_bucket", variants, [](const IndexVariant& v) {
+    return std::array{v.height, v.width};
+  });
   write_column(image, "variants_flags", variants, [](const IndexVariant& v) { return v.flags; });
   write_column(image, "variants_weight", variants, [](const IndexVariant& v) { return v.weight; });
   return image.finish();
@@ -67,14 +76,19 @@ std::vector<std::byte> encode_index(const Index& index, Kind kind) {
 Index read_index(const std::filesystem::path& path, Kind kind) {
   const Hdf5File file(path);
   const Kind found = read_header(file, kIndexContent, {"num_items", "num_variants"});
-  if (found != kind) file.refuse(fmt::format("is the index of a {} cache, expected {}", kind_name(found), kind_name(kind)));
-  const int64_t num_items = file.number_attribute("num_items"), num_variants = file.number_attribute("num_variants");
-  if (num_items < 0 || num_items > kMaxRows || num_variants < num_items || num_variants > kMaxRows) {
+  if (found != kind)
+    file.refuse(
+        fmt::format("is the index of a {} cache, expected {}", kind_name(found), kind_name(kind)));
+  const int64_t num_items = file.number_attribute("num_items"),
+                num_variants = file.number_attribute("num_variants");
+  if (num_items < 0 || num_items > kMaxRows || num_variants < num_items ||
+      num_variants > kMaxRows) {
     file.refuse(fmt::format("says it has {} items with {} variants", num_items, num_variants));
   }
   const size_t num_datasets = num_items == 0 ? 0 : 13;
   if (file.datasets().size() != num_datasets) {
-    file.refuse(fmt::format("has {} datasets, {} belong to it", file.datasets().size(), num_datasets));
+    file.refuse(
+        fmt::format("has {} datasets, {} belong to it", file.datasets().size(), num_datasets));
   }
   Index out;
   if (num_items == 0) {
@@ -86,18 +100,24 @@ Index read_index(const std::filesystem::path& path, Kind kind) {
   const auto digests = file.table("items_item", Element::kU8, num_items, 32);
   out.items_.resize(static_cast<size_t>(num_items));
   out.variants_.resize(static_cast<size_t>(num_variants));
-  for (size_t i = 0; i < out.items_.size(); ++i) std::memcpy(out.items_[i].item.data(), digests.data() + 32 * i, 32);
-  for (size_t i = 0; i < out.variants_.size(); ++i) std::memcpy(out.variants_[i].key.data(), keys.data() + 32 * i, 32);
+  for (size_t i = 0; i < out.items_.size(); ++i)
+    std::memcpy(out.items_[i].item.data(), digests.data() + 32 * i, 32);
+  for (size_t i = 0; i < out.variants_.size(); ++i)
+    std::memcpy(out.variants_[i].key.data(), keys.data() + 32 * i, 32);
 
   const std::span<IndexItem> items = out.items_;
-  read_column<uint32_t>(file, "items_subset", items, [](IndexItem& i, uint32_t v) { i.subset = v; });
-  read_column<uint32_t>(file, "items_repeats", items, [](IndexItem& i, uint32_t v) { i.repeats = v; });
+  read_column<uint32_t>(
+      file, "items_subset", items, [](IndexItem& i, uint32_t v) { i.subset = v; });
+  read_column<uint32_t>(
+      file, "items_repeats", items, [](IndexItem& i, uint32_t v) { i.repeats = v; });
   read_column<uint32_t>(file, "items_flags", items, [](IndexItem& i, uint32_t v) { i.flags = v; });
-  read_column<uint64_t>(file, "items_first_variant", items, [](IndexItem& i, uint64_t v) { i.first_variant = v; });
+  read_column<uint64_t>(
+      file, "items_first_variant", items, [](IndexItem& i, uint64_t v) { i.first_variant = v; });
   Texts paths = read_texts(file, "items_path", items.size(), kMaxPathsBytes);
   for (size_t i = 0; i < items.size(); ++i) {
     items[i].first_path_byte = paths.offsets[i];
-    const uint64_t end = i + 1 < items.size() ? items[i + 1].first_variant : static_cast<uint64_t>(num_variants);
+    const uint64_t end =
+        i + 1 < items.size() ? items[i + 1].first_variant : static_cast<uint64_t>(num_variants);
     if (items[i].first_variant >= end || (i == 0 && items[i].first_variant != 0)) {
       file.refuse(fmt::format("item {} has no variants of its own", i));
     }
@@ -106,15 +126,22 @@ Index read_index(const std::filesystem::path& path, Kind kind) {
   out.paths_ = std::move(paths.bytes);
 
   const std::span<IndexVariant> variants = out.variants_;
-  read_column<uint32_t>(file, "variants_segment", variants, [](IndexVariant& v, uint32_t n) { v.segment = n; });
-  read_column<uint32_t>(file, "variants_row", variants, [](IndexVariant& v, uint32_t n) { v.row = n; });
-  read_column<std::array<uint32_t, 2>>(file, "variants_bucket", variants,
-                                       [](IndexVariant& v, const auto& hw) { v.height = hw[0], v.width = hw[1]; });
-  read_column<uint32_t>(file, "variants_flags", variants, [](IndexVariant& v, uint32_t n) { v.flags = n; });
-  read_column<double>(file, "variants_weight", variants, [](IndexVariant& v, double n) { v.weight = n; });
+  read_column<uint32_t>(
+      file, "variants_segment", variants, [](IndexVariant& v, uint32_t n) { v.segment = n; });
+  read_column<uint32_t>(
+      file, "variants_row", variants, [](IndexVariant& v, uint32_t n) { v.row = n; });
+  read_column<std::array<uint32_t, 2>>(
+      file, "variants_bucket", variants, [](IndexVariant& v, const auto& hw) {
+        v.height = hw[0], v.width = hw[1];
+      });
+  read_column<uint32_t>(
+      file, "variants_flags", variants, [](IndexVariant& v, uint32_t n) { v.flags = n; });
+  read_column<double>(
+      file, "variants_weight", variants, [](IndexVariant& v, double n) { v.weight = n; });
   for (size_t i = 0; i < variants.size(); ++i) {
     const double weight = variants[i].weight;
-    if (!(weight >= 0 && weight <= 1)) file.refuse(fmt::format("variant {} has the weight {}, expected 0 to 1", i, weight));
+    if (!(weight >= 0 && weight <= 1))
+      file.refuse(fmt::format("variant {} has the weight {}, expected 0 to 1", i, weight));
   }
   return out;
 }

@@ -1,4 +1,5 @@
-// formats/cache/index.h - index.h5: one row a wanted item and variant, so that a million samples open in seconds.
+// formats/cache/index.h - index.h5: one row a wanted item and variant, so that a million samples
+// open in seconds.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -11,20 +12,22 @@
 
 namespace flux::cache {
 
-/// On an item: not part of the data set, but the record used where a caption is dropped (text); the join leaves it out.
+/// On an item: not part of the data set, but the record used where a caption is dropped (text); the
+/// join leaves it out.
 inline constexpr uint32_t kItemEmptyCaption = 1;
 /// On an item: regularisation image; belongs to the validation split.
 inline constexpr uint32_t kItemRegularization = 2;
 inline constexpr uint32_t kItemValidation = 4;
 
-/// Where one encoded form of an item is. Latents: the plain and, with flip_aug, the mirrored one. Text: caption variants.
+/// Where one encoded form of an item is. Latents: the plain and, with flip_aug, the mirrored one.
+/// Text: caption variants.
 struct IndexVariant {
   Sha256Digest key{};
-  uint32_t segment = 0;           // position in the manifest's list of segments
-  uint32_t row = 0;               // sample of that segment
-  uint32_t height = 0, width = 0; // latent rows and columns; 0 for text
-  uint32_t flags = 0;             // kSampleFlipped
-  double weight = 1;              // share of visits; an item's weights sum to 1
+  uint32_t segment = 0;            // position in the manifest's list of segments
+  uint32_t row = 0;                // sample of that segment
+  uint32_t height = 0, width = 0;  // latent rows and columns; 0 for text
+  uint32_t flags = 0;              // kSampleFlipped
+  double weight = 1;               // share of visits; an item's weights sum to 1
 
   bool operator==(const IndexVariant&) const = default;
 };

@@ -81,7 +81,8 @@ class BlockReader {
 };
 
 // The body of the block that `bytes` start with, if it is whole.
-std::optional<std::span<const std::byte>> block_body(std::span<const std::byte> bytes, std::string_view magic) {
+std::optional<std::span<const std::byte>> block_body(std::span<const std::byte> bytes,
+                                                     std::string_view magic) {
   if (bytes.size() < 24 || std::memcmp(bytes.data(), magic.data(), 8) != 0) return std::nullopt;
   uint64_t body = 0, hash = 0;
   std::memcpy(&body, bytes.data() + 8, sizeof body);
@@ -129,12 +130,15 @@ std::optional<Record> decode_record(std::span<const std::byte> body, const Layou
     const auto frame = in.field();
     out.frames.emplace_back(frame.begin(), frame.end());
   }
-  // a record that passes its hash was written by this code; what a segment's reader would refuse is refused here too
+  // a record that passes its hash was written by this code; what a segment's reader would refuse is
+  // refused here too
   const SampleInfo& info = out.info;
   const bool fits = layout.kind == Kind::kText
                         ? info.t5_tokens <= layout.t5_length
-                        : info.height >= 1 && info.height <= kMaxLatentSide && info.width >= 1 && info.width <= kMaxLatentSide;
-  if (!in.finished() || !fits || text.size() > static_cast<size_t>(kMaxTextBytes)) return std::nullopt;
+                        : info.height >= 1 && info.height <= kMaxLatentSide && info.width >= 1 &&
+                              info.width <= kMaxLatentSide;
+  if (!in.finished() || !fits || text.size() > static_cast<size_t>(kMaxTextBytes))
+    return std::nullopt;
   return out;
 }
 
@@ -154,18 +158,26 @@ std::vector<std::byte> encode(const SegmentHeader& header) {
   return out.finish();
 }
 
-std::optional<SegmentHeader> decode_header(std::span<const std::byte> body, const std::filesystem::path& path) {
-  const auto object = nlohmann::json::parse(reinterpret_cast<const char*>(body.data()),
-                                            reinterpret_cast<const char*>(body.data()) + body.size(), nullptr, false);
+std::optional<SegmentHeader> decode_header(std::span<const std::byte> body,
+                                           const std::filesystem::path& path) {
+  const auto object =
+      nlohmann::json::parse(reinterpret_cast<const char*>(body.data()),
+                            reinterpret_cast<const char*>(body.data()) + body.size(),
+                            nullptr,
+                            false);
   if (!object.is_object()) return std::nullopt;
   const auto text = [&](const char* name) { return object.value(name, std::string()); };
   try {
-    const std::string problem = schema_problem(object.at("schema_version").get<int64_t>(), text("tool"), text("tool_version"));
+    const std::string problem = schema_problem(
+        object.at("schema_version").get<int64_t>(), text("tool"), text("tool_version"));
     if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(path), problem));
     const std::string kind = object.at("kind");
     if (kind != "latents" && kind != "text") return std::nullopt;
     SegmentHeader out;
-    out.recipe = {kind == "latents" ? Kind::kLatents : Kind::kText, object.at("parameters"), object.at("weights"), object.at("tokenizers")};
+    out.recipe = {kind == "latents" ? Kind::kLatents : Kind::kText,
+                  object.at("parameters"),
+                  object.at("weights"),
+                  object.at("tokenizers")};
     out.provenance = {text("tool"), text("tool_version"), text("command_line"), text("device")};
     out.created = text("created");
     return out;
@@ -208,9 +220,11 @@ Journal::~Journal() {
 }
 
 void Journal::fail(const char* what, int number) const {
-  throw ResourceError(fmt::format("{}: {}: {}", show(path_), what, std::generic_category().message(number)),
-                      number == ENOSPC || number == EDQUOT ? "free some disk space and run again: nothing finished is lost"
-                                                           : "check that the folder is writable, and run again");
+  throw ResourceError(
+      fmt::format("{}: {}: {}", show(path_), what, std::generic_category().message(number)),
+      number == ENOSPC || number == EDQUOT
+          ? "free some disk space and run again: nothing finished is lost"
+          : "check that the folder is writable, and run again");
 }
 
 void Journal::append(const Record& record) {

@@ -1,4 +1,5 @@
-// formats/cache/journal.h - finished samples that are not in a segment yet, so that a kill loses none.
+// formats/cache/journal.h - finished samples that are not in a segment yet, so that a kill loses
+// none.
 #pragma once
 #include <chrono>
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace flux::cache {
 
-/// The journal of one running writer, `.journal-<16 hex digits>` (FORMAT.md section 8). Private scratch of the tools.
+/// The journal of one running writer, `.journal-<16 hex digits>` (FORMAT.md section 8). Private
+/// scratch of the tools.
 class Journal {
  public:
   /// Makes the file. Throws ResourceError.
@@ -22,8 +24,8 @@ class Journal {
   Journal(const Journal&) = delete;
   Journal& operator=(const Journal&) = delete;
 
-  /// Appends one record; the system has all of it when this returns, the disk at most a second's worth less. After a
-  /// ResourceError the file ends with the last whole record.
+  /// Appends one record; the system has all of it when this returns, the disk at most a second's
+  /// worth less. After a ResourceError the file ends with the last whole record.
   void append(const Record& record);
   void sync();
   /// Deletes the file: its samples are published.
@@ -44,8 +46,9 @@ struct JournalContent {
   std::vector<Record> records;
   uint64_t valid_bytes = 0;  // what follows is the torn end of a killed writer
 };
-/// The valid prefix. A file whose header is torn or damaged has no records and valid_bytes 0. Never throws for bad bytes.
-/// Throws CacheError if the header is whole, but of a schema that this build does not read.
+/// The valid prefix. A file whose header is torn or damaged has no records and valid_bytes 0. Never
+/// throws for bad bytes. Throws CacheError if the header is whole, but of a schema that this build
+/// does not read.
 JournalContent parse_journal(std::span<const std::byte> bytes, const std::filesystem::path& path);
 
 }  // namespace flux::cache

@@ -32,7 +32,8 @@ std::string process_namespace() {
   return fs::read_symlink("/proc/self/ns/pid", error).string();
 }
 
-// Clock ticks after boot at which `pid` started: the 22nd field of its stat, behind the name in parentheses. Empty: unknown.
+// Clock ticks after boot at which `pid` started: the 22nd field of its stat, behind the name in
+// parentheses. Empty: unknown.
 std::string start_time(int64_t pid) {
   const std::string stat = first_line(fmt::format("/proc/{}/stat", pid).c_str());
   const size_t end = stat.rfind(") ");
@@ -74,7 +75,8 @@ bool is_dead(const std::string& text) {
     if (pid < 1 || pid > INT32_MAX) return false;
     if (kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return true;
     const std::string started = start_time(pid);
-    return !started.empty() && owner.at("started") != started;  // the number belongs to another process now
+    return !started.empty() &&
+           owner.at("started") != started;  // the number belongs to another process now
   } catch (const nlohmann::json::exception&) {
     return false;
   }
@@ -83,7 +85,8 @@ bool is_dead(const std::string& text) {
 std::string describe(const std::string& text) {
   const auto owner = nlohmann::json::parse(text, nullptr, false);
   try {
-    return fmt::format("process {} on {}", owner.at("pid").get<int64_t>(),
+    return fmt::format("process {} on {}",
+                       owner.at("pid").get<int64_t>(),
                        printable(split(owner.at("host").get<std::string>(), ' ')[0]));
   } catch (const nlohmann::json::exception&) {
     return "unknown owner";
@@ -91,8 +94,9 @@ std::string describe(const std::string& text) {
 }
 
 [[noreturn]] void fail(const fs::path& path, int number) {
-  throw ResourceError(fmt::format("{}: cannot be made: {}", show(path), std::generic_category().message(number)),
-                      "check that the folder is writable");
+  throw ResourceError(
+      fmt::format("{}: cannot be made: {}", show(path), std::generic_category().message(number)),
+      "check that the folder is writable");
 }
 
 // The whole file appears under its name at once. False: the name is taken.
@@ -113,30 +117,35 @@ bool make_lock(const fs::path& path, const std::string& text) {
   int number = errno;
   unlink(temporary.c_str());
   if (result == 0) return true;
-  if (number == EPERM || number == ENOTSUP || number == ENOSYS) {  // a file system without hard links
+  if (number == EPERM || number == ENOTSUP ||
+      number == ENOSYS) {  // a file system without hard links
     if (write_new(path)) return true;
     number = errno;
   }
-  if (number != EEXIST && number != ENOENT) fail(path, number);  // ENOENT: tidied away by the owner, try again
+  if (number != EEXIST && number != ENOENT)
+    fail(path, number);  // ENOENT: tidied away by the owner, try again
   return false;
 }
 
 }  // namespace
 
-WriterLock::WriterLock(const fs::path& folder) : path_(folder / ".writer.lock"), owner_(this_process()) {
+WriterLock::WriterLock(const fs::path& folder)
+    : path_(folder / ".writer.lock"), owner_(this_process()) {
   for (int attempt = 0; attempt < 100; ++attempt) {
     if (make_lock(path_, owner_)) return;
     const auto other = content(path_);
     if (!other) continue;  // released meanwhile
     if (!is_dead(*other)) {
-      throw CacheError(fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
-                       fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
+      throw CacheError(
+          fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
+          fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
     }
-    // Two processes may find the same dead owner: who moves the file away looks at what was moved, and puts back the
-    // lock of a process that was faster.
+    // Two processes may find the same dead owner: who moves the file away looks at what was moved,
+    // and puts back the lock of a process that was faster.
     const fs::path moved = folder / fmt::format(".writer.lock.tmp-{}", random_name());
     if (rename(path_.c_str(), moved.c_str()) != 0) continue;
-    if (content(moved) != other && link(moved.c_str(), path_.c_str()) != 0 && errno != EEXIST) fail(path_, errno);
+    if (content(moved) != other && link(moved.c_str(), path_.c_str()) != 0 && errno != EEXIST)
+      fail(path_, errno);
     unlink(moved.c_str());
   }
   throw CacheError(fmt::format("{}: the writer lock changes hands all the time", show(folder)));

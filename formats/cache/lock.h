@@ -5,12 +5,14 @@
 
 namespace flux::cache {
 
-/// The file `.writer.lock`: who holds it (host, boot, process, its start time). Made with link(), which works on network
-/// file systems where flock may hang. A lock whose process on this host has ended is taken over; one of another host or
-/// another process namespace cannot be judged and is respected.
+/// The file `.writer.lock`: who holds it (host, boot, process, its start time). Made with link(),
+/// which works on network file systems where flock may hang. A lock whose process on this host has
+/// ended is taken over; one of another host or another process namespace cannot be judged and is
+/// respected.
 class WriterLock {
  public:
-  /// Throws CacheError naming the owner if there is a living one; ResourceError if the file cannot be made.
+  /// Throws CacheError naming the owner if there is a living one; ResourceError if the file cannot
+  /// be made.
   explicit WriterLock(const std::filesystem::path& folder);
   ~WriterLock();
   WriterLock(const WriterLock&) = delete;

@@ -29,11 +29,13 @@ class Fields {
  public:
   Fields(const json& object, std::string name, const std::filesystem::path& path)
       : object_(object), name_(std::move(name)), path_(path) {
-    if (!object.is_object()) refuse(name_.empty() ? "" : name_, fmt::format("is {}, expected an object", shown(object)));
+    if (!object.is_object())
+      refuse(name_.empty() ? "" : name_, fmt::format("is {}, expected an object", shown(object)));
   }
 
   [[noreturn]] void refuse(const std::string& field, const std::string& text) const {
-    throw CacheError(fmt::format("{}: {}{}", show(path_), field.empty() ? "" : "'" + printable(field) + "' ", text));
+    throw CacheError(fmt::format(
+        "{}: {}{}", show(path_), field.empty() ? "" : "'" + printable(field) + "' ", text));
   }
   const json& get(const char* field) {
     seen_.insert(field);
@@ -43,25 +45,30 @@ class Fields {
   }
   std::string text(const char* field) {
     const json& value = get(field);
-    if (!value.is_string()) refuse(full(field), fmt::format("is {}, expected a text", shown(value)));
+    if (!value.is_string())
+      refuse(full(field), fmt::format("is {}, expected a text", shown(value)));
     return value.get<std::string>();
   }
   std::string hex(const char* field, size_t digits) {
     std::string value = text(field);
-    if (!is_hex(value, digits)) refuse(full(field), fmt::format("is {}, expected {} hex digits", shown(value), digits));
+    if (!is_hex(value, digits))
+      refuse(full(field), fmt::format("is {}, expected {} hex digits", shown(value), digits));
     return value;
   }
   int64_t count(const char* field, int64_t low = 0, int64_t high = INT64_MAX) {
     const json& value = get(field);
     // a number above INT64_MAX is unsigned in the JSON library
-    if (!value.is_number_integer() || value > json(INT64_MAX) || value < json(low) || value > json(high)) {
-      refuse(full(field), fmt::format("is {}, expected a whole number from {} to {}", shown(value), low, high));
+    if (!value.is_number_integer() || value > json(INT64_MAX) || value < json(low) ||
+        value > json(high)) {
+      refuse(full(field),
+             fmt::format("is {}, expected a whole number from {} to {}", shown(value), low, high));
     }
     return value.get<int64_t>();
   }
   json object(const char* field) {
     const json& value = get(field);
-    if (!value.is_object()) refuse(full(field), fmt::format("is {}, expected an object", shown(value)));
+    if (!value.is_object())
+      refuse(full(field), fmt::format("is {}, expected an object", shown(value)));
     return value;
   }
   const json& list(const char* field) {
@@ -71,12 +78,15 @@ class Fields {
   }
   void nothing_else() const {
     for (const auto& [field, value] : object_.items()) {
-      if (!seen_.contains(field) && !field.starts_with("x_")) refuse(full(field), "is not a field of a manifest");
+      if (!seen_.contains(field) && !field.starts_with("x_"))
+        refuse(full(field), "is not a field of a manifest");
     }
   }
 
  private:
-  std::string full(const std::string& field) const { return name_.empty() ? field : name_ + "." + field; }
+  std::string full(const std::string& field) const {
+    return name_.empty() ? field : name_ + "." + field;
+  }
   const json& object_;
   std::string name_;
   const std::filesystem::path& path_;
@@ -108,7 +118,10 @@ json to_json(const Manifest& manifest) {
           {"plan", manifest.plan},
           {"plan_digest", manifest.plan_digest},
           {"segments", segments},
-          {"index", {{"name", kIndexName}, {"bytes", manifest.index_bytes}, {"xxh3_128", manifest.index_xxh3_128}}},
+          {"index",
+           {{"name", kIndexName},
+            {"bytes", manifest.index_bytes},
+            {"xxh3_128", manifest.index_xxh3_128}}},
           {"num_items", manifest.num_items},
           {"num_samples", manifest.num_samples},
           {"quarantined", quarantined},
@@ -121,11 +134,13 @@ json parse_strictly(std::string_view text, const std::filesystem::path& path) {
   constexpr int kMaxDepth = 64;  // writing JSON is recursive
   std::vector<std::set<std::string>> open;
   const auto watch = [&](int depth, json::parse_event_t event, json& value) {
-    if (depth > kMaxDepth) throw CacheError(fmt::format("{}: is nested deeper than {} levels", show(path), kMaxDepth));
+    if (depth > kMaxDepth)
+      throw CacheError(fmt::format("{}: is nested deeper than {} levels", show(path), kMaxDepth));
     if (event == json::parse_event_t::object_start) open.emplace_back();
     if (event == json::parse_event_t::object_end) open.pop_back();
     if (event == json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
-      throw CacheError(fmt::format("{}: '{}' is there twice", show(path), printable(value.get<std::string>())));
+      throw CacheError(
+          fmt::format("{}: '{}' is there twice", show(path), printable(value.get<std::string>())));
     }
     return true;
   };
@@ -133,7 +148,10 @@ json parse_strictly(std::string_view text, const std::filesystem::path& path) {
   try {
     value = json::parse(text, watch);
   } catch (const json::parse_error& error) {
-    throw CacheError(fmt::format("{}: is not JSON: damaged or cut off at byte {} of {}", show(path), error.byte, text.size()));
+    throw CacheError(fmt::format("{}: is not JSON: damaged or cut off at byte {} of {}",
+                                 show(path),
+                                 error.byte,
+                                 text.size()));
   } catch (const json::out_of_range&) {
     throw CacheError(fmt::format("{}: holds a number that is too large", show(path)));
   }
@@ -158,25 +176,36 @@ std::string manifest_text(const Manifest& manifest) {
 Manifest parse_manifest(std::string_view text, const std::filesystem::path& path) {
   const json object = parse_strictly(text, path);
   Fields fields(object, "", path);
-  if (fields.text("format") != kFormat) fields.refuse("format", fmt::format("is {}, expected {}", shown(object["format"]), kFormat));
+  if (fields.text("format") != kFormat)
+    fields.refuse("format", fmt::format("is {}, expected {}", shown(object["format"]), kFormat));
   const json provenance = fields.object("provenance");
-  const auto from = [&](const char* name) { return provenance.contains(name) && provenance[name].is_string() ? provenance[name].get<std::string>() : std::string(); };
-  const std::string problem = schema_problem(fields.count("schema_version"), from("tool"), from("tool_version"));
+  const auto from = [&](const char* name) {
+    return provenance.contains(name) && provenance[name].is_string()
+               ? provenance[name].get<std::string>()
+               : std::string();
+  };
+  const std::string problem =
+      schema_problem(fields.count("schema_version"), from("tool"), from("tool_version"));
   if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(path), problem));
   for (const auto& feature : fields.list("required_features")) {
-    throw SchemaError(fmt::format("{}: needs the feature {}, which this build does not know", show(path), shown(feature)));
+    throw SchemaError(fmt::format(
+        "{}: needs the feature {}, which this build does not know", show(path), shown(feature)));
   }
   const std::string checksum = fields.hex(kChecksum, 32), found = checksum_of(object);
   if (checksum != found) {
-    throw CacheError(fmt::format("{}: is damaged or was edited: checksum {}, expected {}", show(path), found, checksum),
-                     "run the cache tool again: it encodes nothing that is there and writes a new manifest");
+    throw CacheError(
+        fmt::format(
+            "{}: is damaged or was edited: checksum {}, expected {}", show(path), found, checksum),
+        "run the cache tool again: it encodes nothing that is there and writes a new manifest");
   }
 
   Manifest out;
   const std::string kind = fields.text("kind");
-  if (kind != "latents" && kind != "text") fields.refuse("kind", fmt::format("is {}, expected latents or text", shown(kind)));
+  if (kind != "latents" && kind != "text")
+    fields.refuse("kind", fmt::format("is {}, expected latents or text", shown(kind)));
   out.recipe.kind = kind == "latents" ? Kind::kLatents : Kind::kText;
-  if (fields.get("complete") != true) fields.refuse("complete", fmt::format("is {}, expected true", shown(object["complete"])));
+  if (fields.get("complete") != true)
+    fields.refuse("complete", fmt::format("is {}, expected true", shown(object["complete"])));
   out.recipe.parameters = fields.object("parameters");
   out.recipe.weights = fields.object("weights");
   out.recipe.tokenizers = fields.object("tokenizers");
@@ -190,8 +219,10 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
     Fields segment(entry, fmt::format("segments[{}]", out.segments.size()), path);
     SegmentEntry value;
     value.name = segment.text("name");
-    if (!is_segment_name(value.name)) segment.refuse("segments", fmt::format("names {}, which is no segment", shown(value.name)));
-    if (!out.segments.empty() && value.name <= out.segments.back().name) segment.refuse("segments", "is not sorted by name");
+    if (!is_segment_name(value.name))
+      segment.refuse("segments", fmt::format("names {}, which is no segment", shown(value.name)));
+    if (!out.segments.empty() && value.name <= out.segments.back().name)
+      segment.refuse("segments", "is not sorted by name");
     value.bytes = segment.count("bytes", 1);
     value.xxh3_128 = segment.hex("xxh3_128", 32);
     value.num_samples = segment.count("num_samples", 1, kMaxSegmentSamples);
@@ -199,15 +230,18 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
     out.segments.push_back(std::move(value));
   }
   Fields index(fields.get("index"), "index", path);
-  if (index.text("name") != kIndexName) index.refuse("index.name", fmt::format("is not {}", kIndexName));
+  if (index.text("name") != kIndexName)
+    index.refuse("index.name", fmt::format("is not {}", kIndexName));
   out.index_bytes = index.count("bytes", 1);
   out.index_xxh3_128 = index.hex("xxh3_128", 32);
   index.nothing_else();
 
   for (const auto& entry : fields.list("quarantined")) {
     Fields item(entry, fmt::format("quarantined[{}]", out.quarantined.size()), path);
-    out.quarantined.push_back({digest_from_hex(item.hex("item", 64)), static_cast<uint32_t>(item.count("subset", 0, UINT32_MAX)),
-                               item.text("path"), item.text("reason")});
+    out.quarantined.push_back({digest_from_hex(item.hex("item", 64)),
+                               static_cast<uint32_t>(item.count("subset", 0, UINT32_MAX)),
+                               item.text("path"),
+                               item.text("reason")});
     item.nothing_else();
   }
   Fields shard(fields.get("shard"), "shard", path);
@@ -228,10 +262,12 @@ Manifest read_manifest(const std::filesystem::path& folder) {
   if (!manifest) {
     std::error_code error;
     if (!std::filesystem::is_directory(folder, error)) {
-      throw CacheError(fmt::format("{}: no cache there: the folder does not exist", show(folder)), "check the path, or make the cache first");
+      throw CacheError(fmt::format("{}: no cache there: the folder does not exist", show(folder)),
+                       "check the path, or make the cache first");
     }
-    throw CacheError(fmt::format("{}: not a complete cache: it has no {}", show(folder), kManifestName),
-                     "run the cache tool until it ends without an error: it goes on where it stopped");
+    throw CacheError(
+        fmt::format("{}: not a complete cache: it has no {}", show(folder), kManifestName),
+        "run the cache tool until it ends without an error: it goes on where it stopped");
   }
   return std::move(*manifest);
 }
@@ -241,7 +277,8 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   if (!std::filesystem::exists(status)) {
-    if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory) {
+    if (error && error != std::errc::no_such_file_or_directory &&
+        error != std::errc::not_a_directory) {
       throw CacheError(fmt::format("{}: cannot be read: {}", show(path), error.message()));
     }
     return std::nullopt;
@@ -262,17 +299,26 @@ bool same_content(const Manifest& a, const Manifest& b) {
   return left == right;
 }
 
-std::vector<std::string> differences(std::string_view what, const json& found, std::string_view found_name,
-                                     const json& expected, std::string_view expected_name) {
+std::vector<std::string> differences(std::string_view what,
+                                     const json& found,
+                                     std::string_view found_name,
+                                     const json& expected,
+                                     std::string_view expected_name) {
   std::vector<std::string> out;
-  const auto visit = [&](const auto& self, const std::string& name, const json* a, const json* b) -> void {
+  const auto visit =
+      [&](const auto& self, const std::string& name, const json* a, const json* b) -> void {
     if (a && b && a->is_object() && b->is_object()) {
-      for (const auto& [key, value] : a->items()) self(self, name + "." + key, &value, b->contains(key) ? &(*b)[key] : nullptr);
+      for (const auto& [key, value] : a->items())
+        self(self, name + "." + key, &value, b->contains(key) ? &(*b)[key] : nullptr);
       for (const auto& [key, value] : b->items()) {
         if (!a->contains(key)) self(self, name + "." + key, nullptr, &value);
       }
     } else if (!a || !b || *a != *b) {
-      out.push_back(fmt::format("{}: {}: {}, {}: {}", printable(name), found_name, a ? shown(*a) : "nothing", expected_name,
+      out.push_back(fmt::format("{}: {}: {}, {}: {}",
+                                printable(name),
+                                found_name,
+                                a ? shown(*a) : "nothing",
+                                expected_name,
                                 b ? shown(*b) : "nothing"));
     }
   };
@@ -280,8 +326,12 @@ std::vector<std::string> differences(std::string_view what, const json& found, s
   return out;
 }
 
-void require_equal(std::string_view what, const json& found, std::string_view found_name, const json& expected,
-                   std::string_view expected_name, std::string_view hint) {
+void require_equal(std::string_view what,
+                   const json& found,
+                   std::string_view found_name,
+                   const json& expected,
+                   std::string_view expected_name,
+                   std::string_view hint) {
   const auto list = differences(what, found, found_name, expected, expected_name);
   if (list.empty()) return;
   std::string message = "caches do not fit: " + list[0];
@@ -289,14 +339,22 @@ void require_equal(std::string_view what, const json& found, std::string_view fo
   throw CacheError(message, std::string(hint));
 }
 
-void require_joinable(const Manifest& latents, std::string_view latents_name, const Manifest& text,
+void require_joinable(const Manifest& latents,
+                      std::string_view latents_name,
+                      const Manifest& text,
                       std::string_view text_name) {
   const auto require_kind = [](const Manifest& manifest, std::string_view name, Kind kind) {
     if (manifest.recipe.kind != kind) {
-      throw CacheError(fmt::format("{}: is a {} cache, expected {}", name, kind_name(manifest.recipe.kind), kind_name(kind)));
+      throw CacheError(fmt::format("{}: is a {} cache, expected {}",
+                                   name,
+                                   kind_name(manifest.recipe.kind),
+                                   kind_name(kind)));
     }
     if (manifest.shard.count != 1) {
-      throw CacheError(fmt::format("{}: is shard {} of {}, not a whole cache", name, manifest.shard.index, manifest.shard.count),
+      throw CacheError(fmt::format("{}: is shard {} of {}, not a whole cache",
+                                   name,
+                                   manifest.shard.index,
+                                   manifest.shard.count),
                        "join the shards first: flux-cache merge A B ... --out DIR");
     }
   };
@@ -304,7 +362,8 @@ void require_joinable(const Manifest& latents, std::string_view latents_name, co
   require_kind(text, text_name, Kind::kText);
   constexpr char kHint[] = "make both caches from the same dataset file";
   require_equal("plan", latents.plan, latents_name, text.plan, text_name, kHint);
-  require_equal("plan_digest", latents.plan_digest, latents_name, text.plan_digest, text_name, kHint);
+  require_equal(
+      "plan_digest", latents.plan_digest, latents_name, text.plan_digest, text_name, kHint);
 }
 
 }  // namespace flux::cache

@@ -1,4 +1,5 @@
-// formats/cache/manifest.h - manifest.json: what a whole cache holds and how it was made; written last.
+// formats/cache/manifest.h - manifest.json: what a whole cache holds and how it was made; written
+// last.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -39,16 +40,18 @@ struct Shard {
 
 struct Manifest {
   Recipe recipe;
-  nlohmann::json plan = nlohmann::json::object();  // the resolved data set; common/dataset knows what is in it
-  std::string plan_digest;                         // 64 hex digits; both caches of a training run must agree
-  std::vector<SegmentEntry> segments;              // that hold wanted samples, sorted by name
+  nlohmann::json plan =
+      nlohmann::json::object();        // the resolved data set; common/dataset knows what is in it
+  std::string plan_digest;             // 64 hex digits; both caches of a training run must agree
+  std::vector<SegmentEntry> segments;  // that hold wanted samples, sorted by name
   int64_t index_bytes = 0;
   std::string index_xxh3_128;
   int64_t num_items = 0;    // wanted items (rows of the index without kItemEmptyCaption)
   int64_t num_samples = 0;  // distinct wanted samples
   std::vector<Quarantined> quarantined;
   Shard shard;
-  /// tool, tool_version, command_line, device, created (UTC, RFC 3339), stage_seconds {name: seconds}; never compared.
+  /// tool, tool_version, command_line, device, created (UTC, RFC 3339), stage_seconds {name:
+  /// seconds}; never compared.
   nlohmann::json provenance = nlohmann::json::object();
 };
 
@@ -59,7 +62,8 @@ inline constexpr char kIndexName[] = "index.h5";
 std::string manifest_text(const Manifest& manifest);
 /// Throws CacheError naming `path`, the field, and what it holds and should hold.
 Manifest parse_manifest(std::string_view text, const std::filesystem::path& path);
-/// Of the cache in `folder`. Throws CacheError: absent ("the cache is not complete"), not ours, newer, damaged.
+/// Of the cache in `folder`. Throws CacheError: absent ("the cache is not complete"), not ours,
+/// newer, damaged.
 Manifest read_manifest(const std::filesystem::path& folder);
 /// Nothing if there is no manifest.json; throws as read_manifest does otherwise.
 std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& folder);
@@ -68,16 +72,26 @@ bool same_content(const Manifest& a, const Manifest& b);
 
 /// Canonical JSON on one line: members sorted by name, no spaces. For comparing and hashing.
 std::string canonical_json(const nlohmann::json& value);
-/// The fields in which two values differ, as "parameters.t5_length: cache/text: 256, this run: 512". `what` is the name of
-/// the values compared ("parameters"); members of objects are compared one by one.
-std::vector<std::string> differences(std::string_view what, const nlohmann::json& found, std::string_view found_name,
-                                     const nlohmann::json& expected, std::string_view expected_name);
+/// The fields in which two values differ, as "parameters.t5_length: cache/text: 256, this run:
+/// 512". `what` is the name of the values compared ("parameters"); members of objects are compared
+/// one by one.
+std::vector<std::string> differences(std::string_view what,
+                                     const nlohmann::json& found,
+                                     std::string_view found_name,
+                                     const nlohmann::json& expected,
+                                     std::string_view expected_name);
 /// Throws CacheError naming the first of the differences() and how many more there are.
-void require_equal(std::string_view what, const nlohmann::json& found, std::string_view found_name,
-                   const nlohmann::json& expected, std::string_view expected_name, std::string_view hint = {});
-/// Throws CacheError unless a latents and a text cache can be joined: kinds, plan digest (naming the plan's field that
-/// differs), neither a shard of several.
-void require_joinable(const Manifest& latents, std::string_view latents_name, const Manifest& text,
+void require_equal(std::string_view what,
+                   const nlohmann::json& found,
+                   std::string_view found_name,
+                   const nlohmann::json& expected,
+                   std::string_view expected_name,
+                   std::string_view hint = {});
+/// Throws CacheError unless a latents and a text cache can be joined: kinds, plan digest (naming
+/// the plan's field that differs), neither a shard of several.
+void require_joinable(const Manifest& latents,
+                      std::string_view latents_name,
+                      const Manifest& text,
                       std::string_view text_name);
 
 }  // namespace flux::cache

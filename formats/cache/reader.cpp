@@ -16,7 +16,8 @@
 namespace flux::cache {
 namespace {
 
-constexpr size_t kMaxOpenSegments = 128;  // 0.6 MB and one descriptor each; 1024 descriptors are a usual limit
+constexpr size_t kMaxOpenSegments =
+    128;  // 0.6 MB and one descriptor each; 1024 descriptors are a usual limit
 
 }  // namespace
 
@@ -32,8 +33,9 @@ struct Cache::State {
   std::unordered_map<uint32_t, decltype(open)::iterator> position;
 
   [[noreturn]] void refuse(const std::string& name, const std::string& text) const {
-    throw CacheError(fmt::format("{}: {}", show(folder / name), text),
-                     "copy the whole folder again, or run the cache tool again to encode what is lost");
+    throw CacheError(
+        fmt::format("{}: {}", show(folder / name), text),
+        "copy the whole folder again, or run the cache tool again to encode what is lost");
   }
 
   std::shared_ptr<const Segment> find_open(uint32_t number) {
@@ -44,16 +46,21 @@ struct Cache::State {
   }
 
   std::shared_ptr<const Segment> segment(uint32_t number) {
-    if (number >= manifest.segments.size()) throw std::invalid_argument(fmt::format("segment {} of {}", number, manifest.segments.size()));
+    if (number >= manifest.segments.size())
+      throw std::invalid_argument(
+          fmt::format("segment {} of {}", number, manifest.segments.size()));
     {
       const std::lock_guard lock(mutex);
       if (auto found = find_open(number)) return found;
     }
     const SegmentEntry& entry = manifest.segments[number];
     auto opened = std::make_shared<const Segment>(folder / entry.name);
-    if (opened->layout() != layout) refuse(entry.name, "has tensors of another shape or type than the manifest says");
+    if (opened->layout() != layout)
+      refuse(entry.name, "has tensors of another shape or type than the manifest says");
     if (opened->num_samples() != entry.num_samples) {
-      refuse(entry.name, fmt::format("has {} samples, the manifest says {}", opened->num_samples(), entry.num_samples));
+      refuse(entry.name,
+             fmt::format(
+                 "has {} samples, the manifest says {}", opened->num_samples(), entry.num_samples));
     }
     std::shared_ptr<const Segment> evicted;  // closed after the lock is gone
     const std::lock_guard lock(mutex);
@@ -70,11 +77,20 @@ struct Cache::State {
 
   const SampleInfo& info(const Segment& segment, const IndexVariant& variant) const {
     if (variant.row >= segment.samples().size()) {
-      refuse(kIndexName, fmt::format("names sample {} of {} in {}", variant.row, segment.samples().size(), show(segment.path())));
+      refuse(kIndexName,
+             fmt::format("names sample {} of {} in {}",
+                         variant.row,
+                         segment.samples().size(),
+                         show(segment.path())));
     }
     const SampleInfo& sample = segment.samples()[variant.row];
-    if (sample.key != variant.key || sample.height != variant.height || sample.width != variant.width) {
-      refuse(segment.path().filename(), fmt::format("sample {} is {}, the index says {}", variant.row, to_hex(sample.key), to_hex(variant.key)));
+    if (sample.key != variant.key || sample.height != variant.height ||
+        sample.width != variant.width) {
+      refuse(segment.path().filename(),
+             fmt::format("sample {} is {}, the index says {}",
+                         variant.row,
+                         to_hex(sample.key),
+                         to_hex(variant.key)));
     }
     return sample;
   }
@@ -85,7 +101,10 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
   s.folder = folder;
   s.manifest = read_manifest(folder);
   if (s.manifest.recipe.kind != kind) {
-    throw CacheError(fmt::format("{}: is a {} cache, expected {}", show(folder), kind_name(s.manifest.recipe.kind), kind_name(kind)),
+    throw CacheError(fmt::format("{}: is a {} cache, expected {}",
+                                 show(folder),
+                                 kind_name(s.manifest.recipe.kind),
+                                 kind_name(kind)),
                      "check which folder was given to which flag");
   }
   s.layout = layout_of(kind, s.manifest.recipe.parameters);
@@ -93,13 +112,17 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
     std::error_code error;
     const auto bytes = std::filesystem::file_size(folder / entry.name, error);
     if (error) s.refuse(entry.name, "cannot be read: " + error.message());
-    if (bytes != static_cast<uintmax_t>(entry.bytes)) s.refuse(entry.name, fmt::format("has {} bytes, the manifest says {}", bytes, entry.bytes));
+    if (bytes != static_cast<uintmax_t>(entry.bytes))
+      s.refuse(entry.name, fmt::format("has {} bytes, the manifest says {}", bytes, entry.bytes));
   }
   try {
     const MappedFile index(folder / kIndexName);
     const std::string found = xxh3_128_hex(index.bytes());
     if (found != s.manifest.index_xxh3_128) {
-      s.refuse(kIndexName, fmt::format("is damaged: XXH3-128 {}, the manifest says {}", found, s.manifest.index_xxh3_128));
+      s.refuse(
+          kIndexName,
+          fmt::format(
+              "is damaged: XXH3-128 {}, the manifest says {}", found, s.manifest.index_xxh3_128));
     }
   } catch (const InputError& error) {
     throw CacheError(error.what());
@@ -107,7 +130,8 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
   s.index = read_index(folder / kIndexName, kind);
   for (const auto& variant : s.index.variants()) {
     if (variant.segment >= s.manifest.segments.size()) {
-      s.refuse(kIndexName, fmt::format("names segment {} of {}", variant.segment, s.manifest.segments.size()));
+      s.refuse(kIndexName,
+               fmt::format("names segment {} of {}", variant.segment, s.manifest.segments.size()));
     }
   }
 }
@@ -119,7 +143,8 @@ const Manifest& Cache::manifest() const { return state_->manifest; }
 const Index& Cache::index() const { return state_->index; }
 const Layout& Cache::layout() const { return state_->layout; }
 
-SampleInfo Cache::read_into(const IndexVariant& variant, std::span<const std::span<std::byte>> tensors) const {
+SampleInfo Cache::read_into(const IndexVariant& variant,
+                            std::span<const std::span<std::byte>> tensors) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
   segment->read(variant.row, tensors);

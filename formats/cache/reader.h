@@ -13,17 +13,19 @@
 
 namespace flux::cache {
 
-/// A sample with its decoded tensors: latents [channels, height, width]; or T5 [L, X] and CLIP [V]. Little-endian.
+/// A sample with its decoded tensors: latents [channels, height, width]; or T5 [L, X] and CLIP [V].
+/// Little-endian.
 struct Sample {
   SampleInfo info;
   std::vector<std::vector<std::byte>> tensors;
 };
 
-/// Opens the manifest and the index, no segments. Reading is thread-safe; decompression runs outside HDF5's lock. At most
-/// 128 segments are open at once.
+/// Opens the manifest and the index, no segments. Reading is thread-safe; decompression runs
+/// outside HDF5's lock. At most 128 segments are open at once.
 ///
-/// Every function throws CacheError naming the file and the first rule of FORMAT.md that it breaks: also where a segment
-/// is absent, has another size than the manifest says, or another key than the index says.
+/// Every function throws CacheError naming the file and the first rule of FORMAT.md that it breaks:
+/// also where a segment is absent, has another size than the manifest says, or another key than the
+/// index says.
 class Cache {
  public:
   /// Throws CacheError also if the cache is of another kind.
@@ -37,8 +39,10 @@ class Cache {
   const Index& index() const;
   const Layout& layout() const;
 
-  /// Decodes into `tensors`, whose sizes must be tensor_bytes(layout(), ...) of the sample (std::invalid_argument).
-  SampleInfo read_into(const IndexVariant& variant, std::span<const std::span<std::byte>> tensors) const;
+  /// Decodes into `tensors`, whose sizes must be tensor_bytes(layout(), ...) of the sample
+  /// (std::invalid_argument).
+  SampleInfo read_into(const IndexVariant& variant,
+                       std::span<const std::span<std::byte>> tensors) const;
   Sample read(const IndexVariant& variant) const;
   /// The tables' row alone.
   SampleInfo info(const IndexVariant& variant) const;

@@ -18,8 +18,11 @@ int64_t number(const nlohmann::json& parameters, const char* name, int64_t low, 
   const auto found = parameters.find(name);
   if (found == parameters.end()) throw CacheError(fmt::format("parameters: '{}' is absent", name));
   if (!found->is_number_integer() || *found < low || *found > high) {
-    throw CacheError(fmt::format("parameters: '{}' is {}, expected a whole number from {} to {}", name,
-                                 printable(found->dump()), low, high));
+    throw CacheError(fmt::format("parameters: '{}' is {}, expected a whole number from {} to {}",
+                                 name,
+                                 printable(found->dump()),
+                                 low,
+                                 high));
   }
   return found->get<int64_t>();
 }
@@ -29,11 +32,16 @@ int64_t number(const nlohmann::json& parameters, const char* name, int64_t low, 
 Layout check_recipe(const Recipe& recipe) {
   for (const auto& [name, value] : recipe.parameters.items()) {
     if (!value.is_string() && !value.is_number() && !value.is_boolean()) {
-      throw CacheError(fmt::format("parameters: '{}' is a JSON {}, expected a text, number or boolean", printable(name), value.type_name()));
+      throw CacheError(
+          fmt::format("parameters: '{}' is a JSON {}, expected a text, number or boolean",
+                      printable(name),
+                      value.type_name()));
     }
   }
   const auto check_digests = [](const char* field, const nlohmann::json& digests) {
-    if (!digests.is_object()) throw CacheError(fmt::format("{}: is a JSON {}, expected an object", field, digests.type_name()));
+    if (!digests.is_object())
+      throw CacheError(
+          fmt::format("{}: is a JSON {}, expected an object", field, digests.type_name()));
     for (const auto& [part, digest] : digests.items()) {
       if (!digest.is_string() || !is_hex(digest.get_ref<const std::string&>(), 64)) {
         throw CacheError(fmt::format("{}: '{}' is not 64 hex digits", field, printable(part)));
@@ -55,10 +63,14 @@ std::string_view kind_name(Kind kind) { return kind == Kind::kLatents ? "latents
 
 std::string_view dtype_word(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return "bf16";
-    case DType::kF16: return "f16";
-    case DType::kF32: return "f32";
-    default: throw std::invalid_argument(fmt::format("a cache cannot hold {}", dtype_name(dtype)));
+    case DType::kBF16:
+      return "bf16";
+    case DType::kF16:
+      return "f16";
+    case DType::kF32:
+      return "f32";
+    default:
+      throw std::invalid_argument(fmt::format("a cache cannot hold {}", dtype_name(dtype)));
   }
 }
 
@@ -67,22 +79,31 @@ Layout layout_of(Kind kind, const nlohmann::json& parameters) {
   Layout layout{.kind = kind};
   const auto dtype = parameters.find("dtype");
   if (dtype == parameters.end()) throw CacheError("parameters: 'dtype' is absent");
-  if (*dtype == "bf16") layout.dtype = DType::kBF16;
-  else if (*dtype == "f16") layout.dtype = DType::kF16;
-  else if (*dtype == "f32") layout.dtype = DType::kF32;
-  else throw CacheError(fmt::format("parameters: 'dtype' is {}, expected bf16, f16 or f32", printable(dtype->dump())));
+  if (*dtype == "bf16")
+    layout.dtype = DType::kBF16;
+  else if (*dtype == "f16")
+    layout.dtype = DType::kF16;
+  else if (*dtype == "f32")
+    layout.dtype = DType::kF32;
+  else
+    throw CacheError(fmt::format("parameters: 'dtype' is {}, expected bf16, f16 or f32",
+                                 printable(dtype->dump())));
   if (kind == Kind::kLatents) {
     layout.channels = number(parameters, "channels", 16, 32);
     if (layout.channels != 16 && layout.channels != 32) {
-      throw CacheError(fmt::format("parameters: 'channels' is {}, expected 16 (one sample) or 32 (mean, log-variance)", layout.channels));
+      throw CacheError(fmt::format(
+          "parameters: 'channels' is {}, expected 16 (one sample) or 32 (mean, log-variance)",
+          layout.channels));
     }
   } else {
     layout.t5_length = number(parameters, "t5_length", 1, 4096);
     layout.t5_width = number(parameters, "t5_width", 1, 65536);
     layout.clip_width = number(parameters, "clip_width", 1, 65536);
     if (layout.t5_length * layout.t5_width * 4 > kMaxTensorBytes) {
-      throw CacheError(fmt::format("parameters: T5 tensors of {} x {} are larger than {} bytes", layout.t5_length,
-                                   layout.t5_width, kMaxTensorBytes));
+      throw CacheError(fmt::format("parameters: T5 tensors of {} x {} are larger than {} bytes",
+                                   layout.t5_length,
+                                   layout.t5_width,
+                                   kMaxTensorBytes));
     }
   }
   return layout;
@@ -98,14 +119,18 @@ int64_t tensor_bytes(const Layout& layout, const SampleInfo& info, int which) {
   return which == 0 ? layout.t5_length * layout.t5_width * element : layout.clip_width * element;
 }
 
-Record prepare(const Layout& layout, const SampleInfo& info, std::span<const std::span<const std::byte>> tensors) {
+Record prepare(const Layout& layout,
+               const SampleInfo& info,
+               std::span<const std::span<const std::byte>> tensors) {
   const auto require = [](bool holds, const std::string& text) {
     if (!holds) throw std::invalid_argument("cache sample: " + text);
   };
-  require(tensors.size() == static_cast<size_t>(num_tensors(layout.kind)), "wrong number of tensors");
+  require(tensors.size() == static_cast<size_t>(num_tensors(layout.kind)),
+          "wrong number of tensors");
   require(info.text.size() <= static_cast<size_t>(kMaxTextBytes), "text longer than 1 MiB");
   if (layout.kind == Kind::kLatents) {
-    require(info.height >= 1 && info.height <= kMaxLatentSide && info.width >= 1 && info.width <= kMaxLatentSide,
+    require(info.height >= 1 && info.height <= kMaxLatentSide && info.width >= 1 &&
+                info.width <= kMaxLatentSide,
             fmt::format("latents of {} x {}", info.height, info.width));
   } else {
     require(info.t5_tokens <= layout.t5_length,

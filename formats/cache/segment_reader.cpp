@@ -20,7 +20,8 @@ constexpr int64_t kMaxTextsBytes = kMaxSegmentSamples * kMaxTextBytes + 1;
 
 nlohmann::json json_attribute(const Hdf5File& file, const char* name) {
   auto value = nlohmann::json::parse(file.text_attribute(name), nullptr, false);
-  if (!value.is_object()) file.refuse(fmt::format("root attribute '{}' is not a JSON object", name));
+  if (!value.is_object())
+    file.refuse(fmt::format("root attribute '{}' is not a JSON object", name));
   return value;
 }
 
@@ -28,14 +29,24 @@ nlohmann::json json_attribute(const Hdf5File& file, const char* name) {
 
 Segment::Segment(const std::filesystem::path& path) : file_(path) {
   Recipe& recipe = header_.recipe;
-  recipe.kind = read_header(file_, kSegmentContent,
-                            {"num_samples", "parameters", "weights", "tokenizers", "tool", "tool_version", "command_line",
-                             "device", "created"});
+  recipe.kind = read_header(file_,
+                            kSegmentContent,
+                            {"num_samples",
+                             "parameters",
+                             "weights",
+                             "tokenizers",
+                             "tool",
+                             "tool_version",
+                             "command_line",
+                             "device",
+                             "created"});
   recipe.parameters = json_attribute(file_, "parameters");
   recipe.weights = json_attribute(file_, "weights");
   recipe.tokenizers = json_attribute(file_, "tokenizers");
-  header_.provenance = {file_.text_attribute("tool"), file_.text_attribute("tool_version"),
-                        file_.text_attribute("command_line"), file_.text_attribute("device")};
+  header_.provenance = {file_.text_attribute("tool"),
+                        file_.text_attribute("tool_version"),
+                        file_.text_attribute("command_line"),
+                        file_.text_attribute("device")};
   header_.created = file_.text_attribute("created");
   try {
     layout_ = check_recipe(recipe);
@@ -44,40 +55,56 @@ Segment::Segment(const std::filesystem::path& path) : file_(path) {
   }
   const int64_t num_samples = file_.number_attribute("num_samples");
   if (num_samples < 1 || num_samples > kMaxSegmentSamples) {
-    file_.refuse(fmt::format("says it has {} samples, expected 1 to {}", num_samples, kMaxSegmentSamples));
+    file_.refuse(
+        fmt::format("says it has {} samples, expected 1 to {}", num_samples, kMaxSegmentSamples));
   }
   samples_.resize(static_cast<size_t>(num_samples));
   places_.resize(samples_.size());
 
   const std::span<SampleInfo> rows = samples_;
-  read_column<Sha256Digest>(file_, "samples_key", rows, [](SampleInfo& s, const Sha256Digest& v) { s.key = v; });
-  read_column<Sha256Digest>(file_, "samples_source_sha256", rows,
-                            [](SampleInfo& s, const Sha256Digest& v) { s.source_sha256 = v; });
-  read_column<uint64_t>(file_, "samples_tensor_xxh3", rows, [](SampleInfo& s, uint64_t v) { s.tensor_xxh3 = v; });
-  read_column<uint32_t>(file_, "samples_flags", rows, [](SampleInfo& s, uint32_t v) { s.flags = v; });
-  if (recipe.kind == Kind::kLatents) open_latents();
-  else open_text();
+  read_column<Sha256Digest>(
+      file_, "samples_key", rows, [](SampleInfo& s, const Sha256Digest& v) { s.key = v; });
+  read_column<Sha256Digest>(
+      file_, "samples_source_sha256", rows, [](SampleInfo& s, const Sha256Digest& v) {
+        s.source_sha256 = v;
+      });
+  read_column<uint64_t>(
+      file_, "samples_tensor_xxh3", rows, [](SampleInfo& s, uint64_t v) { s.tensor_xxh3 = v; });
+  read_column<uint32_t>(
+      file_, "samples_flags", rows, [](SampleInfo& s, uint32_t v) { s.flags = v; });
+  if (recipe.kind == Kind::kLatents)
+    open_latents();
+  else
+    open_text();
 }
 
 void Segment::open_latents() {
   using Pair = std::array<uint32_t, 2>;
   const std::span<SampleInfo> rows = samples_;
-  read_column<Pair>(file_, "samples_bucket", rows, [](SampleInfo& s, const Pair& v) { s.height = v[0], s.width = v[1]; });
-  read_column<Pair>(file_, "samples_original_hw", rows, [](SampleInfo& s, const Pair& v) { s.original_hw = v; });
-  read_column<Pair>(file_, "samples_resized_hw", rows, [](SampleInfo& s, const Pair& v) { s.resized_hw = v; });
-  read_column<Pair>(file_, "samples_crop_top_left", rows, [](SampleInfo& s, const Pair& v) { s.crop_top_left = v; });
+  read_column<Pair>(file_, "samples_bucket", rows, [](SampleInfo& s, const Pair& v) {
+    s.height = v[0], s.width = v[1];
+  });
+  read_column<Pair>(
+      file_, "samples_original_hw", rows, [](SampleInfo& s, const Pair& v) { s.original_hw = v; });
+  read_column<Pair>(
+      file_, "samples_resized_hw", rows, [](SampleInfo& s, const Pair& v) { s.resized_hw = v; });
+  read_column<Pair>(file_, "samples_crop_top_left", rows, [](SampleInfo& s, const Pair& v) {
+    s.crop_top_left = v;
+  });
   const Texts paths = read_texts(file_, "samples_path", samples_.size(), kMaxTextsBytes);
   std::vector<uint32_t> row_of(samples_.size());
-  read_column<uint32_t>(file_, "samples_row", std::span(row_of), [](uint32_t& row, uint32_t v) { row = v; });
+  read_column<uint32_t>(
+      file_, "samples_row", std::span(row_of), [](uint32_t& row, uint32_t v) { row = v; });
 
   // every row of every bucket's dataset is one sample's, and there is no other dataset
   std::map<Pair, std::set<uint32_t>> buckets;
   for (size_t i = 0; i < samples_.size(); ++i) {
     SampleInfo& sample = samples_[i];
     sample.text = paths.at(i);
-    if (sample.height < 1 || sample.height > kMaxLatentSide || sample.width < 1 || sample.width > kMaxLatentSide ||
-        tensor_bytes(layout_, sample, 0) > kMaxTensorBytes) {
-      file_.refuse(fmt::format("sample {} has a bucket of {} x {}", i, sample.height, sample.width));
+    if (sample.height < 1 || sample.height > kMaxLatentSide || sample.width < 1 ||
+        sample.width > kMaxLatentSide || tensor_bytes(layout_, sample, 0) > kMaxTensorBytes) {
+      file_.refuse(
+          fmt::format("sample {} has a bucket of {} x {}", i, sample.height, sample.width));
     }
     if (!buckets[{sample.height, sample.width}].insert(row_of[i]).second) {
       file_.refuse(fmt::format("sample {} has the row {} of another sample", i, row_of[i]));
@@ -87,32 +114,45 @@ void Segment::open_latents() {
   for (const auto& [bucket, used] : buckets) {
     const auto num_rows = static_cast<int64_t>(used.size());
     if (*used.rbegin() >= num_rows) {
-      file_.refuse(fmt::format("a sample has row {} of {} in bucket {} x {}", *used.rbegin(), num_rows, bucket[0], bucket[1]));
+      file_.refuse(fmt::format("a sample has row {} of {} in bucket {} x {}",
+                               *used.rbegin(),
+                               num_rows,
+                               bucket[0],
+                               bucket[1]));
     }
-    frames[bucket] = file_.open_frames(fmt::format("latents_{}x{}", bucket[0], bucket[1]), element_of(layout_.dtype),
-                                       std::array<int64_t, 4>{num_rows, layout_.channels, bucket[0], bucket[1]});
+    frames[bucket] =
+        file_.open_frames(fmt::format("latents_{}x{}", bucket[0], bucket[1]),
+                          element_of(layout_.dtype),
+                          std::array<int64_t, 4>{num_rows, layout_.channels, bucket[0], bucket[1]});
   }
   for (size_t i = 0; i < samples_.size(); ++i) {
     places_[i] = {{frames.at({samples_[i].height, samples_[i].width}), row_of[i]}};
   }
   constexpr size_t kTables = 11;
   if (file_.datasets().size() != kTables + buckets.size()) {
-    file_.refuse(fmt::format("has {} datasets, {} belong to it", file_.datasets().size(), kTables + buckets.size()));
+    file_.refuse(fmt::format(
+        "has {} datasets, {} belong to it", file_.datasets().size(), kTables + buckets.size()));
   }
 }
 
 void Segment::open_text() {
   const std::span<SampleInfo> rows = samples_;
-  read_column<uint32_t>(file_, "samples_t5_tokens", rows, [](SampleInfo& s, uint32_t v) { s.t5_tokens = v; });
-  read_column<uint32_t>(file_, "samples_t5_lost", rows, [](SampleInfo& s, uint32_t v) { s.t5_lost = v; });
-  read_column<uint32_t>(file_, "samples_clip_tokens", rows, [](SampleInfo& s, uint32_t v) { s.clip_tokens = v; });
-  read_column<uint32_t>(file_, "samples_clip_lost", rows, [](SampleInfo& s, uint32_t v) { s.clip_lost = v; });
+  read_column<uint32_t>(
+      file_, "samples_t5_tokens", rows, [](SampleInfo& s, uint32_t v) { s.t5_tokens = v; });
+  read_column<uint32_t>(
+      file_, "samples_t5_lost", rows, [](SampleInfo& s, uint32_t v) { s.t5_lost = v; });
+  read_column<uint32_t>(
+      file_, "samples_clip_tokens", rows, [](SampleInfo& s, uint32_t v) { s.clip_tokens = v; });
+  read_column<uint32_t>(
+      file_, "samples_clip_lost", rows, [](SampleInfo& s, uint32_t v) { s.clip_lost = v; });
   const Texts captions = read_texts(file_, "samples_caption", samples_.size(), kMaxTextsBytes);
   const auto mask = file_.table("samples_t5_mask", Element::kU8, num_samples(), layout_.t5_length);
   const auto length = static_cast<size_t>(layout_.t5_length);
   const Element element = element_of(layout_.dtype);
-  const auto t5 = file_.open_frames("t5", element, std::array{num_samples(), layout_.t5_length, layout_.t5_width});
-  const auto clip = file_.open_frames("clip", element, std::array{num_samples(), layout_.clip_width});
+  const auto t5 = file_.open_frames(
+      "t5", element, std::array{num_samples(), layout_.t5_length, layout_.t5_width});
+  const auto clip =
+      file_.open_frames("clip", element, std::array{num_samples(), layout_.clip_width});
   for (size_t i = 0; i < samples_.size(); ++i) {
     SampleInfo& sample = samples_[i];
     sample.text = captions.at(i);
@@ -120,23 +160,29 @@ void Segment::open_text() {
     for (size_t k = 0; fits && k < length; ++k) {
       fits = mask[i * length + k] == std::byte{k < sample.t5_tokens};
     }
-    if (!fits) file_.refuse(fmt::format("sample {} has {} T5 tokens, but another mask", i, sample.t5_tokens));
+    if (!fits)
+      file_.refuse(
+          fmt::format("sample {} has {} T5 tokens, but another mask", i, sample.t5_tokens));
     places_[i] = {{t5, static_cast<int64_t>(i)}, {clip, static_cast<int64_t>(i)}};
   }
   constexpr size_t kDatasets = 13;
   if (file_.datasets().size() != kDatasets) {
-    file_.refuse(fmt::format("has {} datasets, {} belong to it", file_.datasets().size(), kDatasets));
+    file_.refuse(
+        fmt::format("has {} datasets, {} belong to it", file_.datasets().size(), kDatasets));
   }
 }
 
 std::vector<std::byte> Segment::frame(int64_t row, int which) const {
   const Place& place = places_[static_cast<size_t>(row)][static_cast<size_t>(which)];
-  return file_.frame(*place.frames, place.row, tensor_bytes(layout_, samples_[static_cast<size_t>(row)], which));
+  return file_.frame(
+      *place.frames, place.row, tensor_bytes(layout_, samples_[static_cast<size_t>(row)], which));
 }
 
 void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) const {
-  if (row < 0 || row >= num_samples() || tensors.size() != static_cast<size_t>(num_tensors(layout_.kind))) {
-    throw std::invalid_argument(fmt::format("sample {} of {} into {} tensors", row, num_samples(), tensors.size()));
+  if (row < 0 || row >= num_samples() ||
+      tensors.size() != static_cast<size_t>(num_tensors(layout_.kind))) {
+    throw std::invalid_argument(
+        fmt::format("sample {} of {} into {} tensors", row, num_samples(), tensors.size()));
   }
   const SampleInfo& sample = samples_[static_cast<size_t>(row)];
   Xxh3 hash;
@@ -144,22 +190,28 @@ void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) c
     const auto out = tensors[static_cast<size_t>(i)];
     const int64_t expected = tensor_bytes(layout_, sample, i);
     if (out.size() != static_cast<size_t>(expected)) {
-      throw std::invalid_argument(fmt::format("tensor {} has {} bytes, the buffer {}", i, expected, out.size()));
+      throw std::invalid_argument(
+          fmt::format("tensor {} has {} bytes, the buffer {}", i, expected, out.size()));
     }
     const std::string wrong = decode_frame(frame(row, i), dtype_bits(layout_.dtype) / 8, out);
     if (!wrong.empty()) file_.refuse(fmt::format("sample {} tensor {} {}", row, i, wrong));
     hash.add(out);
   }
   if (hash.digest() != sample.tensor_xxh3) {
-    file_.refuse(fmt::format("sample {} is damaged: XXH3 {:016x}, expected {:016x}", row, hash.digest(), sample.tensor_xxh3));
+    file_.refuse(fmt::format("sample {} is damaged: XXH3 {:016x}, expected {:016x}",
+                             row,
+                             hash.digest(),
+                             sample.tensor_xxh3));
   }
 }
 
 std::vector<std::vector<std::byte>> Segment::read(int64_t row) const {
-  if (row < 0 || row >= num_samples()) throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
+  if (row < 0 || row >= num_samples())
+    throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
   std::vector<std::vector<std::byte>> out;
   for (int i = 0; i < num_tensors(layout_.kind); ++i) {
-    out.emplace_back(static_cast<size_t>(tensor_bytes(layout_, samples_[static_cast<size_t>(row)], i)));
+    out.emplace_back(
+        static_cast<size_t>(tensor_bytes(layout_, samples_[static_cast<size_t>(row)], i)));
   }
   const std::vector<std::span<std::byte>> spans(out.begin(), out.end());
   read(row, spans);
@@ -167,7 +219,8 @@ std::vector<std::vector<std::byte>> Segment::read(int64_t row) const {
 }
 
 Record Segment::record(int64_t row) const {
-  if (row < 0 || row >= num_samples()) throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
+  if (row < 0 || row >= num_samples())
+    throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
   Record out{samples_[static_cast<size_t>(row)], {}};
   for (int i = 0; i < num_tensors(layout_.kind); ++i) out.frames.push_back(frame(row, i));
   return out;

@@ -1,4 +1,5 @@
-// formats/cache/segment_reader.h - one segment: tables checked and read at once, tensors on request.
+// formats/cache/segment_reader.h - one segment: tables checked and read at once, tensors on
+// request.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace flux::cache {
 
-/// Every function throws CacheError naming the file and the first rule of FORMAT.md that it breaks. Thread-safe.
+/// Every function throws CacheError naming the file and the first rule of FORMAT.md that it breaks.
+/// Thread-safe.
 class Segment {
  public:
   explicit Segment(const std::filesystem::path& path);

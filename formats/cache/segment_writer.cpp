@@ -17,13 +17,15 @@
 namespace flux::cache {
 namespace {
 
-constexpr size_t kMaxCommandLine = 8192;  // an attribute has to stay small; the manifest has the whole line
+constexpr size_t kMaxCommandLine =
+    8192;  // an attribute has to stay small; the manifest has the whole line
 
 using Frames = std::vector<std::span<const std::byte>>;
 
 }  // namespace
 
-std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<const Record> records) {
+std::vector<std::byte> encode_segment(const SegmentHeader& header,
+                                      std::span<const Record> records) {
   if (records.empty() || records.size() > static_cast<size_t>(kMaxSegmentSamples)) {
     throw std::invalid_argument(fmt::format("a segment of {} samples", records.size()));
   }
@@ -40,12 +42,15 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<con
   image.attribute("tokenizers", canonical_json(recipe.tokenizers));
   image.attribute("tool", printable(header.provenance.tool));
   image.attribute("tool_version", printable(header.provenance.tool_version));
-  image.attribute("command_line", printable(header.provenance.command_line).substr(0, kMaxCommandLine));
+  image.attribute("command_line",
+                  printable(header.provenance.command_line).substr(0, kMaxCommandLine));
   image.attribute("device", printable(header.provenance.device));
   image.attribute("created", header.created);
 
   const auto column = [&](const char* name, auto get) {
-    write_column(image, std::string("samples_") + name, records, [&](const Record& record) { return get(record.info); });
+    write_column(image, std::string("samples_") + name, records, [&](const Record& record) {
+      return get(record.info);
+    });
   };
   column("key", [](const SampleInfo& s) { return s.key; });
   column("source_sha256", [](const SampleInfo& s) { return s.source_sha256; });
@@ -61,15 +66,20 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<con
       frames.push_back(record.frames[0]);
     }
     column("bucket", [](const SampleInfo& s) { return std::array{s.height, s.width}; });
-    write_column(image, "samples_row", records, [&](const Record& record) { return rows.at(&record); });
+    write_column(
+        image, "samples_row", records, [&](const Record& record) { return rows.at(&record); });
     column("original_hw", [](const SampleInfo& s) { return s.original_hw; });
     column("resized_hw", [](const SampleInfo& s) { return s.resized_hw; });
     column("crop_top_left", [](const SampleInfo& s) { return s.crop_top_left; });
-    write_texts(image, "samples_path", records.size(), [&](size_t i) { return records[i].info.text; });
+    write_texts(
+        image, "samples_path", records.size(), [&](size_t i) { return records[i].info.text; });
     for (const auto& [bucket, frames] : buckets) {
       const auto [height, width] = bucket;
-      image.frames(fmt::format("latents_{}x{}", height, width), element,
-                   std::array<int64_t, 4>{static_cast<int64_t>(frames.size()), layout.channels, height, width}, frames);
+      image.frames(fmt::format("latents_{}x{}", height, width),
+                   element,
+                   std::array<int64_t, 4>{
+                       static_cast<int64_t>(frames.size()), layout.channels, height, width},
+                   frames);
     }
   } else {
     column("t5_tokens", [](const SampleInfo& s) { return s.t5_tokens; });
@@ -79,12 +89,15 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<con
     std::vector<std::byte> mask(static_cast<size_t>(num_samples * layout.t5_length), std::byte{0});
     Frames t5, clip;
     for (size_t i = 0; i < records.size(); ++i) {
-      std::fill_n(mask.begin() + static_cast<int64_t>(i) * layout.t5_length, records[i].info.t5_tokens, std::byte{1});
+      std::fill_n(mask.begin() + static_cast<int64_t>(i) * layout.t5_length,
+                  records[i].info.t5_tokens,
+                  std::byte{1});
       t5.push_back(records[i].frames[0]);
       clip.push_back(records[i].frames[1]);
     }
     image.table("samples_t5_mask", Element::kU8, num_samples, layout.t5_length, mask);
-    write_texts(image, "samples_caption", records.size(), [&](size_t i) { return records[i].info.text; });
+    write_texts(
+        image, "samples_caption", records.size(), [&](size_t i) { return records[i].info.text; });
     image.frames("t5", element, std::array{num_samples, layout.t5_length, layout.t5_width}, t5);
     image.frames("clip", element, std::array{num_samples, layout.clip_width}, clip);
   }
@@ -94,7 +107,8 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header, std::span<con
 std::string new_segment_name() { return "seg-" + random_name() + ".h5"; }
 
 bool is_segment_name(std::string_view name) {
-  return name.size() == 23 && name.starts_with("seg-") && name.ends_with(".h5") && is_hex(name.substr(4, 16), 16);
+  return name.size() == 23 && name.starts_with("seg-") && name.ends_with(".h5") &&
+         is_hex(name.substr(4, 16), 16);
 }
 
 }  // namespace flux::cache

@@ -62,15 +62,20 @@ std::string check_superblock(std::span<const std::byte> head, uint64_t file_byte
   if (head.size() < 8 || std::memcmp(head.data(), kSignature.data(), 8) != 0) {
     return "is not an HDF5 file (no signature at its start: another format, or a user block)";
   }
-  if (head.size() < kSuperblockBytes) return fmt::format("is cut off: {} bytes, the superblock has 48", file_bytes);
+  if (head.size() < kSuperblockBytes)
+    return fmt::format("is cut off: {} bytes, the superblock has 48", file_bytes);
   const auto byte = [&](size_t i) { return std::to_integer<int>(head[i]); };
   if (byte(8) != 3) return fmt::format("has HDF5 superblock version {}, a cache has 3", byte(8));
   if (byte(9) != 8 || byte(10) != 8) {
-    return fmt::format("has HDF5 offsets and lengths of {} and {} bytes, a cache has 8 and 8", byte(9), byte(10));
+    return fmt::format(
+        "has HDF5 offsets and lengths of {} and {} bytes, a cache has 8 and 8", byte(9), byte(10));
   }
-  if (at<uint32_t>(head, 44) != lookup3(head.first(44))) return "has a damaged HDF5 superblock (checksum)";
-  if (byte(11) != 0) return fmt::format("was not closed by its writer (HDF5 status flags {}, expected 0)", byte(11));
-  if (at<uint64_t>(head, 12) != 0) return fmt::format("has a user block of {} bytes", at<uint64_t>(head, 12));
+  if (at<uint32_t>(head, 44) != lookup3(head.first(44)))
+    return "has a damaged HDF5 superblock (checksum)";
+  if (byte(11) != 0)
+    return fmt::format("was not closed by its writer (HDF5 status flags {}, expected 0)", byte(11));
+  if (at<uint64_t>(head, 12) != 0)
+    return fmt::format("has a user block of {} bytes", at<uint64_t>(head, 12));
   if (at<uint64_t>(head, 20) != UINT64_MAX) return "has an HDF5 superblock extension";
   if (at<uint64_t>(head, 28) != file_bytes) {
     return fmt::format("has {} bytes, its superblock says {}", file_bytes, at<uint64_t>(head, 28));
@@ -83,7 +88,8 @@ void check_superblock(const std::filesystem::path& path) {
   const auto refuse = [&](const std::string& text) {
     throw CacheError(fmt::format("{}: {}", show(path), text));
   };
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would block for ever otherwise
+  const int fd = open(path.c_str(),
+                      O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would block for ever otherwise
   if (fd < 0) refuse("cannot be read: " + std::generic_category().message(errno));
   std::array<std::byte, kSuperblockBytes> head;
   struct stat info {};
@@ -92,7 +98,8 @@ void check_superblock(const std::filesystem::path& path) {
   close(fd);
   if (!regular) refuse("is not a regular file");
   if (got < 0) refuse("cannot be read");
-  const auto text = check_superblock(std::span(head).first(static_cast<size_t>(got)), static_cast<uint64_t>(info.st_size));
+  const auto text = check_superblock(std::span(head).first(static_cast<size_t>(got)),
+                                     static_cast<uint64_t>(info.st_size));
   if (!text.empty()) refuse(text);
 }
 

@@ -39,7 +39,9 @@ struct DigestHash {
   }
 };
 
-std::string utc_now() { return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))); }
+std::string utc_now() {
+  return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
+}
 
 int64_t frames_bytes(const Record& record) {
   size_t bytes = 0;
@@ -50,10 +52,12 @@ int64_t frames_bytes(const Record& record) {
 std::vector<std::string> names_in(const fs::path& folder) {
   std::vector<std::string> names;
   std::error_code error;
-  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end;
+       entry.increment(error)) {
     names.push_back(entry->path().filename().native());
   }
-  if (error) throw ResourceError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
+  if (error)
+    throw ResourceError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -61,13 +65,15 @@ std::vector<std::string> names_in(const fs::path& folder) {
 // What an interrupted AtomicFile or WriterLock leaves behind.
 bool is_temporary_name(std::string_view name) {
   return name.find(".tmp-") != std::string_view::npos &&
-         (name.starts_with(".seg-") || name.starts_with(".manifest.json") || name.starts_with(".index.h5") ||
-          name.starts_with(".quarantine.jsonl") || name.starts_with(".writer.lock"));
+         (name.starts_with(".seg-") || name.starts_with(".manifest.json") ||
+          name.starts_with(".index.h5") || name.starts_with(".quarantine.jsonl") ||
+          name.starts_with(".writer.lock"));
 }
 
 void remove_if_there(const fs::path& path) {
   if (unlink(path.c_str()) != 0 && errno != ENOENT) {
-    throw ResourceError(fmt::format("{}: cannot be removed: {}", show(path), std::generic_category().message(errno)));
+    throw ResourceError(fmt::format(
+        "{}: cannot be removed: {}", show(path), std::generic_category().message(errno)));
   }
 }
 
@@ -103,7 +109,10 @@ struct Writer::State {
 
   void refuse_kind(const fs::path& path, Kind kind) const {
     if (kind == recipe.kind) return;
-    throw CacheError(fmt::format("{}: belongs to a {} cache, this run writes {}", show(path), kind_name(kind), kind_name(recipe.kind)),
+    throw CacheError(fmt::format("{}: belongs to a {} cache, this run writes {}",
+                                 show(path),
+                                 kind_name(kind),
+                                 kind_name(recipe.kind)),
                      "give each cache a folder of its own");
   }
 
@@ -113,7 +122,8 @@ struct Writer::State {
       if (!previous) return;
       refuse_kind(folder / kManifestName, previous->recipe.kind);
       const auto path = folder / kIndexName;
-      if (xxh3_128_hex(MappedFile(path).bytes()) != previous->index_xxh3_128) throw CacheError(show(path) + ": is not the manifest's");
+      if (xxh3_128_hex(MappedFile(path).bytes()) != previous->index_xxh3_128)
+        throw CacheError(show(path) + ": is not the manifest's");
       previous_index = read_index(path, recipe.kind);
     } catch (const SchemaError&) {
       throw;
@@ -129,7 +139,9 @@ struct Writer::State {
     const auto position = static_cast<uint32_t>(segments.size());
     for (size_t i = 0; i < samples.size(); ++i) {
       // of two samples with one key the one in the segment that comes first by name counts
-      places.try_emplace(samples[i].key, Place{position, static_cast<uint32_t>(i), samples[i].height, samples[i].width});
+      places.try_emplace(
+          samples[i].key,
+          Place{position, static_cast<uint32_t>(i), samples[i].height, samples[i].width});
     }
     segments.push_back(std::move(file));
   }
@@ -147,12 +159,15 @@ struct Writer::State {
       } catch (const SchemaError&) {
         throw;
       } catch (const CacheError& error) {
-        throw CacheError(error.what(), "remove that file and run again: what was in it is encoded again");
+        throw CacheError(error.what(),
+                         "remove that file and run again: what was in it is encoded again");
       }
       refuse_kind(segment->path(), segment->layout().kind);
-      SegmentFile file{name, static_cast<int64_t>(fs::file_size(folder / name)), segment->num_samples(), {}};
+      SegmentFile file{
+          name, static_cast<int64_t>(fs::file_size(folder / name)), segment->num_samples(), {}};
       const auto entry = known.find(name);
-      if (entry != known.end() && entry->second->bytes == file.bytes) file.xxh3_128 = entry->second->xxh3_128;
+      if (entry != known.end() && entry->second->bytes == file.bytes)
+        file.xxh3_128 = entry->second->xxh3_128;
       register_segment(std::move(file), segment->samples());
     }
   }
@@ -165,7 +180,11 @@ struct Writer::State {
     file.commit_new();
     std::vector<SampleInfo> samples;
     for (const Record& record : records) samples.push_back(record.info);
-    register_segment({name, static_cast<int64_t>(bytes.size()), static_cast<int64_t>(records.size()), xxh3_128_hex(bytes)}, samples);
+    register_segment({name,
+                      static_cast<int64_t>(bytes.size()),
+                      static_cast<int64_t>(records.size()),
+                      xxh3_128_hex(bytes)},
+                     samples);
   }
 
   void recover(const std::vector<std::string>& names) {
@@ -176,12 +195,15 @@ struct Writer::State {
         const MappedFile file(path);
         JournalContent content = parse_journal(file.bytes(), path);
         if (content.valid_bytes > 0) refuse_kind(path, content.header.recipe.kind);
-        // a writer killed between publishing and removing its journal leaves samples that are there already
-        std::erase_if(content.records, [&](const Record& record) { return places.contains(record.info.key); });
+        // a writer killed between publishing and removing its journal leaves samples that are there
+        // already
+        std::erase_if(content.records,
+                      [&](const Record& record) { return places.contains(record.info.key); });
         for (size_t begin = 0; begin < content.records.size();) {
           size_t end = begin;
           int64_t bytes = 0;
-          while (end < content.records.size() && end - begin < static_cast<size_t>(kMaxSegmentSamples) &&
+          while (end < content.records.size() &&
+                 end - begin < static_cast<size_t>(kMaxSegmentSamples) &&
                  (end == begin || bytes + frames_bytes(content.records[end]) <= kMaxSegmentBytes)) {
             bytes += frames_bytes(content.records[end++]);
           }
@@ -194,7 +216,9 @@ struct Writer::State {
     }
   }
 
-  bool contains(const Sha256Digest& key) const { return places.contains(key) || pending_keys.contains(key); }
+  bool contains(const Sha256Digest& key) const {
+    return places.contains(key) || pending_keys.contains(key);
+  }
 
   void seal() {
     if (pending.empty()) return;
@@ -214,7 +238,8 @@ struct Writer::State {
       text += canonical_json({{"item", to_hex(item.item)},
                               {"subset", item.subset},
                               {"path", printable(item.path)},
-                              {"reason", printable(item.reason)}}) + "\n";
+                              {"reason", printable(item.reason)}}) +
+              "\n";
     }
     write_file_if_changed(path, text);
   }
@@ -247,8 +272,10 @@ bool Writer::contains(const Sha256Digest& key) const { return state_->contains(k
 Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::json& plan) const {
   const State& s = *state_;
   enum class Fate { kKept, kNew, kChanged };
-  std::unordered_map<Sha256Digest, int64_t, DigestHash> before;  // item -> its row in the last index
-  for (int64_t i = 0; i < s.previous_index.num_items(); ++i) before[s.previous_index.item(i).item] = i;
+  std::unordered_map<Sha256Digest, int64_t, DigestHash>
+      before;  // item -> its row in the last index
+  for (int64_t i = 0; i < s.previous_index.num_items(); ++i)
+    before[s.previous_index.item(i).item] = i;
   std::unordered_map<Sha256Digest, Fate, DigestHash> fates;
   for (const auto& item : items) {
     const auto found = before.find(item.item);
@@ -259,7 +286,8 @@ Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::js
       }
       bool had_others = found != before.end();
       if (had_others) {
-        for (const auto& old : s.previous_index.variants(found->second)) had_others = had_others && old.key != variant.key;
+        for (const auto& old : s.previous_index.variants(found->second))
+          had_others = had_others && old.key != variant.key;
       }
       Fate& fate = fates.try_emplace(variant.key, Fate::kNew).first->second;
       if (had_others) fate = Fate::kChanged;
@@ -273,9 +301,11 @@ Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::js
   }
   out.unwanted = static_cast<int64_t>(s.places.size() + s.pending_keys.size()) - out.kept;
   if (s.previous) {
-    const auto append = [&](const char* what, const nlohmann::json& now, const nlohmann::json& was) {
-      for (auto& text : differences(what, now, "now", was, "before")) out.changed_fields.push_back(std::move(text));
-    };
+    const auto append =
+        [&](const char* what, const nlohmann::json& now, const nlohmann::json& was) {
+          for (auto& text : differences(what, now, "now", was, "before"))
+            out.changed_fields.push_back(std::move(text));
+        };
     append("parameters", s.recipe.parameters, s.previous->recipe.parameters);
     append("weights", s.recipe.weights, s.previous->recipe.weights);
     append("tokenizers", s.recipe.tokenizers, s.previous->recipe.tokenizers);
@@ -316,20 +346,24 @@ bool Writer::publish(const Publication& publication) {
     for (const auto& variant : item.variants) {
       const auto place = s.places.find(variant.key);
       if (place == s.places.end()) {
-        throw std::invalid_argument(fmt::format("sample {} of {} is not in the cache", to_hex(variant.key), printable(item.path)));
+        throw std::invalid_argument(fmt::format(
+            "sample {} of {} is not in the cache", to_hex(variant.key), printable(item.path)));
       }
       used.insert(place->second.segment);
       keys.insert(variant.key);
     }
   }
   std::vector<uint32_t> by_name(used.begin(), used.end());
-  std::sort(by_name.begin(), by_name.end(), [&](uint32_t a, uint32_t b) { return s.segments[a].name < s.segments[b].name; });
+  std::sort(by_name.begin(), by_name.end(), [&](uint32_t a, uint32_t b) {
+    return s.segments[a].name < s.segments[b].name;
+  });
   std::map<uint32_t, uint32_t> number;  // position in s.segments -> in the manifest
 
   Manifest manifest;
   for (const uint32_t position : by_name) {
     auto& file = s.segments[position];
-    if (file.xxh3_128.empty()) file.xxh3_128 = xxh3_128_hex(MappedFile(s.folder / file.name).bytes());
+    if (file.xxh3_128.empty())
+      file.xxh3_128 = xxh3_128_hex(MappedFile(s.folder / file.name).bytes());
     number[position] = static_cast<uint32_t>(manifest.segments.size());
     manifest.segments.push_back({file.name, file.bytes, file.xxh3_128, file.num_samples});
   }
@@ -338,7 +372,13 @@ bool Writer::publish(const Publication& publication) {
     std::vector<IndexVariant> variants;
     for (const auto& variant : item.variants) {
       const auto& place = s.places.at(variant.key);
-      variants.push_back({variant.key, number.at(place.segment), place.row, place.height, place.width, variant.flags, variant.weight});
+      variants.push_back({variant.key,
+                          number.at(place.segment),
+                          place.row,
+                          place.height,
+                          place.width,
+                          variant.flags,
+                          variant.weight});
     }
     index.add({item.item, item.subset, item.repeats, item.flags, 0, 0}, item.path, variants);
     if ((item.flags & kItemEmptyCaption) == 0) ++manifest.num_items;
@@ -361,7 +401,8 @@ bool Writer::publish(const Publication& publication) {
                          {"stage_seconds", publication.stage_seconds}};
   manifest.provenance.update(publication.notes);
 
-  // An equal index keeps its file, whatever bytes this HDF5 library would write, so that the manifest stays equal too.
+  // An equal index keeps its file, whatever bytes this HDF5 library would write, so that the
+  // manifest stays equal too.
   std::vector<std::byte> index_bytes;
   if (s.previous && s.previous_index == index) {
     manifest.index_bytes = s.previous->index_bytes;
@@ -374,8 +415,8 @@ bool Writer::publish(const Publication& publication) {
   s.write_quarantine(manifest.quarantined);
   if (s.previous && same_content(manifest, *s.previous)) return false;
 
-  // Both files are on the disk under temporary names before the old manifest goes: a kill in between leaves a cache that
-  // says it is incomplete, never a manifest with another index.
+  // Both files are on the disk under temporary names before the old manifest goes: a kill in
+  // between leaves a cache that says it is incomplete, never a manifest with another index.
   const fs::path manifest_path = s.folder / kManifestName;
   AtomicFile manifest_file(manifest_path);
   manifest_file.write(manifest_text(manifest));

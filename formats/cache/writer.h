@@ -1,4 +1,5 @@
-// formats/cache/writer.h - fills a cache folder so that a kill, a full disk or a second run loses nothing.
+// formats/cache/writer.h - fills a cache folder so that a kill, a full disk or a second run loses
+// nothing.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,19 +26,21 @@ struct WantedVariant {
 
 /// One item of the data set and what must be there for it, at least one variant.
 struct WantedItem {
-  Sha256Digest item{};  // SHA-256(subset index, path): the join's key
+  Sha256Digest item{};                          // SHA-256(subset index, path): the join's key
   uint32_t subset = 0, repeats = 1, flags = 0;  // kItem*
   std::string path;                             // relative to the subset's folder
   std::vector<WantedVariant> variants;
 };
 
-/// Distinct wanted samples by what happens to them. new_samples + changed is what has to be encoded.
+/// Distinct wanted samples by what happens to them. new_samples + changed is what has to be
+/// encoded.
 struct Comparison {
   int64_t kept = 0;         // in the folder already
   int64_t new_samples = 0;  // absent, and no item that wants it was in the last manifest
   int64_t changed = 0;      // absent, and an item that wants it was there with other samples
   int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
-  /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution: 512x512, was 1024x1024".
+  /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution:
+  /// 512x512, was 1024x1024".
   std::vector<std::string> changed_fields;
 };
 
@@ -48,7 +51,8 @@ struct Publication {
   std::vector<Quarantined> quarantined;
   Shard shard;
   nlohmann::json stage_seconds = nlohmann::json::object();  // stage name -> seconds
-  nlohmann::json notes = nlohmann::json::object();          // more members of the manifest's provenance, never compared
+  nlohmann::json notes =
+      nlohmann::json::object();  // more members of the manifest's provenance, never compared
 };
 
 /// One writer a folder (lock file), used from one thread.
@@ -57,11 +61,13 @@ struct Publication {
 ///   for (sample : wanted) if (!writer.contains(key)) writer.add(info, {latents});
 ///   writer.publish(publication);                 // seal, index, manifest
 ///
-/// A sample is safe against SIGKILL when add() returns, and against power loss after the first add() or seal() a second
-/// later. The destructor leaves finished samples in the journal; seal(), publish() or the next Writer make a segment of it.
+/// A sample is safe against SIGKILL when add() returns, and against power loss after the first
+/// add() or seal() a second later. The destructor leaves finished samples in the journal; seal(),
+/// publish() or the next Writer make a segment of it.
 ///
-/// Throws CacheError: another writer is at work, the folder holds another kind, a published segment is damaged.
-/// Throws ResourceError: the disk is full, a write fails, the folder cannot be written. Published segments stay intact.
+/// Throws CacheError: another writer is at work, the folder holds another kind, a published segment
+/// is damaged. Throws ResourceError: the disk is full, a write fails, the folder cannot be written.
+/// Published segments stay intact.
 class Writer {
  public:
   Writer(const std::filesystem::path& folder, const Recipe& recipe, const Provenance& provenance);
@@ -78,16 +84,18 @@ class Writer {
   bool contains(const Sha256Digest& key) const;
   Comparison compare(std::span<const WantedItem> items, const nlohmann::json& plan = nullptr) const;
 
-  /// `tensors`: latents [channels, height, width], or T5 [L, X] and CLIP [V], little-endian, of the recipe's dtype.
-  /// Adding a key that is there already does nothing. Throws std::invalid_argument for a wrong number of bytes.
+  /// `tensors`: latents [channels, height, width], or T5 [L, X] and CLIP [V], little-endian, of the
+  /// recipe's dtype. Adding a key that is there already does nothing. Throws std::invalid_argument
+  /// for a wrong number of bytes.
   void add(const SampleInfo& info, std::span<const std::span<const std::byte>> tensors);
   /// The same for a sample that prepare() compressed, on another thread perhaps.
   void add(Record record);
 
   /// Makes a segment of what was added so far. For SIGINT and SIGTERM; publish() does it too.
   void seal();
-  /// Seals, writes quarantine.jsonl, the index and then the manifest, unless the manifest there says the same. Returns
-  /// whether it wrote. Throws std::invalid_argument if a wanted sample is not in the folder.
+  /// Seals, writes quarantine.jsonl, the index and then the manifest, unless the manifest there
+  /// says the same. Returns whether it wrote. Throws std::invalid_argument if a wanted sample is
+  /// not in the folder.
   bool publish(const Publication& publication);
   /// Removes the manifest and writes quarantine.jsonl: for a run in which too many items failed.
   void withdraw(std::span<const Quarantined> quarantined);

@@ -31,15 +31,18 @@ std::optional<int64_t> step_of(const std::string& name) {
   int64_t step = 0;
   const char* const end = name.data() + name.size();
   const auto [stop, error] = std::from_chars(name.data() + kPrefix.size(), end, step);
-  if (error != std::errc{} || stop != end || step < 0 || step_name(step) != name) return std::nullopt;
+  if (error != std::errc{} || stop != end || step < 0 || step_name(step) != name)
+    return std::nullopt;
   return step;
 }
 
 std::vector<fs::path> entries(const fs::path& folder) {
   std::vector<fs::path> out;
   std::error_code error;
-  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) out.push_back(at->path());
-  if (error && error != std::errc::no_such_file_or_directory) fail("cannot be listed", folder, error);
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
+    out.push_back(at->path());
+  if (error && error != std::errc::no_such_file_or_directory)
+    fail("cannot be listed", folder, error);
   return out;
 }
 
@@ -49,7 +52,8 @@ std::vector<safetensors::TensorSpec> specs(std::span<const Tensor> tensors) {
   return out;
 }
 
-std::map<std::string_view, std::span<const std::byte>> bytes_by_name(std::span<const Tensor> tensors) {
+std::map<std::string_view, std::span<const std::byte>> bytes_by_name(
+    std::span<const Tensor> tensors) {
   std::map<std::string_view, std::span<const std::byte>> out;
   for (const Tensor& tensor : tensors) out.emplace(tensor.spec.name, tensor.bytes);
   return out;
@@ -97,7 +101,9 @@ std::optional<fs::path> start_run(const fs::path& run) {
 }
 
 Writer::Writer(fs::path run, int64_t step)
-    : run_(std::move(run)), temporary_(run_ / fmt::format(".{}.{}", step_name(step), random_name())), step_(step) {
+    : run_(std::move(run)),
+      temporary_(run_ / fmt::format(".{}.{}", step_name(step), random_name())),
+      step_(step) {
   make_folder(temporary_);
 }
 
@@ -106,7 +112,9 @@ Writer::~Writer() {
   fs::remove_all(temporary_, ignored);
 }
 
-void Writer::add(const std::string& file_name, std::span<const Tensor> tensors, const safetensors::Metadata& metadata) {
+void Writer::add(const std::string& file_name,
+                 std::span<const Tensor> tensors,
+                 const safetensors::Metadata& metadata) {
   safetensors::Writer writer(temporary_ / file_name, specs(tensors), metadata);
   const auto bytes = bytes_by_name(tensors);
   const std::vector<safetensors::TensorSpec> order = writer.order();
@@ -140,12 +148,14 @@ fs::path Writer::commit(nlohmann::json state) {
 Checkpoint read_latest(const fs::path& run) {
   const std::vector<int64_t> steps = steps_in(run);
   if (steps.empty()) {
-    throw CacheError(fmt::format("{}: no checkpoint to resume from", show(run)), "leave out --resume to start a new run");
+    throw CacheError(fmt::format("{}: no checkpoint to resume from", show(run)),
+                     "leave out --resume to start a new run");
   }
   Checkpoint found{run / step_name(steps.back()), steps.back(), nullptr};
   const fs::path file = found.folder / kStateName;
   const auto refuse = [&](const std::string& what) {
-    throw CacheError(fmt::format("{}: {}", show(file), what), "move that folder away to resume from the one before it");
+    throw CacheError(fmt::format("{}: {}", show(file), what),
+                     "move that folder away to resume from the one before it");
   };
   try {
     found.state = nlohmann::json::parse(read_file(file, kMaxStateBytes));
@@ -154,13 +164,17 @@ Checkpoint read_latest(const fs::path& run) {
   } catch (const nlohmann::json::exception&) {
     refuse("is not JSON");
   }
-  if (!found.state.is_object() || found.state.value("format", nlohmann::json()) != kFormat) refuse("is not a state of flux-train");
+  if (!found.state.is_object() || found.state.value("format", nlohmann::json()) != kFormat)
+    refuse("is not a state of flux-train");
   const auto version = found.state.value("schema_version", nlohmann::json());
   if (version != kSchemaVersion) {
-    refuse(fmt::format("schema {}, this build reads {}", printable(version.dump()), kSchemaVersion));
+    refuse(
+        fmt::format("schema {}, this build reads {}", printable(version.dump()), kSchemaVersion));
   }
   if (found.state.value("step", nlohmann::json()) != found.step) {
-    refuse(fmt::format("is of step {}, not {}", printable(found.state.value("step", nlohmann::json()).dump()), found.step));
+    refuse(fmt::format("is of step {}, not {}",
+                       printable(found.state.value("step", nlohmann::json()).dump()),
+                       found.step));
   }
   return found;
 }
@@ -173,11 +187,12 @@ LoraHashes lora_hashes(std::span<const Tensor> tensors, const safetensors::Metad
   }
   Sha256 model, legacy;
   uint64_t offset = 0;
-  const auto add_legacy = [&](std::span<const std::byte> bytes) {  // the part of `bytes` that lies in the window
-    const uint64_t from = std::max(kBegin, offset), to = std::min(kEnd, offset + bytes.size());
-    if (from < to) legacy.add(bytes.subspan(from - offset, to - from));
-    offset += bytes.size();
-  };
+  const auto add_legacy =
+      [&](std::span<const std::byte> bytes) {  // the part of `bytes` that lies in the window
+        const uint64_t from = std::max(kBegin, offset), to = std::min(kEnd, offset + bytes.size());
+        if (from < to) legacy.add(bytes.subspan(from - offset, to - from));
+        offset += bytes.size();
+      };
   add_legacy(as_bytes(safetensors::header_bytes(specs(tensors), kept)));
   const auto bytes = bytes_by_name(tensors);
   for (const auto& spec : safetensors::in_file_order(specs(tensors))) {

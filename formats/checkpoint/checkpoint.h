@@ -1,7 +1,9 @@
-// formats/checkpoint/checkpoint.h - a run folder: RUN/step-000500/{lora.safetensors, state.safetensors, state.json}.
+// formats/checkpoint/checkpoint.h - a run folder: RUN/step-000500/{lora.safetensors,
+// state.safetensors, state.json}.
 //
-// A checkpoint is made in a folder of a temporary name and renamed when all of it is on the disk, so a folder called step-* is
-// whole. state.json says what the run was: a flat record that the trainer compares on resuming.
+// A checkpoint is made in a folder of a temporary name and renamed when all of it is on the disk,
+// so a folder called step-* is whole. state.json says what the run was: a flat record that the
+// trainer compares on resuming.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +20,8 @@
 namespace flux::checkpoint {
 
 inline constexpr char kFormat[] = "flux-checkpoint";
-inline constexpr int64_t kSchemaVersion = 1;  // of state.json and state.safetensors: what is written, and all that is read
+inline constexpr int64_t kSchemaVersion =
+    1;  // of state.json and state.safetensors: what is written, and all that is read
 
 /// A tensor to be saved; `bytes` must stay until the file is written.
 struct Tensor {
@@ -34,10 +37,12 @@ std::vector<int64_t> steps_in(const std::filesystem::path& run);
 /// Removes checkpoints that a killed run left half-written.
 void remove_leftovers(const std::filesystem::path& run);
 /// Makes the folder of a new run, without leftovers. One that holds checkpoints already is first
-/// renamed to RUN.old-N, with the lowest free N from 1; returns that name. Throws ResourceError if the disk does not let it.
+/// renamed to RUN.old-N, with the lowest free N from 1; returns that name. Throws ResourceError if
+/// the disk does not let it.
 std::optional<std::filesystem::path> start_run(const std::filesystem::path& run);
 
-/// One checkpoint being written. Without commit() nothing of it stays. Throws ResourceError: the disk is full or not writable.
+/// One checkpoint being written. Without commit() nothing of it stays. Throws ResourceError: the
+/// disk is full or not writable.
 class Writer {
  public:
   Writer(std::filesystem::path run, int64_t step);
@@ -46,9 +51,11 @@ class Writer {
   Writer& operator=(const Writer&) = delete;
 
   /// Writes a safetensors file of this name into the checkpoint.
-  void add(const std::string& file_name, std::span<const Tensor> tensors, const safetensors::Metadata& metadata);
-  /// Adds format, schema_version and step to `state`, writes state.json and gives the folder its name. A checkpoint of the
-  /// same step makes room. Returns the folder.
+  void add(const std::string& file_name,
+           std::span<const Tensor> tensors,
+           const safetensors::Metadata& metadata);
+  /// Adds format, schema_version and step to `state`, writes state.json and gives the folder its
+  /// name. A checkpoint of the same step makes room. Returns the folder.
   std::filesystem::path commit(nlohmann::json state);
 
  private:
@@ -62,16 +69,19 @@ struct Checkpoint {
   int64_t step = 0;
   nlohmann::json state;
 };
-/// The one of the highest step. Throws CacheError: none there, state.json absent, damaged, not ours or of another schema.
+/// The one of the highest step. Throws CacheError: none there, state.json absent, damaged, not ours
+/// or of another schema.
 Checkpoint read_latest(const std::filesystem::path& run);
 
 /// sd-scripts' hashes of a LoRA file, as metadata has them.
 struct LoraHashes {
-  std::string model_hash;   // sshs_model_hash: SHA-256 of all tensor bytes in file order, 64 hex digits
-  std::string legacy_hash;  // sshs_legacy_hash: SHA-256 of the 64 KiB at offset 1 MiB, its first 8 hex digits
+  std::string
+      model_hash;  // sshs_model_hash: SHA-256 of all tensor bytes in file order, 64 hex digits
+  std::string legacy_hash;  // sshs_legacy_hash: SHA-256 of the 64 KiB at offset 1 MiB, its first 8
+                            // hex digits
 };
-/// Of a file that carries only the `ss_*` entries of `metadata`, so that other metadata can change without them.
-/// Source: sd-scripts notes 5.5.
+/// Of a file that carries only the `ss_*` entries of `metadata`, so that other metadata can change
+/// without them. Source: sd-scripts notes 5.5.
 LoraHashes lora_hashes(std::span<const Tensor> tensors, const safetensors::Metadata& metadata);
 
 }  // namespace flux::checkpoint

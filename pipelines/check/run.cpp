@@ -80,8 +80,9 @@ Report run(const Options& options, Report::Print print) {
     for (auto& folder : find_cases(root)) folders.push_back(std::move(folder));
   }
   const c10::Device device = resolve_device(options.device);
-  // The vectors were made with one thread, and AdamW makes steps of the sign of a near-zero gradient, which another order of
-  // its sum can turn: the verdict is that of the arithmetic, the same on any number of cores.
+  // The vectors were made with one thread, and AdamW makes steps of the sign of a near-zero
+  // gradient, which another order of its sum can turn: the verdict is that of the arithmetic, the
+  // same on any number of cores.
   if (device.is_cpu()) at::set_num_threads(1);
   log::info("{} cases on {} in {}",
             folders.size(),

@@ -12,13 +12,19 @@
 
 namespace flux::stage {
 
-cache::Provenance begin(std::string_view tool, std::string_view command_line, const c10::Device& device) {
-  cache::Provenance out{std::string(tool), std::string(tool_version()), std::string(command_line), device.str()};
+cache::Provenance begin(std::string_view tool,
+                        std::string_view command_line,
+                        const c10::Device& device) {
+  cache::Provenance out{
+      std::string(tool), std::string(tool_version()), std::string(command_line), device.str()};
   log::info("version {} device={} command: {}", out.tool_version, out.device, out.command_line);
   return out;
 }
 
-cache::Quarantined leave_out(const Sha256Digest& item, uint32_t subset, const std::string& path, std::string_view message) {
+cache::Quarantined leave_out(const Sha256Digest& item,
+                             uint32_t subset,
+                             const std::string& path,
+                             std::string_view message) {
   const std::string reason(message.substr(0, message.find('\n')));  // without its hint
   log::warn("{}: left out: {}", show(path), reason);
   return {item, subset, path, reason};
@@ -30,11 +36,19 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
   report.changed = comparison.changed;
   report.unwanted = comparison.unwanted;
   if (writer.num_recovered() > 0) {
-    log::info("an interrupted run had finished {} {}: they are kept", writer.num_recovered(), report.noun);
+    log::info("an interrupted run had finished {} {}: they are kept",
+              writer.num_recovered(),
+              report.noun);
   }
-  for (const std::string& field : comparison.changed_fields) log::info("changed since the last run: {}", field);
-  log::info("to encode: {} {} (new={} changed={}) kept={} unwanted={}", report.encoded, report.noun, comparison.new_samples,
-            comparison.changed, comparison.kept, comparison.unwanted);
+  for (const std::string& field : comparison.changed_fields)
+    log::info("changed since the last run: {}", field);
+  log::info("to encode: {} {} (new={} changed={}) kept={} unwanted={}",
+            report.encoded,
+            report.noun,
+            comparison.new_samples,
+            comparison.changed,
+            comparison.kept,
+            comparison.unwanted);
 }
 
 void stop_if_asked(cache::Writer& writer, std::string_view noun) {
@@ -45,14 +59,23 @@ void stop_if_asked(cache::Writer& writer, std::string_view noun) {
   throw Interrupted(*code);
 }
 
-void finish(cache::Writer& writer, const cache::Publication& publication, int64_t max_failed, double start_seconds, Report& report) {
+void finish(cache::Writer& writer,
+            const cache::Publication& publication,
+            int64_t max_failed,
+            double start_seconds,
+            Report& report) {
   report.failed = static_cast<int64_t>(publication.quarantined.size());
   if (report.failed > max_failed) {
     writer.seal();
     writer.withdraw(publication.quarantined);
-    log::error("{} {} failed, --max-failed allows {}: no manifest was written; the reasons are in quarantine.jsonl\n  hint: mend "
-               "them, or allow them with --max-failed {}; what was encoded is kept",
-               report.failed, report.failed == 1 ? "item" : "items", max_failed, report.failed);
+    log::error(
+        "{} {} failed, --max-failed allows {}: no manifest was written; the reasons are in "
+        "quarantine.jsonl\n  hint: mend "
+        "them, or allow them with --max-failed {}; what was encoded is kept",
+        report.failed,
+        report.failed == 1 ? "item" : "items",
+        max_failed,
+        report.failed);
     report.exit_code = ExitCode::kTooManyFailed;
   } else if (!writer.publish(publication)) {
     log::info("the cache is as it was; its manifest keeps its time");

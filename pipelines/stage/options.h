@@ -24,11 +24,15 @@ struct DatasetOptions {
 };
 /// --dataset, --images, --profile.
 void add_flags(DatasetOptions& options, Tool& tool);
-/// Throws UsageError unless exactly one of the paths is given. A tool with one more way to say what to read names its flag
+/// Throws UsageError unless exactly one of the paths is given. A tool with one more way to say what
+/// to read names its flag
 /// ("prompts") and gives its value.
-void check(const DatasetOptions& options, std::string_view other_flag = {}, const std::filesystem::path& other = {});
-/// Reads the file or the folder, and refuses what a cache cannot honour. `width` and `height`: --resolution, 0 = not given.
-/// Throws InputError; UsageError if --resolution has no effect because the file says it everywhere.
+void check(const DatasetOptions& options,
+           std::string_view other_flag = {},
+           const std::filesystem::path& other = {});
+/// Reads the file or the folder, and refuses what a cache cannot honour. `width` and `height`:
+/// --resolution, 0 = not given. Throws InputError; UsageError if --resolution has no effect because
+/// the file says it everywhere.
 dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height);
 
 enum class Precision { kF32, kBF16 };
@@ -37,20 +41,25 @@ std::string_view precision_word(Precision precision);  // "f32", "bf16"
 /// How to encode and where to.
 struct EncodeOptions {
   std::filesystem::path out;
-  DType dtype = DType::kBF16;          // of the stored tensors: kBF16, kF16 or kF32
-  std::optional<Precision> precision;  // of the computation; not given = the folder's, or else the tool's default
+  DType dtype = DType::kBF16;  // of the stored tensors: kBF16, kF16 or kF32
+  std::optional<Precision>
+      precision;  // of the computation; not given = the folder's, or else the tool's default
   DeviceChoice device = DeviceChoice::kAuto;
   int64_t batch_size = 1;
   int64_t max_failed = 0;
   bool rehash = false;
 };
-/// --out, --dtype, --precision (with `auto` if asked for), --device, --batch-size, --max-failed, --rehash.
+/// --out, --dtype, --precision (with `auto` if asked for), --device, --batch-size, --max-failed,
+/// --rehash.
 void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto);
 /// Throws UsageError if --out is missing.
 void check(const EncodeOptions& options);
-/// The manifest in a folder, if there is one that can be read: one that cannot is the writer's matter.
+/// The manifest in a folder, if there is one that can be read: one that cannot is the writer's
+/// matter.
 std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder);
 /// What was asked for, else what the manifest in the folder says, else `otherwise`.
-Precision choose_precision(const EncodeOptions& options, const std::optional<cache::Manifest>& previous, Precision otherwise);
+Precision choose_precision(const EncodeOptions& options,
+                           const std::optional<cache::Manifest>& previous,
+                           Precision otherwise);
 
 }  // namespace flux::stage

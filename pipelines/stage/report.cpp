@@ -18,17 +18,35 @@ double rate(const Report& report) {
 
 std::string Report::line() const {
   if (encoded == 0) {
-    return fmt::format("nothing encoded: kept {} {}, unwanted {}, failed {} in {}", kept, noun, unwanted, failed,
+    return fmt::format("nothing encoded: kept {} {}, unwanted {}, failed {} in {}",
+                       kept,
+                       noun,
+                       unwanted,
+                       failed,
                        show_seconds(seconds));
   }
-  return fmt::format("encoded {} {} ({} of them changed), kept {}, unwanted {}, failed {} in {} ({:.3g} {}/s)", encoded, noun,
-                     changed, kept, unwanted, failed, show_seconds(seconds), rate(*this), noun);
+  return fmt::format(
+      "encoded {} {} ({} of them changed), kept {}, unwanted {}, failed {} in {} ({:.3g} {}/s)",
+      encoded,
+      noun,
+      changed,
+      kept,
+      unwanted,
+      failed,
+      show_seconds(seconds),
+      rate(*this),
+      noun);
 }
 
 nlohmann::json Report::json() const {
-  return {{"encoded", encoded},   {"kept", kept},       {"changed", changed},
-          {"unwanted", unwanted}, {"failed", failed},   {"seconds", seconds},
-          {"samples_per_second", rate(*this)}, {"peak_rss_bytes", peak_rss_bytes()}};
+  return {{"encoded", encoded},
+          {"kept", kept},
+          {"changed", changed},
+          {"unwanted", unwanted},
+          {"failed", failed},
+          {"seconds", seconds},
+          {"samples_per_second", rate(*this)},
+          {"peak_rss_bytes", peak_rss_bytes()}};
 }
 
 }  // namespace flux::stage

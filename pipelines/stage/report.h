@@ -1,4 +1,5 @@
-// pipelines/stage/report.h - what an encoding run did: its summary line, its JSON object, its exit code.
+// pipelines/stage/report.h - what an encoding run did: its summary line, its JSON object, its exit
+// code.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>

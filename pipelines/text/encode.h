@@ -29,19 +29,30 @@ struct Encoded {
   double clip_seconds = 0, t5_seconds = 0;  // loading included
 };
 
-/// Encodes `jobs` and adds them to the cache. CLIP's weights are released before T5's are loaded: both arguments are used up.
-/// The bits of a caption depend neither on the others nor on the batch size.
-/// Throws Interrupted after sealing what is finished; ResourceError if memory runs out or a write fails.
-Encoded encode_captions(std::span<const Job> jobs, ClipFiles clip, T5Files t5, stage::Precision precision, c10::Device device,
-                        const Options& options, cache::Writer& writer, const cache::Layout& layout);
+/// Encodes `jobs` and adds them to the cache. CLIP's weights are released before T5's are loaded:
+/// both arguments are used up. The bits of a caption depend neither on the others nor on the batch
+/// size. Throws Interrupted after sealing what is finished; ResourceError if memory runs out or a
+/// write fails.
+Encoded encode_captions(std::span<const Job> jobs,
+                        ClipFiles clip,
+                        T5Files t5,
+                        stage::Precision precision,
+                        c10::Device device,
+                        const Options& options,
+                        cache::Writer& writer,
+                        const cache::Layout& layout);
 
 /// How much of the captions is longer than what the nets read.
 struct Truncation {
-  int64_t t5_captions = 0, t5_tokens_lost = 0, t5_longest = 0;  // longest: tokens with the end token
+  int64_t t5_captions = 0, t5_tokens_lost = 0,
+          t5_longest = 0;  // longest: tokens with the end token
   int64_t clip_captions = 0, clip_tokens_lost = 0, clip_longest = 0;
 
   nlohmann::json json() const;
 };
-Truncation count_truncation(std::span<const std::string> captions, const ClipFiles& clip, const T5Files& t5, int64_t t5_length_tokens);
+Truncation count_truncation(std::span<const std::string> captions,
+                            const ClipFiles& clip,
+                            const T5Files& t5,
+                            int64_t t5_length_tokens);
 
 }  // namespace flux::text

@@ -22,19 +22,25 @@ fs::path folder_of(const fs::path& weights) {
 }
 
 // The tokenizer that was given, or the first folder near the weights that holds one of `files`.
-fs::path tokenizer_path(const fs::path& given, const char* flag, const fs::path& weights, const char* diffusers_name,
-                        const char* tiny_name, const std::vector<std::string>& files) {
+fs::path tokenizer_path(const fs::path& given,
+                        const char* flag,
+                        const fs::path& weights,
+                        const char* diffusers_name,
+                        const char* tiny_name,
+                        const std::vector<std::string>& files) {
   if (!given.empty()) return given;
   const fs::path folder = folder_of(weights);
-  const fs::path places[] = {folder / diffusers_name, folder / ".." / diffusers_name, folder / "tokenizers" / tiny_name};
+  const fs::path places[] = {
+      folder / diffusers_name, folder / ".." / diffusers_name, folder / "tokenizers" / tiny_name};
   std::error_code ignored;
   for (const fs::path& place : places) {
     for (const std::string& file : files) {
       if (fs::exists(place / file, ignored)) return place;
     }
   }
-  throw UsageError(fmt::format("{} is required: there is no {} beside {}", flag, diffusers_name, show(weights)),
-                   "it is a small file or folder of the model's distribution");
+  throw UsageError(
+      fmt::format("{} is required: there is no {} beside {}", flag, diffusers_name, show(weights)),
+      "it is a small file or folder of the model's distribution");
 }
 
 // HF's config.json beside the weights, if there is one.
@@ -50,9 +56,18 @@ std::optional<nlohmann::json> config_beside(const fs::path& weights) {
   }
 }
 
-void require_rows(std::string_view net, const fs::path& weights, int64_t rows, const fs::path& tokenizer, int64_t vocab_size) {
+void require_rows(std::string_view net,
+                  const fs::path& weights,
+                  int64_t rows,
+                  const fs::path& tokenizer,
+                  int64_t vocab_size) {
   if (vocab_size <= rows) return;
-  throw InputError(fmt::format("{}: has {} ids, but {} has {} rows for them in {}", show(tokenizer), vocab_size, net, rows, show(weights)),
+  throw InputError(fmt::format("{}: has {} ids, but {} has {} rows for them in {}",
+                               show(tokenizer),
+                               vocab_size,
+                               net,
+                               rows,
+                               show(weights)),
                    "give the tokenizer that belongs to these weights");
 }
 
@@ -60,7 +75,11 @@ void require_rows(std::string_view net, const fs::path& weights, int64_t rows, c
 
 ClipFiles read_clip(const Options& options) {
   const NetTensors net = take_net(read_weights(options.clip), NetKind::kClip);
-  const fs::path path = tokenizer_path(options.clip_tokenizer, "--clip-tokenizer DIR", options.clip, "tokenizer", "clip",
+  const fs::path path = tokenizer_path(options.clip_tokenizer,
+                                       "--clip-tokenizer DIR",
+                                       options.clip,
+                                       "tokenizer",
+                                       "clip",
                                        {"vocab.json", "tokenizer.json"});
   auto tokenizer = tokenizers::ClipTokenizer::load(path);
   TensorMap weights = clip::canonical(net);
@@ -68,18 +87,26 @@ ClipFiles read_clip(const Options& options) {
   const auto config = clip::Config::from_weights(weights, json ? &*json : nullptr, net.path);
   require_rows("CLIP", options.clip, config.vocabulary, path, tokenizer.vocab_size());
   if (tokenizer.eos_id() != config.eos_id) {
-    throw InputError(fmt::format("{}: its end token is {}, that of the weights in {} is {}", show(path), tokenizer.eos_id(),
-                                 show(options.clip), config.eos_id),
+    throw InputError(fmt::format("{}: its end token is {}, that of the weights in {} is {}",
+                                 show(path),
+                                 tokenizer.eos_id(),
+                                 show(options.clip),
+                                 config.eos_id),
                      "give the tokenizer that belongs to these weights");
   }
-  const auto identity = remembered_weights_sha256(net.stamps, "clip", weights, options.encode.rehash);
+  const auto identity =
+      remembered_weights_sha256(net.stamps, "clip", weights, options.encode.rehash);
   const std::string tokenizer_sha256 = to_hex(tokenizer.sha256());
   return {std::move(weights), config, std::move(tokenizer), to_hex(identity), tokenizer_sha256};
 }
 
 T5Files read_t5(const Options& options) {
   const NetTensors net = take_net(read_weights(options.t5), NetKind::kT5);
-  const fs::path path = tokenizer_path(options.t5_tokenizer, "--t5-tokenizer FILE", options.t5, "tokenizer_2", "t5",
+  const fs::path path = tokenizer_path(options.t5_tokenizer,
+                                       "--t5-tokenizer FILE",
+                                       options.t5,
+                                       "tokenizer_2",
+                                       "t5",
                                        {"spiece.model", "tokenizer.json"});
   auto tokenizer = tokenizers::T5Tokenizer::load(path);
   TensorMap weights = t5::canonical(net);

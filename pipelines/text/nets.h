@@ -1,4 +1,5 @@
-// pipelines/text/nets.h - the two encoders as they lie on disk: weights (mapped, not loaded), sizes, tokenizer, identity.
+// pipelines/text/nets.h - the two encoders as they lie on disk: weights (mapped, not loaded),
+// sizes, tokenizer, identity.
 #pragma once
 #include <string>
 
@@ -23,11 +24,11 @@ struct T5Files {
   std::string weights_sha256, tokenizer_sha256;
 };
 
-/// Maps the weights and hashes them, if no earlier run has. Tokenizers that are not given are looked for beside the weights:
-/// in a diffusers folder `tokenizer` (CLIP) and `tokenizer_2` (T5), next to the weights' folder or in it, or in `tokenizers`
-/// as flux-model tiny writes them.
-/// Throws InputError: unreadable, another net, a tokenizer with more ids than the weights have rows or with another end
-/// token. UsageError if no tokenizer is given or found.
+/// Maps the weights and hashes them, if no earlier run has. Tokenizers that are not given are
+/// looked for beside the weights: in a diffusers folder `tokenizer` (CLIP) and `tokenizer_2` (T5),
+/// next to the weights' folder or in it, or in `tokenizers` as flux-model tiny writes them. Throws
+/// InputError: unreadable, another net, a tokenizer with more ids than the weights have rows or
+/// with another end token. UsageError if no tokenizer is given or found.
 ClipFiles read_clip(const Options& options);
 T5Files read_t5(const Options& options);
 

@@ -10,7 +10,8 @@
 
 namespace flux::text {
 
-/// T5's rows behind the last live token: as the net gives them (it attends to padding), or masked out and zero.
+/// T5's rows behind the last live token: as the net gives them (it attends to padding), or masked
+/// out and zero.
 enum class PadPolicy { kFull, kMasked };
 std::string_view pad_policy_word(PadPolicy policy);  // "full", "masked"
 

@@ -35,9 +35,12 @@ class Captions {
 
 // Throws InputError if a text cannot be a caption of the cache.
 void require_storable(std::string_view text) {
-  if (const auto offset = first_invalid_utf8(text)) throw InputError(fmt::format("the caption is not UTF-8 at byte {}", *offset));
+  if (const auto offset = first_invalid_utf8(text))
+    throw InputError(fmt::format("the caption is not UTF-8 at byte {}", *offset));
   if (std::ssize(text) > cache::kMaxTextBytes) {
-    throw InputError(fmt::format("the caption has {}, at most {} are possible", show_bytes(text.size()), show_bytes(cache::kMaxTextBytes)));
+    throw InputError(fmt::format("the caption has {}, at most {} are possible",
+                                 show_bytes(text.size()),
+                                 show_bytes(cache::kMaxTextBytes)));
   }
 }
 
@@ -48,8 +51,11 @@ bool asks_for_dropout(const dataset::Resolved& resolved) {
 }
 
 InputError no_caption(const std::vector<std::string>& names, size_t num_images) {
-  return InputError(fmt::format("{} of {} images have no caption: {}", names.size(), num_images, join_some(names)),
-                    "write NAME.txt beside each, give class_tokens in the dataset file, or use --missing-caption empty");
+  return InputError(
+      fmt::format(
+          "{} of {} images have no caption: {}", names.size(), num_images, join_some(names)),
+      "write NAME.txt beside each, give class_tokens in the dataset file, or use --missing-caption "
+      "empty");
 }
 
 }  // namespace
@@ -72,23 +78,36 @@ Wanted read_dataset(const Options& options) {
         continue;
       }
       require_storable(caption.value_or(""));
-      Item item{image.item, static_cast<uint32_t>(image.subset), static_cast<uint32_t>(image.repeats),
-                (subset.is_reg ? cache::kItemRegularization : 0u) | (image.validation ? cache::kItemValidation : 0u),
-                image.name, {}};
-      const auto variants = dataset::caption_variants(caption.value_or(""), subset.captions,
-                                                      options.text_variants.value_or(kDefaultVariants),
-                                                      static_cast<uint64_t>(options.seed));
+      Item item{image.item,
+                static_cast<uint32_t>(image.subset),
+                static_cast<uint32_t>(image.repeats),
+                (subset.is_reg ? cache::kItemRegularization : 0u) |
+                    (image.validation ? cache::kItemValidation : 0u),
+                image.name,
+                {}};
+      const auto variants =
+          dataset::caption_variants(caption.value_or(""),
+                                    subset.captions,
+                                    options.text_variants.value_or(kDefaultVariants),
+                                    static_cast<uint64_t>(options.seed));
       for (const auto& variant : variants) require_storable(variant.text);
-      for (const auto& variant : variants) item.uses.push_back({captions.number(variant.text), variant.weight});
+      for (const auto& variant : variants)
+        item.uses.push_back({captions.number(variant.text), variant.weight});
       wanted.items.push_back(std::move(item));
     } catch (const InputError& error) {
-      wanted.quarantined.push_back(stage::leave_out(image.item, static_cast<uint32_t>(image.subset), image.name, error.what()));
+      wanted.quarantined.push_back(stage::leave_out(
+          image.item, static_cast<uint32_t>(image.subset), image.name, error.what()));
     }
     progress.update(static_cast<int64_t>(i) + 1);
   }
   if (!without.empty()) throw no_caption(without, resolved.images.size());
   if (asks_for_dropout(resolved)) {
-    wanted.items.push_back({sha256("empty caption"), 0, 1, cache::kItemEmptyCaption, "", {{captions.number(""), 1.0}}});
+    wanted.items.push_back({sha256("empty caption"),
+                            0,
+                            1,
+                            cache::kItemEmptyCaption,
+                            "",
+                            {{captions.number(""), 1.0}}});
   }
   return wanted;
 }
@@ -98,7 +117,8 @@ Wanted read_prompts(const std::filesystem::path& file) {
   constexpr uint64_t kMaxBytes = uint64_t{1} << 30;
   const std::string bytes = read_file(file, kMaxBytes);
   if (const auto offset = first_invalid_utf8(bytes)) {
-    throw InputError(fmt::format("{}: is not UTF-8 at byte {}", show(file), *offset), "save it as UTF-8");
+    throw InputError(fmt::format("{}: is not UTF-8 at byte {}", show(file), *offset),
+                     "save it as UTF-8");
   }
   std::string_view text = bytes;
   if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
@@ -108,11 +128,15 @@ Wanted read_prompts(const std::filesystem::path& file) {
     const std::string prompt(dataset::strip_unicode(line));
     if (prompt.empty() || prompt.starts_with('#')) continue;
     if (std::ssize(prompt) > cache::kMaxTextBytes) {
-      throw InputError(fmt::format("{}: prompt {} has {}, at most {} are possible", show(file), wanted.items.size() + 1,
-                                   show_bytes(prompt.size()), show_bytes(cache::kMaxTextBytes)));
+      throw InputError(fmt::format("{}: prompt {} has {}, at most {} are possible",
+                                   show(file),
+                                   wanted.items.size() + 1,
+                                   show_bytes(prompt.size()),
+                                   show_bytes(cache::kMaxTextBytes)));
     }
     const std::string name = fmt::format("prompt-{:06}", wanted.items.size());
-    wanted.items.push_back({dataset::item_digest(0, name), 0, 1, 0, name, {{captions.number(prompt), 1.0}}});
+    wanted.items.push_back(
+        {dataset::item_digest(0, name), 0, 1, 0, name, {{captions.number(prompt), 1.0}}});
   }
   if (wanted.items.empty()) throw InputError(show(file) + ": has no prompt", "write one a line");
   wanted.plan = {{"kind", "prompts"}, {"num_prompts", std::ssize(wanted.items)}};

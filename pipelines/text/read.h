@@ -30,17 +30,20 @@ struct Item {
 struct Wanted {
   std::vector<std::string> captions;  // distinct, UTF-8, in the order in which items need them
   std::vector<Item> items;
-  std::vector<cache::Quarantined> quarantined;  // captions that cannot be used: not UTF-8, empty file, above 1 MiB
+  std::vector<cache::Quarantined>
+      quarantined;  // captions that cannot be used: not UTF-8, empty file, above 1 MiB
   nlohmann::json plan;
 };
 
-/// The captions of a data set: programs enumerated or drawn, and the empty caption where a subset asks for dropout.
-/// Throws InputError: the data set cannot be read, or images have no caption (the count and five names). Interrupted.
+/// The captions of a data set: programs enumerated or drawn, and the empty caption where a subset
+/// asks for dropout. Throws InputError: the data set cannot be read, or images have no caption (the
+/// count and five names). Interrupted.
 Wanted read_dataset(const Options& options);
 
-/// The prompts of a file: one a line, UTF-8, byte order mark stripped, white space at both ends too; blank lines and lines
-/// that start with # skipped. Item n is the n-th prompt, from 0; the plan's `kind` is "prompts".
-/// Throws InputError: absent, not UTF-8 (with the offset), no prompt in it.
+/// The prompts of a file: one a line, UTF-8, byte order mark stripped, white space at both ends
+/// too; blank lines and lines that start with # skipped. Item n is the n-th prompt, from 0; the
+/// plan's `kind` is "prompts". Throws InputError: absent, not UTF-8 (with the offset), no prompt in
+/// it.
 Wanted read_prompts(const std::filesystem::path& file);
 
 }  // namespace flux::text

@@ -1,4 +1,5 @@
-// pipelines/text/write.h - encoded captions on their way into the cache, compressed while the next batch is encoded.
+// pipelines/text/write.h - encoded captions on their way into the cache, compressed while the next
+// batch is encoded.
 #pragma once
 #include <cstddef>
 #include <future>
@@ -15,10 +16,12 @@ struct EncodedCaption {
   std::vector<std::byte> clip;  // [V]
 };
 
-/// Hands batches to the writer. add() and flush() throw what the writer throws; a batch is in the cache one add() later.
+/// Hands batches to the writer. add() and flush() throw what the writer throws; a batch is in the
+/// cache one add() later.
 class CacheQueue {
  public:
-  CacheQueue(cache::Writer& writer, const cache::Layout& layout) : writer_(writer), layout_(layout) {}
+  CacheQueue(cache::Writer& writer, const cache::Layout& layout)
+      : writer_(writer), layout_(layout) {}
   ~CacheQueue();
   CacheQueue(const CacheQueue&) = delete;
   CacheQueue& operator=(const CacheQueue&) = delete;

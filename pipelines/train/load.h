@@ -29,10 +29,11 @@ struct Session {
   c10::Device device{c10::DeviceType::CPU};
   at::ScalarType compute = at::kFloat;
   std::unique_ptr<TrainingData> data;
-  dit::Model model;         // with the adapters attached
+  dit::Model model;  // with the adapters attached
   lora::Adapters adapters;
   std::vector<Parameter> parameters;  // in the order of the adapters: down, up
-  std::shared_future<std::string> model_sha256;  // weights_sha256 in hex, computed beside the training
+  std::shared_future<std::string>
+      model_sha256;  // weights_sha256 in hex, computed beside the training
 
   int64_t step = 0;       // updates made
   DataPosition position;  // of the next batch
@@ -47,12 +48,14 @@ std::string precision_word(at::ScalarType compute);
 Session open_data(const Options& options);
 
 /// Loads the transformer, makes new adapters and attaches them.
-/// Throws CacheError naming the field and both values: a text cache of another width or length than the model takes (512
-/// tokens; 256 too for a model without guidance); latents of other channels.
-/// Throws UsageError for --guidance with a model that has no such input; InputError for the model's file.
+/// Throws CacheError naming the field and both values: a text cache of another width or length than
+/// the model takes (512 tokens; 256 too for a model without guidance); latents of other channels.
+/// Throws UsageError for --guidance with a model that has no such input; InputError for the model's
+/// file.
 void load_model(Session& session);
 
-/// Starts to compute Session::model_sha256 in another thread; a file of 24 GB takes a while the first time.
+/// Starts to compute Session::model_sha256 in another thread; a file of 24 GB takes a while the
+/// first time.
 void start_hashing(Session& session);
 
 }  // namespace flux::train

@@ -14,7 +14,9 @@ namespace {
 std::string python_float(double value) { return nlohmann::json(value).dump(); }
 std::string python_bool(bool value) { return value ? "True" : "False"; }
 
-std::string utf8(const std::string& text) { return first_invalid_utf8(text) ? printable(text) : text; }
+std::string utf8(const std::string& text) {
+  return first_invalid_utf8(text) ? printable(text) : text;
+}
 
 }  // namespace
 
@@ -32,7 +34,8 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
   int64_t most = 0, number = 0;
   for (const auto& [size, visits] : data.buckets()) {
     const auto sides = split(size, 'x');
-    buckets[std::to_string(number++)] = {{"resolution", {std::stoll(sides[0]), std::stoll(sides[1])}}, {"count", visits}};
+    buckets[std::to_string(number++)] = {
+        {"resolution", {std::stoll(sides[0]), std::stoll(sides[1])}}, {"count", visits}};
     if (visits > most) {
       most = visits;
       resolution = size;

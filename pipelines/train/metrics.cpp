@@ -27,7 +27,8 @@ Metrics::Metrics(const std::filesystem::path& file, int64_t last_step) : file_(f
   if (last_step > 0 && std::filesystem::exists(file)) {
     for (const std::string& line : split(read_file(file), '\n')) {
       const auto object = nlohmann::json::parse(line, nullptr, false);
-      if (object.is_object() && object.value("step", nlohmann::json()).is_number_integer() && object["step"] <= last_step) {
+      if (object.is_object() && object.value("step", nlohmann::json()).is_number_integer() &&
+          object["step"] <= last_step) {
         kept += line + "\n";
       }
     }

@@ -6,11 +6,12 @@
 
 namespace flux::train {
 
-/// Fields of a line: step and epoch (from 1), loss, learning_rate, grad_norm (before clipping), samples, seconds (of the step),
-/// data_wait_seconds (of it, waiting for the reader).
+/// Fields of a line: step and epoch (from 1), loss, learning_rate, grad_norm (before clipping),
+/// samples, seconds (of the step), data_wait_seconds (of it, waiting for the reader).
 class Metrics {
  public:
-  /// Keeps lines up to `last_step` (0: none) of what is there, drops later ones: they were not saved. Throws ResourceError.
+  /// Keeps lines up to `last_step` (0: none) of what is there, drops later ones: they were not
+  /// saved. Throws ResourceError.
   Metrics(const std::filesystem::path& file, int64_t last_step);
   ~Metrics();
   Metrics(const Metrics&) = delete;

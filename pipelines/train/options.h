@@ -22,7 +22,8 @@ enum class Precision { kAuto, kF32, kBF16 };
 enum class Posterior { kSample, kMean };
 enum class SaveDtype { kBF16, kF16, kF32 };
 
-/// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps, guidance 1.
+/// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps,
+/// guidance 1.
 struct Options {
   std::filesystem::path latents, text, model, out;
   bool resume = false, replace = false;
@@ -56,11 +57,12 @@ struct Options {
 };
 
 void add_flags(Options& options, Tool& tool);
-/// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take effect is an error.
-/// Throws UsageError.
+/// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take
+/// effect is an error. Throws UsageError.
 void check(const Options& options, const Tool& tool);
 
-/// The options that decide the weights, by flag name, without those that have no effect: what a resumed run must repeat.
+/// The options that decide the weights, by flag name, without those that have no effect: what a
+/// resumed run must repeat.
 nlohmann::json deciding_options(const Options& options);
 /// All of them as a file for --config.
 std::string run_toml(const Options& options);

@@ -30,7 +30,8 @@ double process_seconds() {
   static const double started = [] {
     std::ifstream file("/proc/self/stat");
     const std::string stat(std::istreambuf_iterator<char>(file), {});
-    // behind the program's name, which may hold anything: the 20th field is starttime, in ticks after the boot
+    // behind the program's name, which may hold anything: the 20th field is starttime, in ticks
+    // after the boot
     const auto fields = split(stat.substr(stat.rfind(')') + 2), ' ');
     return std::stod(fields.at(19)) / static_cast<double>(sysconf(_SC_CLK_TCK));
   }();
@@ -42,8 +43,9 @@ double process_seconds() {
 void check_out(const Options& options) {
   const auto steps = checkpoint::steps_in(options.out);
   if (steps.empty() || options.resume || options.replace) return;
-  throw UsageError(fmt::format("--out: {} holds checkpoints up to step {}", show(options.out), steps.back()),
-                   "--resume goes on from there, --replace moves them aside and starts anew");
+  throw UsageError(
+      fmt::format("--out: {} holds checkpoints up to step {}", show(options.out), steps.back()),
+      "--resume goes on from there, --replace moves them aside and starts anew");
 }
 
 // After all inputs were found good, so that a run that cannot start moves nothing.
@@ -80,11 +82,15 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     const Batch batch = read();
     const StepResult result = train_step(session, batch);
     session.position = reader.position();
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (!report.loss_first) {
       report.loss_first = result.loss;
       report.seconds_to_first_step = process_seconds();
-      log::info("step {}: loss {:.4f}, {:.2f} s after the start", session.step, result.loss, *report.seconds_to_first_step);
+      log::info("step {}: loss {:.4f}, {:.2f} s after the start",
+                session.step,
+                result.loss,
+                *report.seconds_to_first_step);
     }
     report.loss_last = result.loss;
     metrics.write({{"step", session.step},
@@ -111,18 +117,24 @@ Report run_in_memory(const Options& options) {
     session.position = position_of(*resumed);
     session.step = resumed->step;
     if (session.step > options.max_steps) {
-      throw UsageError(fmt::format("--max-steps {}, but {} is beyond", options.max_steps, show(resumed->folder)),
-                       "give the number of steps in all, those done included");
+      throw UsageError(
+          fmt::format("--max-steps {}, but {} is beyond", options.max_steps, show(resumed->folder)),
+          "give the number of steps in all, those done included");
     }
   }
   // the first batches are read while the model is
-  BatchReader reader(*session.data, session.position,
-                     {.num_threads = options.reader_threads, .num_batches = options.max_steps - session.step});
+  BatchReader reader(
+      *session.data,
+      session.position,
+      {.num_threads = options.reader_threads, .num_batches = options.max_steps - session.step});
   load_model(session);
   start_hashing(session);
   if (resumed) {
     restore(session, *resumed);
-    log::info("resumed {} at epoch {} batch {}", show(resumed->folder), session.position.epoch + 1, session.position.batch + 1);
+    log::info("resumed {} at epoch {} batch {}",
+              show(resumed->folder),
+              session.position.epoch + 1,
+              session.position.batch + 1);
   }
   prepare_out(options);
 
@@ -138,13 +150,21 @@ Report run_in_memory(const Options& options) {
 }  // namespace
 
 std::string Report::line() const {
-  const auto shown = [](const std::optional<double>& loss) { return loss ? fmt::format("{:.4f}", *loss) : std::string("none"); };
-  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}", steps, shown(loss_first),
-                     shown(loss_last), seconds, show_bytes(peak_rss_bytes));
+  const auto shown = [](const std::optional<double>& loss) {
+    return loss ? fmt::format("{:.4f}", *loss) : std::string("none");
+  };
+  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}",
+                     steps,
+                     shown(loss_first),
+                     shown(loss_last),
+                     seconds,
+                     show_bytes(peak_rss_bytes));
 }
 
 nlohmann::json Report::object() const {
-  const auto value = [](const std::optional<double>& number) { return number ? nlohmann::json(*number) : nlohmann::json(); };
+  const auto value = [](const std::optional<double>& number) {
+    return number ? nlohmann::json(*number) : nlohmann::json();
+  };
   return {{"steps", steps},
           {"loss_first", value(loss_first)},
           {"loss_last", value(loss_last)},
@@ -154,14 +174,17 @@ nlohmann::json Report::object() const {
 }
 
 Report run(const Options& options) {
-  constexpr char kHint[] = "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory";
+  constexpr char kHint[] =
+      "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory";
   try {
     return run_in_memory(options);
   } catch (const c10::OutOfMemoryError& error) {
     throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
   } catch (const c10::Error& error) {
     // the CPU's allocator has no type of its own for it
-    if (std::string_view(error.what_without_backtrace()).find("can't allocate memory") == std::string_view::npos) throw;
+    if (std::string_view(error.what_without_backtrace()).find("can't allocate memory") ==
+        std::string_view::npos)
+      throw;
     throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
   }
 }

@@ -1,4 +1,5 @@
-// pipelines/train/run.h - the whole of flux-train: caches and model in, checkpoints and metrics out.
+// pipelines/train/run.h - the whole of flux-train: caches and model in, checkpoints and metrics
+// out.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -11,8 +12,8 @@
 namespace flux::train {
 
 struct Report {
-  ExitCode exit_code = ExitCode::kOk;  // kInterrupt and its kin after a signal
-  int64_t steps = 0;                   // updates in all, those before a resume included
+  ExitCode exit_code = ExitCode::kOk;           // kInterrupt and its kin after a signal
+  int64_t steps = 0;                            // updates in all, those before a resume included
   std::optional<double> loss_first, loss_last;  // of this run; nothing if it had no step to make
   double seconds = 0;                           // since the process started
   std::optional<double> seconds_to_first_step;  // until the first loss was known
@@ -22,8 +23,9 @@ struct Report {
   nlohmann::json object() const;
 };
 
-/// Trains. Throws UsageError if --out holds checkpoints and neither --resume nor --replace is given; what open_data(),
-/// load_model(), restore(), train_step() and save() throw. After a signal the step in hand is finished and saved.
+/// Trains. Throws UsageError if --out holds checkpoints and neither --resume nor --replace is
+/// given; what open_data(), load_model(), restore(), train_step() and save() throw. After a signal
+/// the step in hand is finished and saved.
 Report run(const Options& options);
 
 }  // namespace flux::train

@@ -25,9 +25,12 @@ constexpr char kStateName[] = "state.safetensors";
 
 at::ScalarType scalar_type_of(SaveDtype dtype) {
   switch (dtype) {
-    case SaveDtype::kBF16: return at::kBFloat16;
-    case SaveDtype::kF16: return at::kHalf;
-    case SaveDtype::kF32: return at::kFloat;
+    case SaveDtype::kBF16:
+      return at::kBFloat16;
+    case SaveDtype::kF16:
+      return at::kHalf;
+    case SaveDtype::kF32:
+      return at::kFloat;
   }
   throw std::invalid_argument("unknown dtype");
 }
@@ -76,7 +79,8 @@ std::filesystem::path save(const Session& session) {
   checkpoint::Writer writer(o.out, session.step);
 
   Outgoing adapters;
-  for (const auto& [name, tensor] : lora::to_kohya(session.adapters, scalar_type_of(o.lora_dtype))) adapters.add(name, tensor);
+  for (const auto& [name, tensor] : lora::to_kohya(session.adapters, scalar_type_of(o.lora_dtype)))
+    adapters.add(name, tensor);
   auto metadata = lora_metadata(session);
   const auto hashes = checkpoint::lora_hashes(adapters.tensors(), metadata);
   metadata["sshs_model_hash"] = hashes.model_hash;
@@ -109,11 +113,15 @@ DataPosition position_of(const checkpoint::Checkpoint& checkpoint) {
 }
 
 void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
-  const auto refuse = [&](const std::string& what, const nlohmann::json& now, const nlohmann::json& then) {
-    throw CacheError(fmt::format("{} is {}, the checkpoint {} was made with {}", what, printable(now.dump()),
-                                 show(checkpoint.folder), printable(then.dump())),
-                     "resume with what the run was started with, or start a new run");
-  };
+  const auto refuse =
+      [&](const std::string& what, const nlohmann::json& now, const nlohmann::json& then) {
+        throw CacheError(fmt::format("{} is {}, the checkpoint {} was made with {}",
+                                     what,
+                                     printable(now.dump()),
+                                     show(checkpoint.folder),
+                                     printable(then.dump())),
+                         "resume with what the run was started with, or start a new run");
+      };
   const nlohmann::json now = identity(session);
   const std::map<std::string, std::string> words{
       {"precision", "--precision"},
@@ -121,13 +129,15 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
       {"text_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.text))},
       {"model_sha256", fmt::format("{} (weights_sha256)", show(session.options.model))}};
   const auto then_options = checkpoint.state.value("options", nlohmann::json::object());
-  if (!then_options.is_object()) throw CacheError(fmt::format("{}: state.json has no options", show(checkpoint.folder)));
+  if (!then_options.is_object())
+    throw CacheError(fmt::format("{}: state.json has no options", show(checkpoint.folder)));
   std::set<std::string> names;
   for (const auto* options : {&now["options"], &then_options}) {
     for (const auto& [name, value] : options->items()) names.insert(name);
   }
   for (const std::string& name : names) {
-    const auto a = now["options"].value(name, nlohmann::json()), b = then_options.value(name, nlohmann::json());
+    const auto a = now["options"].value(name, nlohmann::json()),
+               b = then_options.value(name, nlohmann::json());
     if (a != b) refuse("--" + name, a, b);
   }
   for (const auto& [name, what] : words) {
@@ -146,14 +156,20 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
   const auto wanted = state_tensors(session);
   for (const auto& [name, tensor] : wanted) {
     const auto found = saved.tensors.find(name);
-    if (found == saved.tensors.end() || found->second.sizes() != tensor.sizes() || found->second.scalar_type() != at::kFloat) {
-      throw CacheError(fmt::format("{}: {} is {}, expected F32 {}", show(file), name,
-                                   found == saved.tensors.end() ? "absent" : shape_text(found->second), shape_text(tensor)));
+    if (found == saved.tensors.end() || found->second.sizes() != tensor.sizes() ||
+        found->second.scalar_type() != at::kFloat) {
+      throw CacheError(
+          fmt::format("{}: {} is {}, expected F32 {}",
+                      show(file),
+                      name,
+                      found == saved.tensors.end() ? "absent" : shape_text(found->second),
+                      shape_text(tensor)));
     }
     tensor.copy_(found->second);
   }
   if (saved.tensors.size() != wanted.size()) {
-    throw CacheError(fmt::format("{}: {} tensors, expected {}", show(file), saved.tensors.size(), wanted.size()));
+    throw CacheError(fmt::format(
+        "{}: {} tensors, expected {}", show(file), saved.tensors.size(), wanted.size()));
   }
   session.step = checkpoint.step;
   session.position = position_of(checkpoint);

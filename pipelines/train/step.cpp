@@ -23,33 +23,47 @@ at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
   const int64_t num_tokens = batch.latents.size(2) / 2 * (batch.latents.size(3) / 2);
   std::vector<float> sigmas;
   for (const uint64_t visit : batch.visits) {
-    const RandomStream stream(static_cast<uint64_t>(session.options.seed), Purpose::kTimestep,
-                              static_cast<uint64_t>(batch.epoch), visit);
-    sigmas.push_back(static_cast<float>(sampled_sigma(session.options.timesteps, stream, num_tokens)));
+    const RandomStream stream(static_cast<uint64_t>(session.options.seed),
+                              Purpose::kTimestep,
+                              static_cast<uint64_t>(batch.epoch),
+                              visit);
+    sigmas.push_back(
+        static_cast<float>(sampled_sigma(session.options.timesteps, stream, num_tokens)));
   }
   return from_values<float>(sigmas, std::vector<int64_t>{batch.size()});
 }
 
-[[noreturn]] void refuse_not_finite(const Session& session, const Batch& batch, double loss, double grad_norm) {
+[[noreturn]] void refuse_not_finite(const Session& session,
+                                    const Batch& batch,
+                                    double loss,
+                                    double grad_norm) {
   std::vector<std::string> names;
   for (const std::string& name : batch.names) names.push_back(show(name));
   const bool data = !batch.latents.isfinite().all().item<bool>() ||
                     !batch.prompt_embedding.isfinite().all().item<bool>() ||
                     !batch.pooled_embedding.isfinite().all().item<bool>();
-  throw InputError(fmt::format("step {}: loss is {}, gradient norm {}, on {}", session.step + 1, loss, grad_norm,
-                               join_some(names, names.size())),
-                   data ? "the cached values of these samples are not finite: run flux-cache verify, and make them anew"
-                        : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
+  throw InputError(
+      fmt::format("step {}: loss is {}, gradient norm {}, on {}",
+                  session.step + 1,
+                  loss,
+                  grad_norm,
+                  join_some(names, names.size())),
+      data ? "the cached values of these samples are not finite: run flux-cache verify, and make "
+             "them anew"
+           : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
 }
 
 }  // namespace
 
-at::Tensor flow_loss(const dit::Config& config, const dit::Weights& weights, const LossOptions& options,
+at::Tensor flow_loss(const dit::Config& config,
+                     const dit::Weights& weights,
+                     const LossOptions& options,
                      const FlowInputs& in) {
   const int64_t rows = in.latents.size(2), columns = in.latents.size(3);
   const auto device = in.latents.device();
-  const at::Tensor noisy = dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));  // [B, N, 64]
-  const at::Tensor target = dit::pack_latents(velocity_target(in.latents, in.noise));          // [B, N, 64]
+  const at::Tensor noisy =
+      dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));               // [B, N, 64]
+  const at::Tensor target = dit::pack_latents(velocity_target(in.latents, in.noise));  // [B, N, 64]
   dit::Inputs inputs;
   inputs.img = noisy;
   inputs.txt = in.prompt_embedding;
@@ -65,8 +79,12 @@ at::Tensor flow_loss(const dit::Config& config, const dit::Weights& weights, con
 }
 
 StepResult train_step(Session& session, const Batch& batch) {
-  const auto on_device = [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(session.device) : tensor; };
-  const at::Tensor loss = flow_loss(session.model.config, session.model.weights, session.options.loss,
+  const auto on_device = [&](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.to(session.device) : tensor;
+  };
+  const at::Tensor loss = flow_loss(session.model.config,
+                                    session.model.weights,
+                                    session.options.loss,
                                     {.latents = on_device(batch.latents),
                                      .noise = on_device(batch.noise),
                                      .sigma = on_device(draw_sigmas(session, batch)),
@@ -81,7 +99,8 @@ StepResult train_step(Session& session, const Batch& batch) {
   std::vector<at::Tensor> gradients;
   for (const Parameter& parameter : session.parameters) {
     gradients.push_back(parameter.value.grad());
-    parameter.value.mutable_grad() = at::Tensor();  // freed with `gradients`, at the end of this step
+    parameter.value.mutable_grad() =
+        at::Tensor();  // freed with `gradients`, at the end of this step
   }
   LrOptions lr = session.options.lr;
   lr.num_steps = session.options.max_steps;
@@ -94,8 +113,13 @@ StepResult train_step(Session& session, const Batch& batch) {
   ++session.step;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Parameter& p = session.parameters[i];
-    adamw_step(p.value.detach(), gradients[i], p.exp_avg, p.exp_avg_sq, result.learning_rate,
-               {.weight_decay = session.options.weight_decay}, session.step);
+    adamw_step(p.value.detach(),
+               gradients[i],
+               p.exp_avg,
+               p.exp_avg_sq,
+               result.learning_rate,
+               {.weight_decay = session.options.weight_decay},
+               session.step);
   }
   return result;
 }

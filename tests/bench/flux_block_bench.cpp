@@ -1,5 +1,6 @@
-// tests/bench/flux_block_bench.cpp - FLUX blocks and their operations at real width: 512x512 pixels, 512 text tokens, batch 1,
-// bfloat16, LoRA rank 16. Beside the wall time stands the CPU time of all threads, which other programs disturb less.
+// tests/bench/flux_block_bench.cpp - FLUX blocks and their operations at real width: 512x512
+// pixels, 512 text tokens, batch 1, bfloat16, LoRA rank 16. Beside the wall time stands the CPU
+// time of all threads, which other programs disturb less.
 #include <ATen/ATen.h>
 #include <benchmark/benchmark.h>
 
@@ -14,9 +15,12 @@
 namespace flux {
 namespace {
 
-constexpr int64_t kText = 512, kImage = 1024, kTokens = kText + kImage, kHidden = 3072, kMlp = 12288, kHead = 128;
+constexpr int64_t kText = 512, kImage = 1024, kTokens = kText + kImage, kHidden = 3072,
+                  kMlp = 12288, kHead = 128;
 
-at::Tensor random(at::IntArrayRef shape, double scale = 1) { return at::randn(shape).mul_(scale).to(at::kBFloat16); }
+at::Tensor random(at::IntArrayRef shape, double scale = 1) {
+  return at::randn(shape).mul_(scale).to(at::kBFloat16);
+}
 
 /// One double and two single blocks at the real width, adapters attached.
 struct Model {
@@ -67,7 +71,8 @@ Model& model() {
 void LoraStep(benchmark::State& state) {
   auto& m = model();
   for (auto _ : state) {
-    const auto loss = (dit::forward(m.config, m.weights, m.inputs) - m.target).to(at::kFloat).pow(2).mean();
+    const auto loss =
+        (dit::forward(m.config, m.weights, m.inputs) - m.target).to(at::kFloat).pow(2).mean();
     loss.backward();
     for (auto& module : m.adapters.modules) {
       module.down.mutable_grad() = at::Tensor();
@@ -96,8 +101,9 @@ void time(benchmark::State& state, const Body& forward) {
 
 /// Shows the rate of `products` matrix products of the MLP's first layer.
 void count_products(benchmark::State& state, int64_t products) {
-  state.counters["FLOP/s"] = benchmark::Counter(static_cast<double>(2 * products * kTokens * kHidden * kMlp),
-                                                benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["FLOP/s"] =
+      benchmark::Counter(static_cast<double>(2 * products * kTokens * kHidden * kMlp),
+                         benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void LinearBase(benchmark::State& state) {
@@ -109,14 +115,17 @@ void LinearBase(benchmark::State& state) {
 
 void LinearLora(benchmark::State& state) {
   const auto x = random({kTokens, kHidden}).requires_grad_();
-  const Linear layer{random({kMlp, kHidden}, 0.02), random({kMlp}),
-                     {at::randn({16, kHidden}).requires_grad_(), at::randn({kMlp, 16}).requires_grad_(), 1}};
+  const Linear layer{
+      random({kMlp, kHidden}, 0.02),
+      random({kMlp}),
+      {at::randn({16, kHidden}).requires_grad_(), at::randn({kMlp, 16}).requires_grad_(), 1}};
   time(state, [&] { return linear(layer, x); });
 }
 
 void LinearFull(benchmark::State& state) {
   const auto x = random({kTokens, kHidden}).requires_grad_();
-  const Linear layer{random({kMlp, kHidden}, 0.02).requires_grad_(), random({kMlp}).requires_grad_(), {}};
+  const Linear layer{
+      random({kMlp, kHidden}, 0.02).requires_grad_(), random({kMlp}).requires_grad_(), {}};
   time(state, [&] { return linear(layer, x); });
   count_products(state, 1 + 2 * state.range(0));
 }
@@ -124,7 +133,8 @@ void LinearFull(benchmark::State& state) {
 void QkNormRope(benchmark::State& state) {
   const auto qkv = random({1, kTokens, 3 * kHidden}).requires_grad_();
   const auto scale = at::ones({kHead});
-  const auto rope = dit::rope_table(dit::Config(), at::cat({dit::text_ids(kText), dit::image_ids(64, 64)}));
+  const auto rope =
+      dit::rope_table(dit::Config(), at::cat({dit::text_ids(kText), dit::image_ids(64, 64)}));
   time(state, [&] {
     const auto out = qk_norm_rope(qkv, scale, scale, rope.cos, rope.sin);
     return state.range(0) ? at::stack({out.q, out.k, out.v}) : out.q;
@@ -137,12 +147,14 @@ void Attention(benchmark::State& state) {
 }
 
 void Modulate(benchmark::State& state) {
-  const auto x = random({1, kTokens, kHidden}).requires_grad_(), v = random({1, 1, kHidden}).requires_grad_();
+  const auto x = random({1, kTokens, kHidden}).requires_grad_(),
+             v = random({1, 1, kHidden}).requires_grad_();
   time(state, [&] { return modulate(x, v, v); });
 }
 
 void GatedResidual(benchmark::State& state) {
-  const auto x = random({1, kTokens, kHidden}).requires_grad_(), v = random({1, 1, kHidden}).requires_grad_();
+  const auto x = random({1, kTokens, kHidden}).requires_grad_(),
+             v = random({1, 1, kHidden}).requires_grad_();
   time(state, [&] { return gated_residual(x, v, x); });
 }
 
@@ -151,7 +163,8 @@ void Gelu(benchmark::State& state) {
   time(state, [&] { return at::gelu(x, "tanh"); });
 }
 
-#define FLUX_BENCH(name) BENCHMARK(name)->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime()
+#define FLUX_BENCH(name) \
+  BENCHMARK(name)->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime()
 FLUX_BENCH(LoraStep)->MinTime(20);
 FLUX_BENCH(Forward)->MinTime(6);
 FLUX_BENCH(LinearBase)->ArgName("backward")->DenseRange(0, 1)->MinTime(1);

@@ -1,4 +1,5 @@
-// tests/bench/startup_empty.cpp - the least that a LibTorch program can do: the yardstick of flux-train's start.
+// tests/bench/startup_empty.cpp - the least that a LibTorch program can do: the yardstick of
+// flux-train's start.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/ones.h>
 

@@ -1,5 +1,5 @@
-// Any bytes as a segment and as an index: refused, or read whole. The superblock's checksum and size are made right, so
-// that what lies behind them is reached.
+// Any bytes as a segment and as an index: refused, or read whole. The superblock's checksum and
+// size are made right, so that what lies behind them is reached.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -34,7 +34,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
       const Index index = read_index(path, kind);
       size_t sum = 0;
-      for (int64_t i = 0; i < index.num_items(); ++i) sum += index.path(i).size() + index.variants(i).size();
+      for (int64_t i = 0; i < index.num_items(); ++i)
+        sum += index.path(i).size() + index.variants(i).size();
       asm volatile("" ::"r"(sum));  // keeps the reads
     } catch (const flux::CacheError&) {
     }

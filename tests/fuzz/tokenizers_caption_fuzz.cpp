@@ -1,4 +1,5 @@
-// Any bytes as a caption: refused if they are not UTF-8, else ids of the tiny vocabularies that start and end as they must.
+// Any bytes as a caption: refused if they are not UTF-8, else ids of the tiny vocabularies that
+// start and end as they must.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
@@ -17,7 +18,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool valid = !flux::first_invalid_utf8(caption);
   try {
     const auto t5_ids = t5.encode(caption), clip_ids = clip.encode(caption);
-    if (!valid || t5_ids.back() != t5.eos_id() || clip_ids.front() != clip.bos_id() || clip_ids.back() != clip.eos_id()) std::abort();
+    if (!valid || t5_ids.back() != t5.eos_id() || clip_ids.front() != clip.bos_id() ||
+        clip_ids.back() != clip.eos_id())
+      std::abort();
     for (const int32_t id : t5_ids) {
       if (id < 0 || id >= t5.vocab_size()) std::abort();
     }

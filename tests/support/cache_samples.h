@@ -1,4 +1,5 @@
-// tests/support/cache_samples.h - small caches with known content, for tests of the format and of what reads it.
+// tests/support/cache_samples.h - small caches with known content, for tests of the format and of
+// what reads it.
 #pragma once
 #include <cstring>
 #include <string>
@@ -22,7 +23,10 @@ inline cache::Recipe recipe(cache::Kind kind, std::string dtype = "bf16") {
     out.parameters = {{"dtype", dtype}, {"channels", 32}, {"store", "mean_logvar"}};
     out.weights = {{"ae", digest}};
   } else {
-    out.parameters = {{"dtype", dtype}, {"t5_length", kT5Length}, {"t5_width", kT5Width}, {"clip_width", kClipWidth}};
+    out.parameters = {{"dtype", dtype},
+                      {"t5_length", kT5Length},
+                      {"t5_width", kT5Width},
+                      {"clip_width", kClipWidth}};
     out.weights = {{"t5", digest}, {"clip", digest}};
     out.tokenizers = {{"t5", digest}, {"clip", digest}};
   }
@@ -31,7 +35,8 @@ inline cache::Recipe recipe(cache::Kind kind, std::string dtype = "bf16") {
 
 inline cache::Provenance provenance() { return {"cache_test", "0.0.0", "cache_test --all", "cpu"}; }
 
-/// Sample number `i`: its row and its tensors, always the same. Latents alternate between three small buckets.
+/// Sample number `i`: its row and its tensors, always the same. Latents alternate between three
+/// small buckets.
 struct SampleData {
   cache::SampleInfo info;
   std::vector<std::vector<std::byte>> tensors;
@@ -59,10 +64,12 @@ inline SampleData sample(const cache::Layout& layout, uint64_t i) {
   }
   const RandomStream random(7, Purpose::kNoise, i);
   for (int which = 0; which < cache::num_tensors(layout.kind); ++which) {
-    std::vector<float> values(static_cast<size_t>(cache::tensor_bytes(layout, info, which) * 8 / dtype_bits(layout.dtype)));
+    std::vector<float> values(static_cast<size_t>(cache::tensor_bytes(layout, info, which) * 8 /
+                                                  dtype_bits(layout.dtype)));
     random.fill_normal(values);
     std::vector<std::byte> bytes;
-    for (const float value : values) {  // bf16 and f16 bits need not mean the same numbers: they are only stored
+    for (const float value :
+         values) {  // bf16 and f16 bits need not mean the same numbers: they are only stored
       const auto* raw = reinterpret_cast<const std::byte*>(&value);
       const bool wide = layout.dtype == DType::kF32;
       bytes.insert(bytes.end(), raw + (wide ? 0 : 2), raw + 4);
@@ -91,7 +98,10 @@ inline cache::Publication publication(std::vector<cache::WantedItem> items) {
 }
 
 /// Fills `folder` with samples `begin` to `end` - 1, each wanted by one item.
-inline void make_cache(const std::filesystem::path& folder, const cache::Recipe& how, uint64_t begin, uint64_t end) {
+inline void make_cache(const std::filesystem::path& folder,
+                       const cache::Recipe& how,
+                       uint64_t begin,
+                       uint64_t end) {
   cache::Writer writer(folder, how, provenance());
   const auto layout = cache::layout_of(how.kind, how.parameters);
   std::vector<cache::WantedItem> items;

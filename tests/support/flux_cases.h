@@ -31,7 +31,8 @@ inline dit::Inputs flux_inputs(const TensorMap& vectors) {
 /// The elements that reference vectors keep of a big tensor: (j * 1000003) mod numel for j = 0..63.
 inline at::Tensor samples(const at::Tensor& tensor, int64_t count = 64) {
   const int64_t n = tensor.numel();
-  return tensor.detach().flatten().index_select(0, at::arange(std::min(count, n), at::kLong) * 1000003 % n);
+  return tensor.detach().flatten().index_select(
+      0, at::arange(std::min(count, n), at::kLong) * 1000003 % n);
 }
 
 }  // namespace flux::test

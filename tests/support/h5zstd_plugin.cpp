@@ -1,5 +1,6 @@
-// tests/support/h5zstd_plugin.cpp - libh5zstd.so: HDF5 filter 32015 for programs that are not ours, as hdf5plugin has it.
-// Debian 12 packages no such plugin; with HDF5_PLUGIN_PATH its h5py reads our caches through this one.
+// tests/support/h5zstd_plugin.cpp - libh5zstd.so: HDF5 filter 32015 for programs that are not ours,
+// as hdf5plugin has it. Debian 12 packages no such plugin; with HDF5_PLUGIN_PATH its h5py reads our
+// caches through this one.
 #include <H5PLextern.h>
 #include <zstd.h>
 
@@ -7,10 +8,12 @@
 
 namespace {
 
-size_t decode(unsigned flags, size_t, const unsigned*, size_t num_bytes, size_t* capacity, void** buffer) {
+size_t decode(
+    unsigned flags, size_t, const unsigned*, size_t num_bytes, size_t* capacity, void** buffer) {
   if ((flags & H5Z_FLAG_REVERSE) == 0) return 0;  // for reading alone
   const auto size = ZSTD_getFrameContentSize(*buffer, num_bytes);
-  if (size == ZSTD_CONTENTSIZE_ERROR || size == ZSTD_CONTENTSIZE_UNKNOWN || size > (1u << 30)) return 0;
+  if (size == ZSTD_CONTENTSIZE_ERROR || size == ZSTD_CONTENTSIZE_UNKNOWN || size > (1u << 30))
+    return 0;
   void* out = std::malloc(size + 1);
   if (out == nullptr || ZSTD_decompress(out, size, *buffer, num_bytes) != size) {
     std::free(out);

@@ -1,5 +1,6 @@
-// tests/support/make_test_cache.cpp - DIR SAMPLES DTYPE: the caches DIR/latents and DIR/text of tests/support/cache_samples.h,
-// of each sample DIR/expected/<key> with its decoded tensors, and DIR/journal with what a killed writer leaves.
+// tests/support/make_test_cache.cpp - DIR SAMPLES DTYPE: the caches DIR/latents and DIR/text of
+// tests/support/cache_samples.h, of each sample DIR/expected/<key> with its decoded tensors, and
+// DIR/journal with what a killed writer leaves.
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -23,7 +24,8 @@ int main(int argc, char** argv) {
       if (i < 3) killed.add(data.info, data.spans());
       std::ofstream file(folder / "expected" / to_hex(data.info.key), std::ios::binary);
       for (const auto& tensor : data.tensors) {
-        file.write(reinterpret_cast<const char*>(tensor.data()), static_cast<std::streamsize>(tensor.size()));
+        file.write(reinterpret_cast<const char*>(tensor.data()),
+                   static_cast<std::streamsize>(tensor.size()));
       }
     }
   }

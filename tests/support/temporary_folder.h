@@ -11,7 +11,8 @@ namespace flux::test {
 
 class TemporaryFolder {
  public:
-  TemporaryFolder() : path_(std::filesystem::temp_directory_path() / ("flux-test-" + random_name())) {
+  TemporaryFolder()
+      : path_(std::filesystem::temp_directory_path() / ("flux-test-" + random_name())) {
     std::filesystem::create_directories(path_);
   }
   ~TemporaryFolder() {
@@ -27,7 +28,8 @@ class TemporaryFolder {
   std::filesystem::path write(std::string_view name, std::string_view bytes) const {
     const auto file = path_ / name;
     std::filesystem::create_directories(file.parent_path());
-    std::ofstream(file, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    std::ofstream(file, std::ios::binary)
+        .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
     return file;
   }
 

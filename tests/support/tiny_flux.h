@@ -1,4 +1,5 @@
-// tests/support/tiny_flux.h - a random FLUX transformer of one double and one single block, as a file.
+// tests/support/tiny_flux.h - a random FLUX transformer of one double and one single block, as a
+// file.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -34,13 +35,16 @@ inline TensorMap tiny_flux(const dit::Config& config, uint64_t seed) {
     RandomStream(seed, Purpose::kTinyModel, number++)
         .fill_normal({values.mutable_data_ptr<float>(), static_cast<size_t>(values.numel())});
     const bool scale = name.ends_with("_norm.scale");
-    values = scale ? 1 + 0.1 * values : values / std::sqrt(static_cast<double>(shape.size() > 1 ? shape[1] : 100));
+    values = scale ? 1 + 0.1 * values
+                   : values / std::sqrt(static_cast<double>(shape.size() > 1 ? shape[1] : 100));
     tensors[name] = values.to(at::kBFloat16);
   }
   return tensors;
 }
 
-inline std::filesystem::path write_tiny_flux(const std::filesystem::path& file, bool guidance = true, uint64_t seed = 1) {
+inline std::filesystem::path write_tiny_flux(const std::filesystem::path& file,
+                                             bool guidance = true,
+                                             uint64_t seed = 1) {
   write_weights(file, tiny_flux(tiny_flux_config(guidance), seed), {});
   return file;
 }

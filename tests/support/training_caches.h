@@ -1,4 +1,5 @@
-// tests/support/training_caches.h - a pair of small caches that a trainer can join, without any encoder.
+// tests/support/training_caches.h - a pair of small caches that a trainer can join, without any
+// encoder.
 #pragma once
 #include <fmt/format.h>
 
@@ -30,10 +31,16 @@ struct TrainingCaches {
   std::string store = "mean_logvar";
   bool empty_caption = false;
   nlohmann::json plan = {
-      {"datasets", {{{"batch_size", 1}, {"index", 0}, {"validation_seed", 0}, {"validation_split", 0.0}}}},
+      {"datasets",
+       {{{"batch_size", 1}, {"index", 0}, {"validation_seed", 0}, {"validation_split", 0.0}}}},
       {"subsets",
-       {{{"caption_dropout_every_n_epochs", 0}, {"caption_dropout_rate", 0.0}, {"dataset", 0}, {"flip_aug", false},
-         {"index", 0}, {"is_reg", false}, {"num_repeats", 1}}}}};
+       {{{"caption_dropout_every_n_epochs", 0},
+         {"caption_dropout_rate", 0.0},
+         {"dataset", 0},
+         {"flip_aug", false},
+         {"index", 0},
+         {"is_reg", false},
+         {"num_repeats", 1}}}}};
   std::vector<cache::Quarantined> quarantined;  // of the latents
   std::function<bool(const std::string& name)> in_latents = [](const auto&) { return true; };
   std::function<bool(const std::string& name)> in_text = [](const auto&) { return true; };
@@ -56,12 +63,18 @@ struct TrainingCaches {
     return out;
   }
 
-  /// Latents: the mean's elements are normal draws keyed by name, the log-variance is -2. bfloat16 bits.
+  /// Latents: the mean's elements are normal draws keyed by name, the log-variance is -2. bfloat16
+  /// bits.
   void write_latents(const std::filesystem::path& folder) const {
     cache::Recipe recipe;
     recipe.kind = cache::Kind::kLatents;
-    recipe.parameters = {{"dtype", "bf16"}, {"channels", channels()}, {"store", store}, {"precision", "f32"},
-                         {"profile", "default"}, {"shift", 0.1159}, {"scale", 0.3611}};
+    recipe.parameters = {{"dtype", "bf16"},
+                         {"channels", channels()},
+                         {"store", store},
+                         {"precision", "f32"},
+                         {"profile", "default"},
+                         {"shift", 0.1159},
+                         {"scale", 0.3611}};
     recipe.weights = {{"ae", std::string(64, 'a')}};
     cache::Writer writer(folder, recipe, {"test", "0", "test", "cpu"});
     std::vector<cache::WantedItem> all;
@@ -75,8 +88,10 @@ struct TrainingCaches {
         info.height = item.rows, info.width = item.columns;
         info.flags = flip ? cache::kSampleFlipped : 0;
         const size_t n = 16 * item.rows * item.columns;
-        std::vector<float> values(static_cast<size_t>(channels()) * item.rows * item.columns, -2.0f);
-        RandomStream(1, Purpose::kDemo, std::hash<std::string>()(item.name), static_cast<uint64_t>(flip))
+        std::vector<float> values(static_cast<size_t>(channels()) * item.rows * item.columns,
+                                  -2.0f);
+        RandomStream(
+            1, Purpose::kDemo, std::hash<std::string>()(item.name), static_cast<uint64_t>(flip))
             .fill_normal(std::span(values).first(n));
         add(writer, info, {bf16(values)});
         want.variants.push_back({info.key, item.flipped_too ? 0.5 : 1.0, info.flags});
@@ -88,12 +103,18 @@ struct TrainingCaches {
     writer.publish(what);
   }
 
-  /// Text: every element of caption number k of an item is k + 1; of the empty caption, 0. Live tokens: 3.
+  /// Text: every element of caption number k of an item is k + 1; of the empty caption, 0. Live
+  /// tokens: 3.
   void write_text(const std::filesystem::path& folder) const {
     cache::Recipe recipe;
     recipe.kind = cache::Kind::kText;
-    recipe.parameters = {{"dtype", "bf16"}, {"t5_length", t5_length}, {"t5_width", t5_width}, {"clip_width", clip_width},
-                         {"precision", "f32"}, {"pad_policy", pad_policy}, {"clip_cleaning", "fast"}};
+    recipe.parameters = {{"dtype", "bf16"},
+                         {"t5_length", t5_length},
+                         {"t5_width", t5_width},
+                         {"clip_width", clip_width},
+                         {"precision", "f32"},
+                         {"pad_policy", pad_policy},
+                         {"clip_cleaning", "fast"}};
     recipe.weights = {{"t5", std::string(64, 'b')}, {"clip", std::string(64, 'c')}};
     recipe.tokenizers = {{"t5", std::string(64, 'd')}, {"clip", std::string(64, 'e')}};
     cache::Writer writer(folder, recipe, {"test", "0", "test", "cpu"});
@@ -103,16 +124,20 @@ struct TrainingCaches {
       info.key = sha256("text " + caption);
       info.text = caption;
       info.t5_tokens = info.clip_tokens = 3;
-      add(writer, info, {bf16(std::vector<float>(static_cast<size_t>(t5_length * t5_width), value)),
-                         bf16(std::vector<float>(static_cast<size_t>(clip_width), value))});
+      add(writer,
+          info,
+          {bf16(std::vector<float>(static_cast<size_t>(t5_length * t5_width), value)),
+           bf16(std::vector<float>(static_cast<size_t>(clip_width), value))});
       return info.key;
     };
     for (const TrainingItem& item : items) {
       if (!in_text(item.name)) continue;
       cache::WantedItem want = wanted(item);
       for (int k = 0; k < item.num_captions; ++k) {
-        want.variants.push_back({add_caption(fmt::format("{} {}", item.name, k), static_cast<float>(k + 1)),
-                                 1.0 / item.num_captions, 0});
+        want.variants.push_back(
+            {add_caption(fmt::format("{} {}", item.name, k), static_cast<float>(k + 1)),
+             1.0 / item.num_captions,
+             0});
       }
       all.push_back(want);
     }
@@ -141,7 +166,9 @@ struct TrainingCaches {
     }
     return out;
   }
-  static void add(cache::Writer& writer, const cache::SampleInfo& info, const std::vector<std::vector<std::byte>>& tensors) {
+  static void add(cache::Writer& writer,
+                  const cache::SampleInfo& info,
+                  const std::vector<std::vector<std::byte>>& tensors) {
     const std::vector<std::span<const std::byte>> spans(tensors.begin(), tensors.end());
     writer.add(info, spans);
   }

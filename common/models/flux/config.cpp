@@ -17,7 +17,10 @@ int64_t Config::num_parameters() const {
 }
 
 std::string Config::describe() const {
-  return fmt::format("FLUX transformer, {} + {} blocks, hidden {}, {} guidance", num_double_blocks, num_single_blocks, hidden,
+  return fmt::format("FLUX transformer, {} + {} blocks, hidden {}, {} guidance",
+                     num_double_blocks,
+                     num_single_blocks,
+                     hidden,
                      guidance ? "with" : "without");
 }
 

@@ -8,7 +8,7 @@ namespace flux::dit {
 
 /// Defaults are FLUX.1-dev; schnell has no guidance. Source: architecture notes 1.1.
 struct Config {
-  int64_t in_channels = 64;   // of packed latents
+  int64_t in_channels = 64;  // of packed latents
   int64_t out_channels = 64;
   int64_t pooled_dim = 768;   // CLIP
   int64_t prompt_dim = 4096;  // T5

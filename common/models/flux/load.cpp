@@ -17,7 +17,8 @@ namespace {
 
 /// What read_config reads, under the names of one layout.
 struct LayoutNames {
-  const char *img_in, *txt_in, *time_in, *vector_in, *guidance_in, *mlp, *norm, *out, *double_blocks, *single_blocks;
+  const char *img_in, *txt_in, *time_in, *vector_in, *guidance_in, *mlp, *norm, *out,
+      *double_blocks, *single_blocks;
 };
 constexpr LayoutNames kBfl{"img_in.weight",
                            "txt_in.weight",
@@ -43,32 +44,44 @@ constexpr LayoutNames kDiffusers{"x_embedder.weight",
 bool is_diffusers(const NetTensors& net) {
   if (net.tensors.contains(kDiffusers.norm)) return true;
   if (net.tensors.contains(kBfl.norm)) return false;
-  throw InputError(show(net.path) + ": not a FLUX transformer: neither " + kBfl.norm + " nor " + kDiffusers.norm + " is there",
+  throw InputError(show(net.path) + ": not a FLUX transformer: neither " + kBfl.norm + " nor " +
+                       kDiffusers.norm + " is there",
                    "give the transformer file, flux1-dev.safetensors for one");
 }
 
 /// Number of blocks, from the indices after `prefix`; every one below the largest must be there.
 int64_t count_blocks(const NetTensors& net, const std::string& prefix) {
   std::set<int64_t> seen;
-  for (auto it = net.tensors.lower_bound(prefix); it != net.tensors.end() && it->first.starts_with(prefix); ++it) {
-    const auto digits = it->first.substr(prefix.size(), it->first.find('.', prefix.size()) - prefix.size());
-    if (digits.empty() || digits.size() > 6 || digits.find_first_not_of("0123456789") != std::string::npos)
-      throw InputError(show(net.path) + ": tensor " + printable(it->first) + " has no block index after " + prefix);
+  for (auto it = net.tensors.lower_bound(prefix);
+       it != net.tensors.end() && it->first.starts_with(prefix);
+       ++it) {
+    const auto digits =
+        it->first.substr(prefix.size(), it->first.find('.', prefix.size()) - prefix.size());
+    if (digits.empty() || digits.size() > 6 ||
+        digits.find_first_not_of("0123456789") != std::string::npos)
+      throw InputError(show(net.path) + ": tensor " + printable(it->first) +
+                       " has no block index after " + prefix);
     seen.insert(std::stoll(digits));
   }
   for (int64_t i = 0; i < static_cast<int64_t>(seen.size()); ++i)
     if (!seen.contains(i))
-      throw InputError(fmt::format("{}: has {}{} but not {}{}", show(net.path), prefix, *seen.rbegin(), prefix, i),
-                       "the file is incomplete: download it again");
+      throw InputError(
+          fmt::format(
+              "{}: has {}{} but not {}{}", show(net.path), prefix, *seen.rbegin(), prefix, i),
+          "the file is incomplete: download it again");
   return static_cast<int64_t>(seen.size());
 }
 
 int64_t length(const NetTensors& net, const char* name, int64_t dim, int64_t rank) {
   const auto it = net.tensors.find(name);
-  if (it == net.tensors.end()) throw InputError(show(net.path) + ": tensor " + name + " is missing");
+  if (it == net.tensors.end())
+    throw InputError(show(net.path) + ": tensor " + name + " is missing");
   if (it->second.dim() != rank)
-    throw InputError(fmt::format("{}: tensor {} has shape {}, expected {} dimensions", show(net.path), name,
-                                 shape_text(it->second), rank));
+    throw InputError(fmt::format("{}: tensor {} has shape {}, expected {} dimensions",
+                                 show(net.path),
+                                 name,
+                                 shape_text(it->second),
+                                 rank));
   return it->second.size(dim);
 }
 
@@ -104,10 +117,13 @@ Config read_config(const NetTensors& net) {
   c.guidance = net.tensors.contains(names.guidance_in);
   const int64_t head = length(net, names.norm, 0, 1);
   if (head == 0 || c.hidden % head != 0)
-    throw InputError(fmt::format("{}: hidden size {} is no multiple of the head size {}", show(net.path), c.hidden, head));
+    throw InputError(fmt::format(
+        "{}: hidden size {} is no multiple of the head size {}", show(net.path), c.hidden, head));
   if (head % 32 != 0)
-    throw InputError(fmt::format("{}: head size {}: how it is split over rotation axes is known for multiples of 32 only",
-                                 show(net.path), head));
+    throw InputError(fmt::format(
+        "{}: head size {}: how it is split over rotation axes is known for multiples of 32 only",
+        show(net.path),
+        head));
   if (c.sinusoid_dim % 2 != 0)
     throw InputError(fmt::format("{}: sinusoid of odd size {}", show(net.path), c.sinusoid_dim));
   c.num_heads = c.hidden / head;
@@ -117,7 +133,8 @@ Config read_config(const NetTensors& net) {
 
 TensorMap canonical_tensors(const NetTensors& net, const Config& config) {
   const bool diffusers = is_diffusers(net);
-  auto tensors = expect_tensors(net.path, net_title(NetKind::kFlux), net.tensors, shapes_of(config, diffusers), {});
+  auto tensors = expect_tensors(
+      net.path, net_title(NetKind::kFlux), net.tensors, shapes_of(config, diffusers), {});
   if (!diffusers) return tensors;
   std::map<std::string, std::vector<at::Tensor>> parts;
   for (const auto& entry : diffusers_layout(config)) {
@@ -125,8 +142,11 @@ TensorMap canonical_tensors(const NetTensors& net, const Config& config) {
     auto& of_one = parts[entry.bfl];
     of_one.push_back(entry.swap_halves ? swap_halves(tensor) : tensor);
     if (of_one.front().scalar_type() != tensor.scalar_type())
-      throw InputError(fmt::format("{}: {} is {}, but the part before it is {}", show(net.path), entry.name,
-                                   c10::toString(tensor.scalar_type()), c10::toString(of_one.front().scalar_type())));
+      throw InputError(fmt::format("{}: {} is {}, but the part before it is {}",
+                                   show(net.path),
+                                   entry.name,
+                                   c10::toString(tensor.scalar_type()),
+                                   c10::toString(of_one.front().scalar_type())));
   }
   TensorMap out;
   for (auto& [name, list] : parts) out[name] = list.size() == 1 ? list[0] : at::cat(list, 0);
@@ -142,7 +162,10 @@ TensorMap to_diffusers(const Config& config, const TensorMap& canonical) {
   return out;
 }
 
-Weights make_weights(const Config& config, const TensorMap& canonical, c10::ScalarType dtype, c10::Device device) {
+Weights make_weights(const Config& config,
+                     const TensorMap& canonical,
+                     c10::ScalarType dtype,
+                     c10::Device device) {
   auto weights = empty_weights(config);
   for_each_tensor(weights, [&](const std::string& name, at::Tensor& tensor) {
     tensor = to_dtype(canonical.at(name), dtype).to(device);

@@ -58,10 +58,16 @@ std::vector<DiffusersTensor> diffusers_layout(const Config& c) {
     int64_t first_row = 0;
     bool swap_halves = false;
   };
-  const auto linear = [&](const std::string& name, int64_t rows, int64_t columns, const Place& place) {
-    out.push_back({name + ".weight", place.bfl + ".weight", place.first_row, {rows, columns}, place.swap_halves});
-    out.push_back({name + ".bias", place.bfl + ".bias", place.first_row, {rows}, place.swap_halves});
-  };
+  const auto linear =
+      [&](const std::string& name, int64_t rows, int64_t columns, const Place& place) {
+        out.push_back({name + ".weight",
+                       place.bfl + ".weight",
+                       place.first_row,
+                       {rows, columns},
+                       place.swap_halves});
+        out.push_back(
+            {name + ".bias", place.bfl + ".bias", place.first_row, {rows}, place.swap_halves});
+      };
   const auto norms = [&](const std::string& name, const std::string& bfl) {
     out.push_back({name + "q.weight", bfl + "norm.query_norm.scale", 0, {c.head_dim()}});
     out.push_back({name + "k.weight", bfl + "norm.key_norm.scale", 0, {c.head_dim()}});
@@ -82,7 +88,14 @@ std::vector<DiffusersTensor> diffusers_layout(const Config& c) {
   };
   constexpr StreamNames kStreams[] = {
       {"img_", "norm1", "to_q", "to_k", "to_v", "norm_", "to_out.0", "ff"},
-      {"txt_", "norm1_context", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_", "to_add_out", "ff_context"},
+      {"txt_",
+       "norm1_context",
+       "add_q_proj",
+       "add_k_proj",
+       "add_v_proj",
+       "norm_added_",
+       "to_add_out",
+       "ff_context"},
   };
   for (int64_t i = 0; i < c.num_double_blocks; ++i) {
     const auto to = fmt::format("transformer_blocks.{}.", i);
@@ -101,7 +114,8 @@ std::vector<DiffusersTensor> diffusers_layout(const Config& c) {
     }
   }
   for (int64_t i = 0; i < c.num_single_blocks; ++i) {
-    const auto to = fmt::format("single_transformer_blocks.{}.", i), from = fmt::format("single_blocks.{}.", i);
+    const auto to = fmt::format("single_transformer_blocks.{}.", i),
+               from = fmt::format("single_blocks.{}.", i);
     linear(to + "norm.linear", 3 * h, h, {from + "modulation.lin"});
     int64_t row = 0;
     for (const char* part : {"to_q", "to_k", "to_v"}) {

@@ -1,4 +1,5 @@
-// common/models/flux/names.h - tensor names and shapes of the BFL and the diffusers layout. No LibTorch.
+// common/models/flux/names.h - tensor names and shapes of the BFL and the diffusers layout. No
+// LibTorch.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -13,11 +14,12 @@ struct NamedShape {
   std::vector<int64_t> shape;
 };
 
-/// Every tensor of the model under its BFL name, in the order of architecture notes 1.6 (780 for dev).
+/// Every tensor of the model under its BFL name, in the order of architecture notes 1.6 (780 for
+/// dev).
 std::vector<NamedShape> tensor_shapes(const Config& config);
 
-/// One diffusers tensor and where it lies in the BFL layout: `num_rows` rows of tensor `bfl` from `first_row`. With
-/// `swap_halves` the two halves of the rows change places.
+/// One diffusers tensor and where it lies in the BFL layout: `num_rows` rows of tensor `bfl` from
+/// `first_row`. With `swap_halves` the two halves of the rows change places.
 struct DiffusersTensor {
   std::string name;
   std::string bfl;
@@ -27,7 +29,8 @@ struct DiffusersTensor {
   int64_t num_rows() const { return shape[0]; }
 };
 
-/// Every diffusers tensor of the model; those that make one BFL tensor follow each other in the order of their rows.
+/// Every diffusers tensor of the model; those that make one BFL tensor follow each other in the
+/// order of their rows.
 std::vector<DiffusersTensor> diffusers_layout(const Config& config);
 
 }  // namespace flux::dit

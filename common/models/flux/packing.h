@@ -4,7 +4,8 @@
 
 namespace flux::dit {
 
-/// 2x2 patches as tokens: token = row * (w/2) + column; channel = c * 4 + (row in patch) * 2 + (column in patch).
+/// 2x2 patches as tokens: token = row * (w/2) + column; channel = c * 4 + (row in patch) * 2 +
+/// (column in patch).
 ///
 ///   latents  [B, C, h, w], h and w even
 ///   returns  [B, h/2 * w/2, 4 C]

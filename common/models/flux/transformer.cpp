@@ -48,13 +48,17 @@ void check(const Config& config, const Inputs& in) {
   check_shape("y", in.y, {batch, config.pooled_dim});
   check_shape("timestep", in.timestep, {batch});
   if (config.guidance) {
-    if (!in.guidance.defined()) throw std::invalid_argument("guidance is not given, and this transformer reads it");
+    if (!in.guidance.defined())
+      throw std::invalid_argument("guidance is not given, and this transformer reads it");
     check_shape("guidance", in.guidance, {batch});
   }
   if (in.text_mask) check_shape("text_mask", *in.text_mask, {batch, length});
-  for (const auto& [name, ids, count] : {std::tuple{"img_ids", in.img_ids, in.img.size(1)}, {"txt_ids", in.txt_ids, length}}) {
-    if (ids.dim() == 3) check_shape(name, ids, {batch, count, 3});
-    else check_shape(name, ids, {count, 3});
+  for (const auto& [name, ids, count] :
+       {std::tuple{"img_ids", in.img_ids, in.img.size(1)}, {"txt_ids", in.txt_ids, length}}) {
+    if (ids.dim() == 3)
+      check_shape(name, ids, {batch, count, 3});
+    else
+      check_shape(name, ids, {count, 3});
   }
 }
 
@@ -73,14 +77,19 @@ Rope rope_table(const Config& config, const at::Tensor& ids) {
   std::vector<at::Tensor> angles;
   for (size_t axis = 0; axis < config.axes.size(); ++axis) {
     const int64_t dim = config.axes[axis];
-    const auto exponents = at::arange(dim / 2, positions.options()) * (-2.0 / static_cast<double>(dim));
-    angles.push_back(positions.select(2, static_cast<int64_t>(axis)).unsqueeze(2) * (exponents * std::log(config.theta)).exp());
+    const auto exponents =
+        at::arange(dim / 2, positions.options()) * (-2.0 / static_cast<double>(dim));
+    angles.push_back(positions.select(2, static_cast<int64_t>(axis)).unsqueeze(2) *
+                     (exponents * std::log(config.theta)).exp());
   }
   const auto all = at::cat(angles, -1);
   return {all.cos().to(at::kFloat), all.sin().to(at::kFloat)};
 }
 
-at::Tensor condition(const Config& config, const Weights& weights, const Inputs& inputs, const Tap& tap) {
+at::Tensor condition(const Config& config,
+                     const Weights& weights,
+                     const Inputs& inputs,
+                     const Tap& tap) {
   const auto type = weights.img_in.weight.scalar_type();
   const auto times = sinusoid(inputs.timestep, config.sinusoid_dim);
   show(tap, "sinusoid_timestep", times);
@@ -101,20 +110,32 @@ std::optional<at::Tensor> key_mask(const Inputs& inputs) {
   return at::cat({text, at::ones({inputs.img.size(0), inputs.img.size(1)}, text.options())}, 1);
 }
 
-Streams double_block(const DoubleBlock& weights, const Streams& streams, const at::Tensor& vec, const Rope& rope,
+Streams double_block(const DoubleBlock& weights,
+                     const Streams& streams,
+                     const at::Tensor& vec,
+                     const Rope& rope,
                      const std::optional<at::Tensor>& mask) {
   const int64_t num_text = streams.txt.size(1), num_image = streams.img.size(1);
-  const auto image_mod = modulation(weights.img.mod, vec, 6), text_mod = modulation(weights.txt.mod, vec, 6);
-  const auto heads = [&](const Stream& stream, const at::Tensor& x, const std::vector<at::Tensor>& mod, const Rope& angles) {
+  const auto image_mod = modulation(weights.img.mod, vec, 6),
+             text_mod = modulation(weights.txt.mod, vec, 6);
+  const auto heads = [&](const Stream& stream,
+                         const at::Tensor& x,
+                         const std::vector<at::Tensor>& mod,
+                         const Rope& angles) {
     const auto qkv = linear(stream.qkv, modulate(x, mod[0], mod[1]));
     return qk_norm_rope(qkv, stream.query_scale, stream.key_scale, angles.cos, angles.sin);
   };
   const auto text = heads(weights.txt, streams.txt, text_mod, narrow(rope, 0, num_text));
   const auto image = heads(weights.img, streams.img, image_mod, narrow(rope, num_text, num_image));
-  const auto attended =
-      attention(at::cat({text.q, image.q}, 1), at::cat({text.k, image.k}, 1), at::cat({text.v, image.v}, 1), mask);
+  const auto attended = attention(at::cat({text.q, image.q}, 1),
+                                  at::cat({text.k, image.k}, 1),
+                                  at::cat({text.v, image.v}, 1),
+                                  mask);
 
-  const auto rest = [&](const Stream& stream, const at::Tensor& x, const std::vector<at::Tensor>& mod, const at::Tensor& part) {
+  const auto rest = [&](const Stream& stream,
+                        const at::Tensor& x,
+                        const std::vector<at::Tensor>& mod,
+                        const at::Tensor& part) {
     const auto y = gated_residual(x, mod[2], linear(stream.proj, part));
     return gated_residual(y, mod[5], mlp(stream, modulate(y, mod[3], mod[4])));
   };
@@ -122,29 +143,41 @@ Streams double_block(const DoubleBlock& weights, const Streams& streams, const a
           rest(weights.txt, streams.txt, text_mod, attended.narrow(1, 0, num_text))};
 }
 
-at::Tensor single_block(const SingleBlock& weights, const at::Tensor& x, const at::Tensor& vec, const Rope& rope,
+at::Tensor single_block(const SingleBlock& weights,
+                        const at::Tensor& x,
+                        const at::Tensor& vec,
+                        const Rope& rope,
                         const std::optional<at::Tensor>& mask) {
   const auto mod = modulation(weights.modulation, vec, 3);
   const auto both = linear(weights.linear1, modulate(x, mod[0], mod[1]));
   const int64_t qkv_size = 3 * x.size(-1);
   const auto parts = both.split_with_sizes({qkv_size, both.size(-1) - qkv_size}, -1);
-  const auto heads = qk_norm_rope(parts[0], weights.query_scale, weights.key_scale, rope.cos, rope.sin);
+  const auto heads =
+      qk_norm_rope(parts[0], weights.query_scale, weights.key_scale, rope.cos, rope.sin);
   const auto attended = attention(heads.q, heads.k, heads.v, mask);
-  return gated_residual(x, mod[2], linear(weights.linear2, at::cat({attended, at::gelu(parts[1], "tanh")}, -1)));
+  return gated_residual(
+      x, mod[2], linear(weights.linear2, at::cat({attended, at::gelu(parts[1], "tanh")}, -1)));
 }
 
-at::Tensor final_layer(const Weights& weights, const at::Tensor& img, const at::Tensor& vec, const Tap& tap) {
+at::Tensor final_layer(const Weights& weights,
+                       const at::Tensor& img,
+                       const at::Tensor& vec,
+                       const Tap& tap) {
   const auto mod = modulation(weights.final_modulation, vec, 2);
   const auto modulated = modulate(img, mod[0], mod[1]);
   show(tap, "final_layer.modulated", modulated);
   return linear(weights.final_linear, modulated);
 }
 
-at::Tensor forward(const Config& config, const Weights& weights, const Inputs& inputs, const Tap& tap) {
+at::Tensor forward(const Config& config,
+                   const Weights& weights,
+                   const Inputs& inputs,
+                   const Tap& tap) {
   check(config, inputs);
   const auto type = weights.img_in.weight.scalar_type();
   const auto vec = condition(config, weights, inputs, tap);
-  Streams streams{linear(weights.img_in, inputs.img.to(type)), linear(weights.txt_in, inputs.txt.to(type))};
+  Streams streams{linear(weights.img_in, inputs.img.to(type)),
+                  linear(weights.txt_in, inputs.txt.to(type))};
   show(tap, "img_in", streams.img);
   show(tap, "txt_in", streams.txt);
   const auto rope = rope_table(config, at::cat({inputs.txt_ids, inputs.img_ids}, -2));

@@ -1,4 +1,5 @@
-// common/models/flux/transformer.h - the forward pass of FLUX.1, as pure functions of plain structs of tensors.
+// common/models/flux/transformer.h - the forward pass of FLUX.1, as pure functions of plain structs
+// of tensors.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -11,8 +12,8 @@
 
 namespace flux::dit {
 
-/// What the transformer reads. Floating-point tensors may have any float dtype: img, txt and y are cast to the dtype of the
-/// weights; timestep, guidance and ids are used in float32.
+/// What the transformer reads. Floating-point tensors may have any float dtype: img, txt and y are
+/// cast to the dtype of the weights; timestep, guidance and ids are used in float32.
 struct Inputs {
   at::Tensor img;       // [B, N, in_channels] packed latents
   at::Tensor txt;       // [B, L, prompt_dim] prompt embedding
@@ -21,7 +22,8 @@ struct Inputs {
   at::Tensor guidance;  // [B]; read by a model with guidance only
   at::Tensor img_ids;   // [N, 3] or [B, N, 3]
   at::Tensor txt_ids;   // [L, 3] or [B, L, 3]
-  std::optional<at::Tensor> text_mask;  // [B, L] bool or 0/1: 1 = real token; absent: all tokens are attended to
+  std::optional<at::Tensor>
+      text_mask;  // [B, L] bool or 0/1: 1 = real token; absent: all tokens are attended to
 };
 
 /// Rotation of each token, text first: [1 or B, L + N, head / 2] float32 (angles in float64).
@@ -34,16 +36,19 @@ struct Streams {
   at::Tensor img, txt;
 };
 
-/// Shows intermediate results to tests, by the names of the reference vectors: sinusoid_timestep, sinusoid_guidance, vec,
-/// img_in, txt_in, rope_cos, rope_sin, double_blocks.{i}.img, double_blocks.{i}.txt, single_blocks.{i} (text first),
-/// final_layer.modulated.
+/// Shows intermediate results to tests, by the names of the reference vectors: sinusoid_timestep,
+/// sinusoid_guidance, vec, img_in, txt_in, rope_cos, rope_sin, double_blocks.{i}.img,
+/// double_blocks.{i}.txt, single_blocks.{i} (text first), final_layer.modulated.
 using Tap = std::function<void(std::string_view name, const at::Tensor& value)>;
 
-/// The predicted velocity [B, N, out_channels], in the dtype of the weights. Gradients flow to img, txt, y, all weights and
-/// adapters that require them.
-/// Throws std::invalid_argument, naming the input and both shapes, if they disagree.
-/// Source: architecture notes 1.3, 1.4 (mask), 1.5 (precision: sinusoid from float32 times, then cast).
-at::Tensor forward(const Config& config, const Weights& weights, const Inputs& inputs, const Tap& tap = {});
+/// The predicted velocity [B, N, out_channels], in the dtype of the weights. Gradients flow to img,
+/// txt, y, all weights and adapters that require them. Throws std::invalid_argument, naming the
+/// input and both shapes, if they disagree. Source: architecture notes 1.3, 1.4 (mask), 1.5
+/// (precision: sinusoid from float32 times, then cast).
+at::Tensor forward(const Config& config,
+                   const Weights& weights,
+                   const Inputs& inputs,
+                   const Tap& tap = {});
 
 // The parts of forward(), for loops that visit one block at a time.
 
@@ -52,15 +57,27 @@ at::Tensor sinusoid(const at::Tensor& values, int64_t dim);
 /// Cosine and sine of the angles of ids [n, 3] or [B, n, 3].
 Rope rope_table(const Config& config, const at::Tensor& ids);
 /// vec [B, H]: what modulates every block.
-at::Tensor condition(const Config& config, const Weights& weights, const Inputs& inputs, const Tap& tap = {});
+at::Tensor condition(const Config& config,
+                     const Weights& weights,
+                     const Inputs& inputs,
+                     const Tap& tap = {});
 /// Which keys may be attended to, [B, L + N] bool; nothing without a text mask.
 std::optional<at::Tensor> key_mask(const Inputs& inputs);
-Streams double_block(const DoubleBlock& weights, const Streams& streams, const at::Tensor& vec, const Rope& rope,
+Streams double_block(const DoubleBlock& weights,
+                     const Streams& streams,
+                     const at::Tensor& vec,
+                     const Rope& rope,
                      const std::optional<at::Tensor>& key_mask);
 /// x [B, L + N, H], text first.
-at::Tensor single_block(const SingleBlock& weights, const at::Tensor& x, const at::Tensor& vec, const Rope& rope,
+at::Tensor single_block(const SingleBlock& weights,
+                        const at::Tensor& x,
+                        const at::Tensor& vec,
+                        const Rope& rope,
                         const std::optional<at::Tensor>& key_mask);
 /// Image tokens [B, N, H] -> velocity [B, N, out_channels].
-at::Tensor final_layer(const Weights& weights, const at::Tensor& img, const at::Tensor& vec, const Tap& tap = {});
+at::Tensor final_layer(const Weights& weights,
+                       const at::Tensor& img,
+                       const at::Tensor& vec,
+                       const Tap& tap = {});
 
 }  // namespace flux::dit

@@ -8,10 +8,15 @@ namespace {
 using LinearVisitor = std::function<void(const std::string&, Linear&)>;
 using TensorVisitor = std::function<void(const std::string&, at::Tensor&)>;
 
-// One list of members serves both kinds of visit: `linear` and `tensor` get names and members in the order of a BFL file.
+// One list of members serves both kinds of visit: `linear` and `tensor` get names and members in
+// the order of a BFL file.
 template <class OnLinear, class OnTensor>
-void walk(DoubleBlock& block, const std::string& prefix, const OnLinear& linear, const OnTensor& tensor) {
-  for (auto& [name, stream] : {std::pair<const char*, Stream&>{"img_", block.img}, {"txt_", block.txt}}) {
+void walk(DoubleBlock& block,
+          const std::string& prefix,
+          const OnLinear& linear,
+          const OnTensor& tensor) {
+  for (auto& [name, stream] :
+       {std::pair<const char*, Stream&>{"img_", block.img}, {"txt_", block.txt}}) {
     linear(prefix + name + "mod.lin", stream.mod);
     linear(prefix + name + "attn.qkv", stream.qkv);
     tensor(prefix + name + "attn.norm.query_norm.scale", stream.query_scale);
@@ -23,7 +28,10 @@ void walk(DoubleBlock& block, const std::string& prefix, const OnLinear& linear,
 }
 
 template <class OnLinear, class OnTensor>
-void walk(SingleBlock& block, const std::string& prefix, const OnLinear& linear, const OnTensor& tensor) {
+void walk(SingleBlock& block,
+          const std::string& prefix,
+          const OnLinear& linear,
+          const OnTensor& tensor) {
   linear(prefix + "linear1", block.linear1);
   linear(prefix + "linear2", block.linear2);
   tensor(prefix + "norm.query_norm.scale", block.query_scale);
@@ -69,7 +77,9 @@ Weights empty_weights(const Config& config) {
   return weights;
 }
 
-void for_each_linear(Weights& weights, const LinearVisitor& visit) { walk(weights, visit, kIgnoreTensor); }
+void for_each_linear(Weights& weights, const LinearVisitor& visit) {
+  walk(weights, visit, kIgnoreTensor);
+}
 void for_each_linear(DoubleBlock& block, const std::string& prefix, const LinearVisitor& visit) {
   walk(block, prefix, visit, kIgnoreTensor);
 }
@@ -77,7 +87,9 @@ void for_each_linear(SingleBlock& block, const std::string& prefix, const Linear
   walk(block, prefix, visit, kIgnoreTensor);
 }
 
-void for_each_tensor(Weights& weights, const TensorVisitor& visit) { walk(weights, both_tensors(visit), visit); }
+void for_each_tensor(Weights& weights, const TensorVisitor& visit) {
+  walk(weights, both_tensors(visit), visit);
+}
 void for_each_tensor(DoubleBlock& block, const std::string& prefix, const TensorVisitor& visit) {
   walk(block, prefix, both_tensors(visit), visit);
 }

@@ -19,11 +19,11 @@ struct Embedder {
 
 /// Image or text half of a double block.
 struct Stream {
-  Linear mod;                          // mod.lin            H -> 6H
-  Linear qkv;                          // attn.qkv           H -> 3H
-  at::Tensor query_scale, key_scale;   // attn.norm.*.scale  [head]
-  Linear proj;                         // attn.proj          H -> H
-  Linear mlp_in, mlp_out;              // mlp.0, mlp.2       H -> M -> H
+  Linear mod;                         // mod.lin            H -> 6H
+  Linear qkv;                         // attn.qkv           H -> 3H
+  at::Tensor query_scale, key_scale;  // attn.norm.*.scale  [head]
+  Linear proj;                        // attn.proj          H -> H
+  Linear mlp_in, mlp_out;             // mlp.0, mlp.2       H -> M -> H
 };
 
 struct DoubleBlock {
@@ -48,20 +48,27 @@ struct Weights {
   Linear final_linear;      // final_layer.linear              H -> out_channels
 };
 
-/// Calls `visit` with every Linear of the model and its module path ("double_blocks.0.img_attn.qkv"), in the order of
-/// a BFL file.
-void for_each_linear(Weights& weights, const std::function<void(const std::string& path, Linear& layer)>& visit);
-/// The same for one block; `prefix` is "double_blocks.3." or "single_blocks.3.".
-void for_each_linear(DoubleBlock& block, const std::string& prefix,
+/// Calls `visit` with every Linear of the model and its module path
+/// ("double_blocks.0.img_attn.qkv"), in the order of a BFL file.
+void for_each_linear(Weights& weights,
                      const std::function<void(const std::string& path, Linear& layer)>& visit);
-void for_each_linear(SingleBlock& block, const std::string& prefix,
+/// The same for one block; `prefix` is "double_blocks.3." or "single_blocks.3.".
+void for_each_linear(DoubleBlock& block,
+                     const std::string& prefix,
+                     const std::function<void(const std::string& path, Linear& layer)>& visit);
+void for_each_linear(SingleBlock& block,
+                     const std::string& prefix,
                      const std::function<void(const std::string& path, Linear& layer)>& visit);
 
-/// Calls `visit` with every base tensor (no adapters) and its BFL name, in the order of tensor_shapes().
-void for_each_tensor(Weights& weights, const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
-void for_each_tensor(DoubleBlock& block, const std::string& prefix,
+/// Calls `visit` with every base tensor (no adapters) and its BFL name, in the order of
+/// tensor_shapes().
+void for_each_tensor(Weights& weights,
                      const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
-void for_each_tensor(SingleBlock& block, const std::string& prefix,
+void for_each_tensor(DoubleBlock& block,
+                     const std::string& prefix,
+                     const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
+void for_each_tensor(SingleBlock& block,
+                     const std::string& prefix,
                      const std::function<void(const std::string& name, at::Tensor& tensor)>& visit);
 
 /// A Weights of the right form for `config`, all tensors undefined.

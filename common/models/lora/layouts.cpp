@@ -1,4 +1,5 @@
-// common/models/lora/layouts.cpp - LoRA files: names of the layouts, and q, k, v adapters fused into one.
+// common/models/lora/layouts.cpp - LoRA files: names of the layouts, and q, k, v adapters fused
+// into one.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -31,7 +32,8 @@ struct Place {
   bool swap_halves = false;
 };
 
-/// Every module name a file may use. Made forward from the model's layers: underscored names cannot be read backwards.
+/// Every module name a file may use. Made forward from the model's layers: underscored names cannot
+/// be read backwards.
 std::map<std::string, Place> module_names(const dit::Config& config) {
   std::map<std::string, Place> out;
   for (const auto& [path, in, rows] : all_targets(config)) {
@@ -43,8 +45,12 @@ std::map<std::string, Place> module_names(const dit::Config& config) {
   for (const auto& tensor : dit::diffusers_layout(config)) {
     if (tensor.shape.size() != 2) continue;
     const auto module = tensor.name.substr(0, tensor.name.rfind('.'));
-    const Place place{tensor.bfl.substr(0, tensor.bfl.rfind('.')), module, tensor.first_row, tensor.num_rows(),
-                      tensor.shape[1], tensor.swap_halves};
+    const Place place{tensor.bfl.substr(0, tensor.bfl.rfind('.')),
+                      module,
+                      tensor.first_row,
+                      tensor.num_rows(),
+                      tensor.shape[1],
+                      tensor.swap_halves};
     out["transformer." + module] = place;
     out["lora_transformer_" + underscored(module)] = place;
   }
@@ -65,9 +71,12 @@ struct Suffix {
   Role role;
 };
 constexpr Suffix kSuffixes[] = {
-    {".lora_down.weight", Role::kDown},         {".lora_up.weight", Role::kUp},
-    {".lora_A.weight", Role::kDown},            {".lora_B.weight", Role::kUp},
-    {".lora_A.default.weight", Role::kDown},    {".lora_B.default.weight", Role::kUp},
+    {".lora_down.weight", Role::kDown},
+    {".lora_up.weight", Role::kUp},
+    {".lora_A.weight", Role::kDown},
+    {".lora_B.weight", Role::kUp},
+    {".lora_A.default.weight", Role::kDown},
+    {".lora_B.default.weight", Role::kUp},
     {".alpha", Role::kAlpha},
 };
 
@@ -103,7 +112,8 @@ std::map<std::string, Part> read_parts(const TensorMap& tensors, const dit::Conf
   const auto names = module_names(config);
   std::map<std::string, Part> parts;
   for (const auto& [name, tensor] : tensors) {
-    const auto suffix = std::find_if(std::begin(kSuffixes), std::end(kSuffixes),
+    const auto suffix = std::find_if(std::begin(kSuffixes),
+                                     std::end(kSuffixes),
                                      [&](const Suffix& s) { return name.ends_with(s.text); });
     if (suffix == std::end(kSuffixes)) refuse(name, reason(name));
     const auto module = name.substr(0, name.size() - suffix->text.size());
@@ -112,22 +122,28 @@ std::map<std::string, Part> read_parts(const TensorMap& tensors, const dit::Conf
     auto& part = parts[module];
     part.place = place->second;
     if (suffix->role == Role::kAlpha) {
-      if (tensor.numel() != 1) refuse(name, "alpha has shape " + shape_text(tensor) + ", expected one number");
+      if (tensor.numel() != 1)
+        refuse(name, "alpha has shape " + shape_text(tensor) + ", expected one number");
       part.alpha = tensor.to(at::kDouble).item<double>();
       continue;
     }
     auto& slot = suffix->role == Role::kDown ? part.down : part.up;
     if (slot.defined()) refuse(name, "a second pair for the same layer");
-    if (tensor.dim() != 2 || !tensor.is_floating_point()) refuse(name, "shape " + shape_text(tensor) + " is no matrix of floats");
+    if (tensor.dim() != 2 || !tensor.is_floating_point())
+      refuse(name, "shape " + shape_text(tensor) + " is no matrix of floats");
     slot = tensor;
   }
   for (const auto& [module, part] : parts) {
-    if (!part.down.defined() || !part.up.defined()) refuse(module, "half of the pair down, up is missing");
+    if (!part.down.defined() || !part.up.defined())
+      refuse(module, "half of the pair down, up is missing");
     const auto& place = part.place;
-    if (part.down.size(1) != place.in || part.up.size(0) != place.rows || part.up.size(1) != part.down.size(0) ||
-        part.down.size(0) == 0)
-      refuse(module, fmt::format("down {} and up {} do not fit a layer {}", shape_text(part.down), shape_text(part.up),
-                                 shape_text(std::vector<int64_t>{place.rows, place.in})));
+    if (part.down.size(1) != place.in || part.up.size(0) != place.rows ||
+        part.up.size(1) != part.down.size(0) || part.down.size(0) == 0)
+      refuse(module,
+             fmt::format("down {} and up {} do not fit a layer {}",
+                         shape_text(part.down),
+                         shape_text(part.up),
+                         shape_text(std::vector<int64_t>{place.rows, place.in})));
   }
   return parts;
 }
@@ -139,7 +155,8 @@ class PeftConfig {
     const auto found = metadata.find("lora_adapter_metadata");
     if (found == metadata.end()) return;
     config_ = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
-    if (!config_.is_object()) throw InputError("LoRA metadata lora_adapter_metadata is not a JSON object");
+    if (!config_.is_object())
+      throw InputError("LoRA metadata lora_adapter_metadata is not a JSON object");
     for (const char* option : {"use_dora", "lora_bias"})
       if (const auto* value = find(option); value && value->is_boolean() && value->get<bool>())
         throw InputError(fmt::format("LoRA metadata: {} is not supported", option));
@@ -167,10 +184,12 @@ class PeftConfig {
     if (!value.is_number()) throw InputError(fmt::format("LoRA metadata: {} is not a number", key));
     return value.get<double>();
   }
-  /// PEFT reads a key as a regular expression for the end of a module path; plain paths are what files hold.
+  /// PEFT reads a key as a regular expression for the end of a module path; plain paths are what
+  /// files hold.
   static bool matches(const std::string& module, const std::string& pattern) {
     if (pattern.find_first_of("*+?[](){}|^$\\") != std::string::npos)
-      throw InputError("LoRA metadata: alpha_pattern with the regular expression " + printable(pattern) + " is not supported");
+      throw InputError("LoRA metadata: alpha_pattern with the regular expression " +
+                       printable(pattern) + " is not supported");
     return module == pattern || module.ends_with("." + pattern);
   }
   nlohmann::json config_ = nlohmann::json::object();
@@ -183,8 +202,11 @@ at::Tensor swap_halves(const at::Tensor& rows) {
 
 /// One module from the parts of one Linear, exactly: downs stacked, ups on the diagonal.
 Module fuse(const Target& target, std::vector<Part> parts) {
-  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.place.first_row < b.place.first_row; });
-  const bool one_scale = std::all_of(parts.begin(), parts.end(), [&](const Part& p) { return p.scale == parts[0].scale; });
+  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) {
+    return a.place.first_row < b.place.first_row;
+  });
+  const bool one_scale = std::all_of(
+      parts.begin(), parts.end(), [&](const Part& p) { return p.scale == parts[0].scale; });
   std::vector<at::Tensor> downs;
   int64_t rank = 0, covered = 0;
   for (auto& part : parts) {
@@ -202,7 +224,9 @@ Module fuse(const Target& target, std::vector<Part> parts) {
     module.up = at::zeros({target.out, rank}, parts[0].up.options());
     int64_t column = 0;
     for (const auto& part : parts) {
-      module.up.narrow(0, part.place.first_row, part.place.rows).narrow(1, column, part.down.size(0)).copy_(part.up);
+      module.up.narrow(0, part.place.first_row, part.place.rows)
+          .narrow(1, column, part.down.size(0))
+          .copy_(part.up);
       column += part.down.size(0);
     }
   }
@@ -222,7 +246,9 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype) {
   return out;
 }
 
-Adapters from_tensors(const TensorMap& tensors, const Metadata& metadata, const dit::Config& config) {
+Adapters from_tensors(const TensorMap& tensors,
+                      const Metadata& metadata,
+                      const dit::Config& config) {
   const PeftConfig peft(metadata);
   std::map<std::string, std::vector<Part>> by_path;
   for (auto& [module, part] : read_parts(tensors, config)) {
@@ -232,7 +258,8 @@ Adapters from_tensors(const TensorMap& tensors, const Metadata& metadata, const 
     if (is_peft) part.scale = peft.scale(part.place.diffusers, rank);
     by_path[part.place.path].push_back(part);
   }
-  if (by_path.empty()) throw InputError("the file holds no LoRA", "give a LoRA of a FLUX transformer");
+  if (by_path.empty())
+    throw InputError("the file holds no LoRA", "give a LoRA of a FLUX transformer");
   Adapters adapters;
   for (const auto& target : all_targets(config))
     if (const auto found = by_path.find(target.path); found != by_path.end())

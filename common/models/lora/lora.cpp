@@ -18,7 +18,8 @@
 namespace flux::lora {
 namespace {
 
-/// Calls `visit(module, layer)` for every module, in the order of the model. Throws InputError for one that does not fit.
+/// Calls `visit(module, layer)` for every module, in the order of the model. Throws InputError for
+/// one that does not fit.
 template <class Visit>
 void match(const Adapters& adapters, dit::Weights& weights, const Visit& visit) {
   std::unordered_map<std::string, const Module*> by_path;
@@ -29,14 +30,19 @@ void match(const Adapters& adapters, dit::Weights& weights, const Visit& visit) 
     const auto& module = *found->second;
     by_path.erase(found);
     if (module.down.size(1) != layer.weight.size(1) || module.up.size(0) != layer.weight.size(0))
-      throw InputError(fmt::format("LoRA module {}: down {} and up {} do not fit the model's weight {}", path,
-                                   shape_text(module.down), shape_text(module.up), shape_text(layer.weight)),
-                       "the LoRA was made for another model");
+      throw InputError(
+          fmt::format("LoRA module {}: down {} and up {} do not fit the model's weight {}",
+                      path,
+                      shape_text(module.down),
+                      shape_text(module.up),
+                      shape_text(layer.weight)),
+          "the LoRA was made for another model");
     visit(module, layer);
   });
   if (!by_path.empty())
-    throw InputError(fmt::format("LoRA module {}: the model has no such layer", by_path.begin()->first),
-                     "the LoRA was made for a deeper model");
+    throw InputError(
+        fmt::format("LoRA module {}: the model has no such layer", by_path.begin()->first),
+        "the LoRA was made for a deeper model");
 }
 
 }  // namespace
@@ -50,7 +56,8 @@ std::vector<Target> all_targets(const dit::Config& config) {
 
 std::vector<Target> default_targets(const dit::Config& config) {
   auto out = all_targets(config);
-  std::erase_if(out, [](const Target& target) { return target.path.find("_blocks.") == std::string::npos; });
+  std::erase_if(
+      out, [](const Target& target) { return target.path.find("_blocks.") == std::string::npos; });
   return out;
 }
 
@@ -60,7 +67,10 @@ int64_t Adapters::num_parameters() const {
   return total;
 }
 
-Adapters make_adapters(const std::vector<Target>& targets, int64_t rank, double alpha, uint64_t seed) {
+Adapters make_adapters(const std::vector<Target>& targets,
+                       int64_t rank,
+                       double alpha,
+                       uint64_t seed) {
   Adapters adapters;
   for (const auto& target : targets) {
     const auto down = at::empty({rank, target.in}, at::kFloat);
@@ -71,14 +81,16 @@ Adapters make_adapters(const std::vector<Target>& targets, int64_t rank, double 
       for (int64_t i = first; i < last; ++i)
         values[i] = static_cast<float>(bound * (2 * stream.uniform(static_cast<uint64_t>(i)) - 1));
     });
-    adapters.modules.push_back({target.path, down, at::zeros({target.out, rank}, at::kFloat), alpha});
+    adapters.modules.push_back(
+        {target.path, down, at::zeros({target.out, rank}, at::kFloat), alpha});
   }
   return adapters;
 }
 
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier) {
   match(adapters, weights, [&](const Module& module, Linear& layer) {
-    layer.lora = {module.down, module.up, multiplier * module.alpha / static_cast<double>(module.rank())};
+    layer.lora = {
+        module.down, module.up, multiplier * module.alpha / static_cast<double>(module.rank())};
   });
 }
 

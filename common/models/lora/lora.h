@@ -19,8 +19,8 @@ struct Target {
   int64_t in = 0, out = 0;
 };
 
-/// The Linears that sd-scripts adapts by default: all of the blocks, modulations included (304 for FLUX.1-dev).
-/// Source: architecture notes 6.1.
+/// The Linears that sd-scripts adapts by default: all of the blocks, modulations included (304 for
+/// FLUX.1-dev). Source: architecture notes 6.1.
 std::vector<Target> default_targets(const dit::Config& config);
 /// All Linears of the transformer.
 std::vector<Target> all_targets(const dit::Config& config);
@@ -40,34 +40,44 @@ struct Adapters {
   int64_t num_parameters() const;
 };
 
-/// New adapters in float32: down uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), from a stream keyed by seed and module
-/// path, so that a module's start does not depend on which others are trained; up zero.
-Adapters make_adapters(const std::vector<Target>& targets, int64_t rank, double alpha, uint64_t seed);
+/// New adapters in float32: down uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), from a stream
+/// keyed by seed and module path, so that a module's start does not depend on which others are
+/// trained; up zero.
+Adapters make_adapters(const std::vector<Target>& targets,
+                       int64_t rank,
+                       double alpha,
+                       uint64_t seed);
 
-/// Puts the adapters into the Linears of `weights` (the tensors are shared, so training them trains what is attached).
-/// Throws InputError, naming the module and both shapes, if one does not fit.
+/// Puts the adapters into the Linears of `weights` (the tensors are shared, so training them trains
+/// what is attached). Throws InputError, naming the module and both shapes, if one does not fit.
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 void detach(dit::Weights& weights);
 
-/// W <- W + multiplier * alpha / rank * up @ down for every adapted Linear, computed in float32 and rounded once to the dtype
-/// of W. New tensors: those of `weights` that others share stay as they were.
+/// W <- W + multiplier * alpha / rank * up @ down for every adapted Linear, computed in float32 and
+/// rounded once to the dtype of W. New tensors: those of `weights` that others share stay as they
+/// were.
 void merge(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 
 using Metadata = std::map<std::string, std::string>;
 
-/// The tensors of sd-scripts' layout: lora_unet_{path with underscores}.lora_down.weight, .lora_up.weight, .alpha (0-dim), all in
-/// `dtype`.
+/// The tensors of sd-scripts' layout: lora_unet_{path with underscores}.lora_down.weight,
+/// .lora_up.weight, .alpha (0-dim), all in `dtype`.
 TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 
-/// Adapters from the tensors of a file, whichever of these layouts it has (recognised by its names):
+/// Adapters from the tensors of a file, whichever of these layouts it has (recognised by its
+/// names):
 ///   sd-scripts      lora_unet_* with .lora_down.weight, .lora_up.weight, .alpha
-///   BFL paths       diffusion_model.* or base_model.model.* with .lora_down/.lora_up or .lora_A/.lora_B
-///   diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v (and the MLP half of linear1) are fused exactly:
-///                   downs stacked, ups on the diagonal, alpha = fused rank. The scale is 1, or lora_alpha / r of the metadata
-///                   `lora_adapter_metadata` (with its patterns), folded into the ups if it differs between parts
-/// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a wrong shape, a half pair, or
-/// a kind not supported (LyCORIS, DoRA, full differences, biases, XLabs processors, adapters of text encoders).
-/// Source: architecture notes 6.1 to 6.4.
-Adapters from_tensors(const TensorMap& tensors, const Metadata& metadata, const dit::Config& config);
+///   BFL paths       diffusion_model.* or base_model.model.* with .lora_down/.lora_up or
+///   .lora_A/.lora_B diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v
+///   (and the MLP half of linear1) are fused exactly:
+///                   downs stacked, ups on the diagonal, alpha = fused rank. The scale is 1, or
+///                   lora_alpha / r of the metadata `lora_adapter_metadata` (with its patterns),
+///                   folded into the ups if it differs between parts
+/// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a
+/// wrong shape, a half pair, or a kind not supported (LyCORIS, DoRA, full differences, biases,
+/// XLabs processors, adapters of text encoders). Source: architecture notes 6.1 to 6.4.
+Adapters from_tensors(const TensorMap& tensors,
+                      const Metadata& metadata,
+                      const dit::Config& config);
 
 }  // namespace flux::lora

@@ -20,9 +20,11 @@ TEST(Error, CarriesItsExitCodeAndHint) {
 TEST(Printable, EscapesWhatCouldSteerATerminal) {
   EXPECT_EQ(printable("caf\xC3\xA9 ok"), "caf\xC3\xA9 ok");
   EXPECT_EQ(printable("a\nb\tc\x1b[31m\x7f"), "a\\nb\\tc\\x1b[31m\\x7f");
-  EXPECT_EQ(printable("\xff\xc0\xaf"), "\\xff\\xc0\\xaf");          // not UTF-8, overlong
-  EXPECT_EQ(printable("\xC2\x85"), "\\xc2\\x85");                  // C1 control
-  EXPECT_EQ(printable("a\xE2\x80\xAE" "b"), "a\\xe2\\x80\\xaeb");  // right-to-left override
+  EXPECT_EQ(printable("\xff\xc0\xaf"), "\\xff\\xc0\\xaf");  // not UTF-8, overlong
+  EXPECT_EQ(printable("\xC2\x85"), "\\xc2\\x85");           // C1 control
+  EXPECT_EQ(printable("a\xE2\x80\xAE"
+                      "b"),
+            "a\\xe2\\x80\\xaeb");  // right-to-left override
 }
 
 TEST(Show, QuotesOnlyWhatNeedsIt) {

@@ -12,7 +12,8 @@ namespace {
 namespace fs = std::filesystem;
 
 size_t num_entries(const fs::path& folder) {
-  return static_cast<size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
+  return static_cast<size_t>(
+      std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
 }
 
 TEST(AtomicFile, LeavesNothingWithoutCommit) {
@@ -44,7 +45,9 @@ TEST(AtomicFile, NamesTheFolderItCannotWriteTo) {
     write_file_atomic(folder / "absent/a", "x");
     FAIL();
   } catch (const ResourceError& error) {
-    EXPECT_NE(std::string(error.what()).find("absent/a: cannot be created: No such file"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("absent/a: cannot be created: No such file"),
+              std::string::npos)
+        << error.what();
   }
 }
 

@@ -36,7 +36,8 @@ Parsed parse(std::vector<std::string> arguments, std::vector<std::string>* given
   tool.flag("max-steps", o.steps, "N", "how many", 1, 100);
   tool.flag("rate", o.rate, "X", "how fast", 0.0, 1.0);
   tool.flag("fast", o.fast, "be fast");
-  tool.flag("dtype", o.dtype, Choices<Dtype>{{"bf16", Dtype::kBf16}, {"f32", Dtype::kF32}}, "kept as");
+  tool.flag(
+      "dtype", o.dtype, Choices<Dtype>{{"bf16", Dtype::kBf16}, {"f32", Dtype::kF32}}, "kept as");
   tool.flag("out", o.out, "DIR", "where to");
   tool.flag("many", o.many, "X", "several");
   parsed.go_on = tool.parse();
@@ -59,8 +60,21 @@ std::string usage_error(std::vector<std::string> arguments) {
 
 TEST(Tool, WritesFlagsIntoTheStruct) {
   std::vector<std::string> given;
-  const auto [o, go_on] = parse({"--model=a b", "--max-steps", "7", "--rate", "1e-3", "--fast", "--dtype", "f32", "--out", "x y",
-                                 "--many", "1", "--many", "2"}, &given);
+  const auto [o, go_on] = parse({"--model=a b",
+                                 "--max-steps",
+                                 "7",
+                                 "--rate",
+                                 "1e-3",
+                                 "--fast",
+                                 "--dtype",
+                                 "f32",
+                                 "--out",
+                                 "x y",
+                                 "--many",
+                                 "1",
+                                 "--many",
+                                 "2"},
+                                &given);
   EXPECT_TRUE(go_on);
   EXPECT_EQ(o.model, "a b");
   EXPECT_EQ(o.steps, 7);
@@ -73,7 +87,8 @@ TEST(Tool, WritesFlagsIntoTheStruct) {
 }
 
 TEST(Tool, TakesNegativeValues) {  // a value that starts with '-' is a value, out of range here
-  EXPECT_NE(usage_error({"--max-steps", "-3"}).find("-3 is out of range, 1 to 100"), std::string::npos);
+  EXPECT_NE(usage_error({"--max-steps", "-3"}).find("-3 is out of range, 1 to 100"),
+            std::string::npos);
 }
 
 TEST(Tool, RefusesWhatItDoesNotKnow) {
@@ -85,18 +100,21 @@ TEST(Tool, RefusesWhatItDoesNotKnow) {
 
 TEST(Tool, RefusesMalformedValues) {
   EXPECT_EQ(usage_error({"--max-steps", "3x"}), "--max-steps: '3x' is not a whole number");
-  EXPECT_EQ(usage_error({"--max-steps", "101"}), "--max-steps: 101 is out of range, 1 to 100 is allowed");
+  EXPECT_EQ(usage_error({"--max-steps", "101"}),
+            "--max-steps: 101 is out of range, 1 to 100 is allowed");
   EXPECT_EQ(usage_error({"--max-steps", "99999999999999999999"}).substr(0, 44),
             "--max-steps: 99999999999999999999 is out of ");
   EXPECT_EQ(usage_error({"--rate", "nan"}), "--rate: 'nan' is not a number");
   EXPECT_EQ(usage_error({"--dtype", "f16"}), "--dtype: 'f16' is not one of bf16|f32");
-  EXPECT_EQ(usage_error({"--model", "a", "--model", "b"}), "--model is given twice\n  hint: give it once");
+  EXPECT_EQ(usage_error({"--model", "a", "--model", "b"}),
+            "--model is given twice\n  hint: give it once");
   EXPECT_NE(usage_error({"--model"}).find("model"), std::string::npos);
 }
 
 TEST(Tool, ReadsAConfigFileBelowTheCommandLine) {
   const test::TemporaryFolder folder;
-  const auto file = folder.write("a.toml", "max_steps = 9\nrate = 1\nfast = true\nmany = ['a', 'b']\n");
+  const auto file =
+      folder.write("a.toml", "max_steps = 9\nrate = 1\nfast = true\nmany = ['a', 'b']\n");
   const auto o = parse({"--config", file.string(), "--max-steps", "3"}).options;
   EXPECT_EQ(o.steps, 3);
   EXPECT_EQ(o.rate, 1.0);
@@ -106,11 +124,14 @@ TEST(Tool, ReadsAConfigFileBelowTheCommandLine) {
 
 TEST(Tool, RefusesABadConfigFile) {
   const test::TemporaryFolder folder;
-  const auto error = [&](const char* text) { return usage_error({"--config", folder.write("a.toml", text).string()}); };
+  const auto error = [&](const char* text) {
+    return usage_error({"--config", folder.write("a.toml", text).string()});
+  };
   EXPECT_NE(error("max_setps = 1").find("unknown key in"), std::string::npos);
   EXPECT_NE(error("max_setps = 1").find("did you mean --max-steps?"), std::string::npos);
   EXPECT_NE(error("max_steps = ").find("not valid TOML"), std::string::npos);
-  EXPECT_NE(error("max_steps = [1]").find("must be a string, a number or true/false"), std::string::npos);
+  EXPECT_NE(error("max_steps = [1]").find("must be a string, a number or true/false"),
+            std::string::npos);
   EXPECT_NE(error("max_steps = 1.5").find("'1.5' is not a whole number"), std::string::npos);
 }
 

@@ -12,14 +12,16 @@ namespace {
 
 test::TrainingCaches many_items() {
   test::TrainingCaches caches;
-  for (int i = 0; i < 11; ++i) caches.items.push_back({fmt::format("{}.png", i), 8, i % 3 == 0 ? 12u : 8u});
+  for (int i = 0; i < 11; ++i)
+    caches.items.push_back({fmt::format("{}.png", i), 8, i % 3 == 0 ? 12u : 8u});
   caches.t5_length = 4;
   return caches;
 }
 
 bool equal(const Batch& a, const Batch& b) {
   return a.epoch == b.epoch && a.index == b.index && a.names == b.names && a.visits == b.visits &&
-         at::equal(a.latents, b.latents) && at::equal(a.noise, b.noise) && at::equal(a.prompt_embedding, b.prompt_embedding) &&
+         at::equal(a.latents, b.latents) && at::equal(a.noise, b.noise) &&
+         at::equal(a.prompt_embedding, b.prompt_embedding) &&
          at::equal(a.pooled_embedding, b.pooled_embedding);
 }
 
@@ -27,7 +29,8 @@ TEST(BatchReader, GivesTheSameBatchesForAnyNumberOfThreads) {
   test::TemporaryFolder folder;
   many_items().write(folder.path());
   const TrainingData data(folder / "latents", folder / "text", {.seed = 3, .batch_size = 2});
-  BatchReader one(data, {}, {.num_threads = 1, .num_ahead = 1}), four(data, {}, {.num_threads = 4, .num_ahead = 7});
+  BatchReader one(data, {}, {.num_threads = 1, .num_ahead = 1}),
+      four(data, {}, {.num_threads = 4, .num_ahead = 7});
   for (int i = 0; i < 20; ++i) EXPECT_TRUE(equal(one.next(), four.next())) << "batch " << i;
 }
 

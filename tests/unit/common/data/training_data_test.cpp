@@ -20,7 +20,8 @@ using testing::HasSubstr;
 
 TrainingCaches five_items() {
   TrainingCaches caches;
-  caches.items = {{"a.png", 8, 8}, {"b.png", 8, 8}, {"c.png", 8, 12}, {"d.png", 8, 8}, {"e.png", 8, 12}};
+  caches.items = {
+      {"a.png", 8, 8}, {"b.png", 8, 8}, {"c.png", 8, 12}, {"d.png", 8, 8}, {"e.png", 8, 12}};
   caches.items[3].repeats = 2;
   caches.t5_length = 4;
   return caches;
@@ -42,7 +43,8 @@ TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
   EXPECT_EQ(data.num_items(), 5);
   EXPECT_EQ(data.num_visits(), 6);
   EXPECT_EQ(data.num_batches(), 3);  // 4 visits of 8x8, 2 of 8x12: ceil(4/3) + ceil(2/3)
-  EXPECT_EQ(data.buckets(), (std::vector<std::pair<std::string, int64_t>>{{"64x64", 4}, {"96x64", 2}}));
+  EXPECT_EQ(data.buckets(),
+            (std::vector<std::pair<std::string, int64_t>>{{"64x64", 4}, {"96x64", 2}}));
   std::set<std::multiset<int64_t>> orders;
   for (int64_t epoch = 0; epoch < 4; ++epoch) {
     std::multiset<std::string> names;
@@ -56,7 +58,8 @@ TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
       names.insert(batch.names.begin(), batch.names.end());
       keys.insert(batch.visits.begin(), batch.visits.end());
     }
-    EXPECT_EQ(names, (std::multiset<std::string>{"a.png", "b.png", "c.png", "d.png", "d.png", "e.png"}));
+    EXPECT_EQ(names,
+              (std::multiset<std::string>{"a.png", "b.png", "c.png", "d.png", "d.png", "e.png"}));
     EXPECT_EQ(keys.size(), 6u);
   }
 }
@@ -72,7 +75,8 @@ TEST(TrainingData, OrdersEpochsBySeedAndEpochAlone) {
   const auto names = [](const TemporaryFolder& where, uint64_t seed, int64_t epoch) {
     const TrainingData data(where / "latents", where / "text", {.seed = seed});
     std::vector<std::string> out;
-    for (const auto& visits : data.epoch_batches(epoch)) out.push_back(data.load(epoch, 0, visits).names.at(0));
+    for (const auto& visits : data.epoch_batches(epoch))
+      out.push_back(data.load(epoch, 0, visits).names.at(0));
     return out;
   };
   EXPECT_EQ(names(folder, 1, 0), names(folder, 1, 0));
@@ -112,7 +116,9 @@ TEST(TrainingData, TakesVariantsByWeightAndDropsCaptionsAtTheRate) {
   caches.empty_caption = true;
   caches.plan["subsets"][0]["caption_dropout_rate"] = 0.25;
   caches.write(folder.path());
-  const TrainingData data(folder / "latents", folder / "text", {.seed = 5, .batch_size = 400, .sample_posterior = false});
+  const TrainingData data(folder / "latents",
+                          folder / "text",
+                          {.seed = 5, .batch_size = 400, .sample_posterior = false});
   const Batch batch = data.load(0, 0, data.epoch_batches(0).at(0));
   std::map<float, int> captions;
   for (int64_t i = 0; i < 400; ++i) {
@@ -164,14 +170,16 @@ TEST(TrainingData, WeighsRegularisationAndLeavesOutValidation) {
   caches.items[0].flags = cache::kItemRegularization;
   caches.items[1].flags = cache::kItemValidation;
   caches.write(folder.path());
-  const TrainingData data(folder / "latents", folder / "text", {.batch_size = 8, .prior_loss_weight = 0.5});
+  const TrainingData data(
+      folder / "latents", folder / "text", {.batch_size = 8, .prior_loss_weight = 0.5});
   EXPECT_EQ(data.num_items(), 4);
   EXPECT_EQ(data.num_validation(), 1);
   EXPECT_EQ(data.num_regularization(), 1);
   for (const auto& visits : data.epoch_batches(0)) {
     const Batch batch = data.load(0, 0, visits);
     for (size_t i = 0; i < batch.names.size(); ++i) {
-      EXPECT_EQ(batch.loss_weight[static_cast<int64_t>(i)].item<float>(), batch.names[i] == "a.png" ? 0.5f : 1.0f);
+      EXPECT_EQ(batch.loss_weight[static_cast<int64_t>(i)].item<float>(),
+                batch.names[i] == "a.png" ? 0.5f : 1.0f);
     }
   }
 }
@@ -192,13 +200,15 @@ TEST(TrainingData, RefusesItemsThatOneCacheLacks) {
   TrainingCaches caches = five_items();
   caches.in_text = [](const std::string& name) { return name == "a.png"; };
   caches.write(folder.path());
-  EXPECT_THAT(message_of(folder), testing::AllOf(HasSubstr("4 items"), HasSubstr("b.png"), HasSubstr("e.png")));
+  EXPECT_THAT(message_of(folder),
+              testing::AllOf(HasSubstr("4 items"), HasSubstr("b.png"), HasSubstr("e.png")));
 
   TemporaryFolder other;
   caches.in_text = [](const std::string&) { return true; };
   caches.in_latents = [](const std::string& name) { return name == "a.png"; };
   caches.write(other.path());
-  EXPECT_THAT(message_of(other), testing::AllOf(HasSubstr("4 items"), HasSubstr("text"), HasSubstr("c.png")));
+  EXPECT_THAT(message_of(other),
+              testing::AllOf(HasSubstr("4 items"), HasSubstr("text"), HasSubstr("c.png")));
 }
 
 TEST(TrainingData, RefusesPlansThatDiffer) {
@@ -207,7 +217,8 @@ TEST(TrainingData, RefusesPlansThatDiffer) {
   caches.write_latents(folder / "latents");
   caches.plan["datasets"][0]["batch_size"] = 2;
   caches.write_text(folder / "text");
-  EXPECT_THAT(message_of(folder), testing::AllOf(HasSubstr("batch_size"), HasSubstr("2"), HasSubstr("1")));
+  EXPECT_THAT(message_of(folder),
+              testing::AllOf(HasSubstr("batch_size"), HasSubstr("2"), HasSubstr("1")));
 }
 
 TEST(TrainingData, RefusesDropoutWithoutAnEmptyCaption) {

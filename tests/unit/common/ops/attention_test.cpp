@@ -9,7 +9,10 @@
 namespace flux {
 namespace {
 
-at::Tensor plain(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask) {
+at::Tensor plain(const at::Tensor& q,
+                 const at::Tensor& k,
+                 const at::Tensor& v,
+                 const at::Tensor& mask) {
   const auto t = [](const at::Tensor& x) { return x.to(at::kDouble).transpose(1, 2); };
   auto scores = t(q).matmul(t(k).transpose(2, 3)) / std::sqrt(static_cast<double>(q.size(3)));
   scores = scores.masked_fill(mask.logical_not().unsqueeze(1).unsqueeze(1), -INFINITY);
@@ -18,7 +21,8 @@ at::Tensor plain(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
 
 TEST(Attention, EqualsTheFormWithAScoreMatrix) {
   at::manual_seed(1);
-  const auto q = at::randn({2, 70, 3, 32}), k = at::randn({2, 90, 3, 32}), v = at::randn({2, 90, 3, 32});
+  const auto q = at::randn({2, 70, 3, 32}), k = at::randn({2, 90, 3, 32}),
+             v = at::randn({2, 90, 3, 32});
   auto mask = at::ones({2, 90}, at::kBool);
   EXPECT_LT(test::relative_error(attention(q, k, v), plain(q, k, v, mask)), 1e-6);
   mask[0].narrow(0, 40, 20).fill_(false);
@@ -30,7 +34,8 @@ TEST(Attention, EqualsTheFormWithAScoreMatrix) {
 
 TEST(Attention, MaskedKeysGetNoGradient) {
   at::manual_seed(2);
-  const auto q = at::randn({1, 8, 2, 16}), k = at::randn({1, 8, 2, 16}).requires_grad_(), v = at::randn({1, 8, 2, 16});
+  const auto q = at::randn({1, 8, 2, 16}), k = at::randn({1, 8, 2, 16}).requires_grad_(),
+             v = at::randn({1, 8, 2, 16});
   auto mask = at::ones({1, 8}, at::kBool);
   mask[0][3].fill_(false);
   attention(q, k, v, mask).pow(2).sum().backward();
@@ -41,7 +46,8 @@ TEST(Attention, MaskedKeysGetNoGradient) {
 TEST(Attention, OnMetaMakesShapesForwardAndBackward) {
   const auto q = at::empty({2, 7, 3, 16}, at::kMeta).requires_grad_();
   const auto k = at::empty({2, 9, 3, 16}, at::kMeta);
-  const auto out = attention(q, k, k, at::empty({2, 9}, at::TensorOptions(at::kMeta).dtype(at::kBool)));
+  const auto out =
+      attention(q, k, k, at::empty({2, 9}, at::TensorOptions(at::kMeta).dtype(at::kBool)));
   EXPECT_EQ(out.sizes(), (at::IntArrayRef{2, 7, 48}));
   out.sum().backward();
   EXPECT_EQ(q.grad().sizes(), q.sizes());

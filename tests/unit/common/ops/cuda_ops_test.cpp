@@ -13,7 +13,8 @@ namespace {
 class Cuda : public testing::Test {
  protected:
   void SetUp() override {
-    if (!device_->is_cuda()) GTEST_SKIP() << "no GPU or no libflux_cuda.so: the CUDA kernels are not tested";
+    if (!device_->is_cuda())
+      GTEST_SKIP() << "no GPU or no libflux_cuda.so: the CUDA kernels are not tested";
   }
   // before the first tensor: LibTorch takes the library only then
   static void SetUpTestSuite() { device_ = resolve_device(DeviceChoice::kAuto); }
@@ -26,17 +27,23 @@ TEST_F(Cuda, QkNormRopeEqualsItsCpuTwin) {
     const double limit = type == at::kFloat ? 1e-6 : 3e-3;
     // a slice of a wider Linear, and tables of each sample
     const auto wide = at::randn({2, 77, 3 * 4 * 128 + 32}).to(type);
-    const auto scale = at::randn({2, 128}) + 1, angles = at::rand({2, 77, 64}) * 6, weight = at::randn({2, 77, 4, 128});
+    const auto scale = at::randn({2, 128}) + 1, angles = at::rand({2, 77, 64}) * 6,
+               weight = at::randn({2, 77, 4, 128});
     const auto run = [&](at::Device device) {
-      const auto leaf = wide.to(device).requires_grad_(), scales = scale.to(device).requires_grad_();
-      const auto out = qk_norm_rope(leaf.narrow(2, 0, 3 * 4 * 128), scales[0], scales[1], angles.cos().to(device),
+      const auto leaf = wide.to(device).requires_grad_(),
+                 scales = scale.to(device).requires_grad_();
+      const auto out = qk_norm_rope(leaf.narrow(2, 0, 3 * 4 * 128),
+                                    scales[0],
+                                    scales[1],
+                                    angles.cos().to(device),
                                     angles.sin().to(device));
       const auto w = weight.to(device);
       ((out.q * w).sum() + (out.k * w * 2).sum() + (out.v * w * 3).sum()).backward();
       return std::vector<at::Tensor>{out.q, out.k, out.v, leaf.grad(), scales.grad()};
     };
     const auto cpu = run(at::kCPU), cuda = run(*device_);
-    for (size_t i = 0; i < cpu.size(); ++i) EXPECT_LT(test::relative_error(cuda[i].cpu(), cpu[i]), limit) << "result " << i;
+    for (size_t i = 0; i < cpu.size(); ++i)
+      EXPECT_LT(test::relative_error(cuda[i].cpu(), cpu[i]), limit) << "result " << i;
   }
 }
 

@@ -1,4 +1,5 @@
-// The operations against vectors of the reference libraries (tests/golden/models/ops). Limits: its case.json.
+// The operations against vectors of the reference libraries (tests/golden/models/ops). Limits: its
+// case.json.
 #include <gtest/gtest.h>
 
 #include "common/ops/attention.h"
@@ -17,7 +18,8 @@ class GoldenOps : public testing::Test {
   at::Tensor get(const std::string& name) { return vectors_.at(op_ + "." + name); }
   at::Tensor leaf(const std::string& name) { return get(name).clone().requires_grad_(); }
   /// Runs the backward of `output` and compares it and the gradients of `leaves`, a name each.
-  void check(const at::Tensor& output, const std::vector<std::pair<std::string, at::Tensor>>& leaves) {
+  void check(const at::Tensor& output,
+             const std::vector<std::pair<std::string, at::Tensor>>& leaves) {
     EXPECT_LT(test::relative_error(output, get("output")), kRelative);
     output.backward(get("grad_output"));
     for (const auto& [name, tensor] : leaves)
@@ -36,7 +38,8 @@ TEST_F(GoldenOps, LayerNorm) {
 TEST_F(GoldenOps, Modulate) {
   op_ = "modulate";
   const auto x = leaf("x"), shift = leaf("shift"), scale = leaf("scale");
-  check(modulate(x, shift.unsqueeze(1), scale.unsqueeze(1)), {{"x", x}, {"shift", shift}, {"scale", scale}});
+  check(modulate(x, shift.unsqueeze(1), scale.unsqueeze(1)),
+        {{"x", x}, {"shift", shift}, {"scale", scale}});
 }
 
 TEST_F(GoldenOps, GatedAdd) {
@@ -53,7 +56,8 @@ TEST_F(GoldenOps, Attention) {
     std::optional<at::Tensor> mask;
     if (op_ == "attention_masked") mask = get("mask").to(at::kBool);
     const auto out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask);
-    check(out.unflatten(2, at::IntArrayRef{q.size(1), -1}).transpose(1, 2), {{"q", q}, {"k", k}, {"v", v}});
+    check(out.unflatten(2, at::IntArrayRef{q.size(1), -1}).transpose(1, 2),
+          {{"q", q}, {"k", k}, {"v", v}});
   }
 }
 
@@ -63,8 +67,11 @@ TEST_F(GoldenOps, RmsNormOfQueriesAndKeys) {
   const auto x = leaf("x"), weight = leaf("weight");
   const int64_t head = x.size(-1), rows = x.numel() / head;
   const auto flat = x.view({1, rows, head});
-  const auto out = qk_norm_rope(at::cat({flat, flat.detach(), flat.detach()}, 2), weight, at::ones({head}),
-                                at::ones({1, rows, head / 2}), at::zeros({1, rows, head / 2}));
+  const auto out = qk_norm_rope(at::cat({flat, flat.detach(), flat.detach()}, 2),
+                                weight,
+                                at::ones({head}),
+                                at::ones({1, rows, head / 2}),
+                                at::zeros({1, rows, head / 2}));
   check(out.q.view(x.sizes()), {{"x", x}, {"weight", weight}});
 }
 
@@ -75,7 +82,12 @@ TEST_F(GoldenOps, Rotation) {
   const int64_t tokens = q.size(1), head = q.size(3);
   const auto flat = q.reshape({1, tokens, -1});
   const auto ones = at::ones({head});
-  const auto out = qk_norm_rope(at::cat({flat, flat, flat}, 2), ones, ones, get("cos").unsqueeze(0), get("sin").unsqueeze(0), 0);
+  const auto out = qk_norm_rope(at::cat({flat, flat, flat}, 2),
+                                ones,
+                                ones,
+                                get("cos").unsqueeze(0),
+                                get("sin").unsqueeze(0),
+                                0);
   const auto length = q.to(at::kDouble).pow(2).mean(-1, true).sqrt();
   EXPECT_LT(test::relative_error(out.q * length, get("apply.output")), kRelative);
 }

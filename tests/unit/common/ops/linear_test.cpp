@@ -13,8 +13,15 @@ struct Tensors {
 
 Tensors make(at::ScalarType type) {
   at::manual_seed(3);
-  const auto leaf = [&](at::IntArrayRef shape) { return at::randn(shape).to(type).requires_grad_(); };
-  return {leaf({2, 7, 20}), leaf({12, 20}), leaf({12}), leaf({4, 20}), leaf({12, 4}), at::randn({2, 7, 12}).to(type)};
+  const auto leaf = [&](at::IntArrayRef shape) {
+    return at::randn(shape).to(type).requires_grad_();
+  };
+  return {leaf({2, 7, 20}),
+          leaf({12, 20}),
+          leaf({12}),
+          leaf({4, 20}),
+          leaf({12, 4}),
+          at::randn({2, 7, 12}).to(type)};
 }
 
 Linear layer(const Tensors& t) { return {t.weight, t.bias, {t.down, t.up, 0.75}}; }
@@ -39,7 +46,8 @@ TEST(Linear, AZeroUpChangesNoBit) {
   for (const auto type : {at::kFloat, at::kBFloat16}) {
     const auto t = make(type);
     const auto down = at::randn({4, 20}), up = at::zeros({12, 4});
-    EXPECT_TRUE(at::equal(linear({t.weight, t.bias, {down, up, 2}}, t.x), linear({t.weight, t.bias, {}}, t.x)));
+    EXPECT_TRUE(at::equal(linear({t.weight, t.bias, {down, up, 2}}, t.x),
+                          linear({t.weight, t.bias, {}}, t.x)));
   }
 }
 
@@ -71,7 +79,8 @@ TEST(Linear, NamesWhatDoesNotFit) {
   const auto t = make(at::kFloat);
   EXPECT_THROW(linear(layer(t), at::zeros({3, 21})), std::invalid_argument);
   EXPECT_THROW(linear(layer(t), t.x.to(at::kBFloat16)), std::invalid_argument);
-  EXPECT_THROW(linear({t.weight, t.bias, {t.down, t.up.narrow(1, 0, 3), 1}}, t.x), std::invalid_argument);
+  EXPECT_THROW(linear({t.weight, t.bias, {t.down, t.up.narrow(1, 0, 3), 1}}, t.x),
+               std::invalid_argument);
 }
 
 }  // namespace

@@ -12,17 +12,25 @@ struct Case {
   at::Tensor qkv, query_scale, key_scale, cos, sin;
 };
 
-Case make_case(int64_t batch, int64_t tokens, int64_t heads, int64_t head, int64_t rope_batch, uint64_t seed) {
+Case make_case(
+    int64_t batch, int64_t tokens, int64_t heads, int64_t head, int64_t rope_batch, uint64_t seed) {
   const auto gen = at::make_generator<at::CPUGeneratorImpl>(seed);
   const auto angles = at::rand({rope_batch, tokens, head / 2}, gen) * 7;
-  return {at::randn({batch, tokens, 3 * heads * head}, gen), at::randn({head}, gen) + 1, at::randn({head}, gen) + 1,
-          angles.cos(), angles.sin()};
+  return {at::randn({batch, tokens, 3 * heads * head}, gen),
+          at::randn({head}, gen) + 1,
+          at::randn({head}, gen) + 1,
+          angles.cos(),
+          angles.sin()};
 }
 
-at::Tensor rotated_norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& cos, const at::Tensor& sin) {
+at::Tensor rotated_norm(const at::Tensor& x,
+                        const at::Tensor& scale,
+                        const at::Tensor& cos,
+                        const at::Tensor& sin) {
   const auto normed = x * (x.pow(2).mean(-1, true) + 1e-6).rsqrt() * scale;
   const auto pairs = normed.unflatten(-1, at::IntArrayRef{-1, 2});
-  const auto a = pairs.select(-1, 0), b = pairs.select(-1, 1), c = cos.unsqueeze(2), s = sin.unsqueeze(2);
+  const auto a = pairs.select(-1, 0), b = pairs.select(-1, 1), c = cos.unsqueeze(2),
+             s = sin.unsqueeze(2);
   return at::stack({c * a - s * b, s * a + c * b}, -1).flatten(-2);
 }
 
@@ -30,7 +38,8 @@ at::Tensor rotated_norm(const at::Tensor& x, const at::Tensor& scale, const at::
 Qkv plain(const Case& c) {
   const auto parts = c.qkv.unflatten(-1, at::IntArrayRef{3, -1, c.query_scale.size(0)});
   return {rotated_norm(parts.select(2, 0), c.query_scale, c.cos, c.sin),
-          rotated_norm(parts.select(2, 1), c.key_scale, c.cos, c.sin), parts.select(2, 2)};
+          rotated_norm(parts.select(2, 1), c.key_scale, c.cos, c.sin),
+          parts.select(2, 2)};
 }
 
 Qkv run(const Case& c) { return qk_norm_rope(c.qkv, c.query_scale, c.key_scale, c.cos, c.sin); }
@@ -48,7 +57,8 @@ Case leaves(const Case& c, at::ScalarType type) {
 TEST(QkNormRope, EqualsSeparateOperationsAndTheirGradientsInFloat64) {
   for (uint64_t seed = 0; seed < 6; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    const auto c = make_case(2, 5 + static_cast<int64_t>(seed) * 37, 3, seed % 2 ? 128 : 20, seed % 3 ? 1 : 2, seed);
+    const auto c = make_case(
+        2, 5 + static_cast<int64_t>(seed) * 37, 3, seed % 2 ? 128 : 20, seed % 3 ? 1 : 2, seed);
     const auto fast = leaves(c, at::kFloat), exact = leaves(c, at::kDouble);
     const auto out = run(fast), expected = plain(exact);
     EXPECT_LT(test::relative_error(out.q, expected.q), 3e-7);
@@ -110,7 +120,9 @@ TEST(QkNormRope, ScalesWithoutGradientGetNone) {
 
 TEST(QkNormRope, OnMetaMakesShapesForwardAndBackward) {
   const auto c = make_case(2, 5, 3, 16, 1, 11);
-  const auto meta = [](const at::Tensor& t) { return t.to(at::kMeta).requires_grad_(t.dim() == 1); };
+  const auto meta = [](const at::Tensor& t) {
+    return t.to(at::kMeta).requires_grad_(t.dim() == 1);
+  };
   const auto qkv = meta(c.qkv).requires_grad_();
   const auto scale = meta(c.query_scale);
   const auto out = qk_norm_rope(qkv, scale, meta(c.key_scale), meta(c.cos), meta(c.sin));
@@ -127,7 +139,8 @@ TEST(QkNormRope, NamesWhatDoesNotFit) {
     run(c);
     FAIL() << "accepted";
   } catch (const std::invalid_argument& error) {
-    EXPECT_NE(std::string(error.what()).find("rope_cos [1, 4, 8]"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("rope_cos [1, 4, 8]"), std::string::npos)
+        << error.what();
   }
 }
 

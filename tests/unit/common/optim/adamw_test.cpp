@@ -19,7 +19,8 @@ struct State {
 State start(const at::Tensor& p) { return {p.clone(), at::zeros_like(p), at::zeros_like(p)}; }
 
 TEST(AdamW, EqualsTheReferenceInFloat32) {
-  const TensorMap inputs = test::golden("optim/inputs.safetensors"), wanted = test::golden("optim/adamw_fp32.safetensors");
+  const TensorMap inputs = test::golden("optim/inputs.safetensors"),
+                  wanted = test::golden("optim/adamw_fp32.safetensors");
   for (int i = 0; i < 6; ++i) {
     State s = start(inputs.at(fmt::format("p0/{}", i)));
     for (int t = 1; t <= 10; ++t) {
@@ -38,17 +39,21 @@ TEST(AdamW, EqualsTheReferenceInFloat32) {
 }
 
 TEST(AdamW, IsWithinAnUlpOfTheReferenceInBFloat16) {
-  const TensorMap inputs = test::golden("optim/inputs.safetensors"), wanted = test::golden("optim/adamw_bf16.safetensors");
+  const TensorMap inputs = test::golden("optim/inputs.safetensors"),
+                  wanted = test::golden("optim/adamw_bf16.safetensors");
   for (int i = 0; i < 6; ++i) {
     State s = start(inputs.at(fmt::format("p0/{}", i)).to(at::kBFloat16));
     for (int t = 1; t <= 3; ++t) {
-      adamw_step(s.p, inputs.at(fmt::format("g/{}/{}", t, i)).to(at::kBFloat16), s.m, s.v, 1e-3, {}, t);
+      adamw_step(
+          s.p, inputs.at(fmt::format("g/{}/{}", t, i)).to(at::kBFloat16), s.m, s.v, 1e-3, {}, t);
       const at::Tensor p = wanted.at(fmt::format("p/{}/{}", t, i)).to(at::kDouble);
       const at::Tensor ulp = at::exp2(at::floor(at::log2(p.abs().clamp_min(1e-30))) - 7);
-      // a moment on the midpoint of two bfloat16 values may go either way, and moves a weight near a power of two by two
+      // a moment on the midpoint of two bfloat16 values may go either way, and moves a weight near
+      // a power of two by two
       const at::Tensor error = (s.p.to(at::kDouble) - p).abs() / ulp;
       EXPECT_LE(error.max().item<double>(), 2) << "tensor " << i << " step " << t;
-      EXPECT_LE((error > 1).sum().item<int64_t>(), p.numel() / 1000) << "tensor " << i << " step " << t;
+      EXPECT_LE((error > 1).sum().item<int64_t>(), p.numel() / 1000)
+          << "tensor " << i << " step " << t;
     }
   }
 }
@@ -78,7 +83,8 @@ TEST(AdamW, RefusesOperandsThatDisagree) {
   };
   EXPECT_THROW(attempt(at::zeros({4}), at::zeros({5}), 1), std::invalid_argument);
   EXPECT_THROW(attempt(at::zeros({4}), at::zeros({4}, at::kDouble), 1), std::invalid_argument);
-  EXPECT_THROW(attempt(at::zeros({4}, at::kHalf), at::zeros({4}, at::kHalf), 1), std::invalid_argument);
+  EXPECT_THROW(attempt(at::zeros({4}, at::kHalf), at::zeros({4}, at::kHalf), 1),
+               std::invalid_argument);
   EXPECT_THROW(attempt(at::zeros({4, 4}).t(), at::zeros({4, 4}), 1), std::invalid_argument);
   EXPECT_THROW(attempt(at::zeros({4}), at::zeros({4}), 0), std::invalid_argument);
 }

@@ -16,7 +16,9 @@
 
 namespace flux::test {
 
-inline std::filesystem::path tiny_vectors() { return std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/tokenizers-tiny"; }
+inline std::filesystem::path tiny_vectors() {
+  return std::filesystem::path(FLUX_SOURCE_DIR) / "tests/golden/tokenizers-tiny";
+}
 
 inline std::vector<nlohmann::json> json_lines(const std::filesystem::path& file) {
   std::vector<nlohmann::json> rows;
@@ -26,7 +28,9 @@ inline std::vector<nlohmann::json> json_lines(const std::filesystem::path& file)
 }
 
 /// The first 16 hex digits of SHA-256 over the ids as little-endian int32.
-inline std::string short_hash(std::span<const int32_t> ids) { return to_hex(sha256(std::as_bytes(ids))).substr(0, 16); }
+inline std::string short_hash(std::span<const int32_t> ids) {
+  return to_hex(sha256(std::as_bytes(ids))).substr(0, 16);
+}
 
 /// Compares every line of a folder of tokens.jsonl, padded.jsonl and invalid_utf8.jsonl.
 inline void expect_equal_ids(const std::filesystem::path& folder,
@@ -35,7 +39,8 @@ inline void expect_equal_ids(const std::filesystem::path& folder,
   const auto rows = json_lines(folder / "tokens.jsonl");
   ASSERT_GT(rows.size(), 100u);
   for (const auto& row : rows) {
-    SCOPED_TRACE(testing::Message() << "id " << row["id"] << " text " << row["text"].dump(-1, ' ', true));
+    SCOPED_TRACE(testing::Message()
+                 << "id " << row["id"] << " text " << row["text"].dump(-1, ' ', true));
     const auto text = row["text"].get<std::string>();
     const auto t5_ids = t5.encode(text), clip_ids = clip.encode(text);
     ASSERT_EQ(t5_ids, row["t5"].get<std::vector<int32_t>>());

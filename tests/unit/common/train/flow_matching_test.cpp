@@ -23,21 +23,25 @@ TEST(NoisedLatents, SteppingBackAlongVelocityRestoresLatents) {
     const auto gen = at::make_generator<at::CPUGeneratorImpl>(seed);
     const auto latents = at::randn({4, 16, 8, 6}, gen), noise = at::randn({4, 16, 8, 6}, gen);
     const auto sigma = at::rand({4}, gen);
-    const auto back = noised_latents(latents, noise, sigma) - sigma.view({-1, 1, 1, 1}) * velocity_target(latents, noise);
+    const auto back = noised_latents(latents, noise, sigma) -
+                      sigma.view({-1, 1, 1, 1}) * velocity_target(latents, noise);
     EXPECT_LT((back - latents).abs().max().item<float>(), 2e-6f);
   }
 }
 
 TEST(NoisedLatents, KeepsTheDtypeAndMixesInFloat32) {
-  const auto latents = at::full({1, 16, 2, 2}, 1.0, at::kBFloat16), noise = at::full({1, 16, 2, 2}, -1.0, at::kBFloat16);
+  const auto latents = at::full({1, 16, 2, 2}, 1.0, at::kBFloat16),
+             noise = at::full({1, 16, 2, 2}, -1.0, at::kBFloat16);
   const auto x_t = noised_latents(latents, noise, at::tensor({0.501f}));
   EXPECT_EQ(x_t.scalar_type(), at::kBFloat16);
-  EXPECT_FLOAT_EQ(x_t[0][0][0][0].item<float>(), at::tensor(-0.002f).to(at::kBFloat16).item<float>());
+  EXPECT_FLOAT_EQ(x_t[0][0][0][0].item<float>(),
+                  at::tensor(-0.002f).to(at::kBFloat16).item<float>());
 }
 
 TEST(NoisedLatents, RefusesShapesThatDisagree) {
   const auto latents = at::zeros({2, 16, 2, 2});
-  EXPECT_THROW(noised_latents(latents, at::zeros({2, 16, 2, 4}), at::zeros({2})), std::invalid_argument);
+  EXPECT_THROW(noised_latents(latents, at::zeros({2, 16, 2, 4}), at::zeros({2})),
+               std::invalid_argument);
   EXPECT_THROW(noised_latents(latents, latents, at::zeros({3})), std::invalid_argument);
   EXPECT_THROW(velocity_target(latents, at::zeros({1, 16, 2, 2})), std::invalid_argument);
 }

@@ -9,7 +9,8 @@ namespace flux {
 namespace {
 
 TEST(ClipGlobalNorm, ScalesAllTensorsByOneFactor) {
-  const std::vector<at::Tensor> gradients{at::tensor({3.0f, 0.0f}), at::tensor({0.0f, 4.0f}).view({1, 2})};
+  const std::vector<at::Tensor> gradients{at::tensor({3.0f, 0.0f}),
+                                          at::tensor({0.0f, 4.0f}).view({1, 2})};
   EXPECT_DOUBLE_EQ(clip_global_norm(gradients, 1.0), 5.0);
   EXPECT_FLOAT_EQ(gradients[0][0].item<float>(), 0.6f);
   EXPECT_FLOAT_EQ(gradients[1][0][1].item<float>(), 0.8f);
@@ -25,7 +26,8 @@ TEST(ClipGlobalNorm, LeavesSmallGradientsAloneAndCanBeOff) {
 }
 
 TEST(ClipGlobalNorm, ShowsGradientsThatAreNotFinite) {
-  const std::vector<at::Tensor> gradients{at::tensor({0.3f}), at::tensor({std::numeric_limits<float>::quiet_NaN()})};
+  const std::vector<at::Tensor> gradients{at::tensor({0.3f}),
+                                          at::tensor({std::numeric_limits<float>::quiet_NaN()})};
   EXPECT_TRUE(std::isnan(clip_global_norm(gradients, 1.0)));
 }
 

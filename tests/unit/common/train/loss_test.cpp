@@ -19,8 +19,11 @@ const at::Tensor& vector(const std::string& name) { return vectors().at(name); }
 
 TEST(LossWeights, EqualTheReference) {
   using enum WeightingScheme;
-  for (const auto& [name, scheme] : {std::pair{"none", kNone}, {"sigma_sqrt", kSigmaSqrt}, {"cosmap", kCosmap},
-                                     {"logit_normal", kLogitNormal}, {"mode", kMode}}) {
+  for (const auto& [name, scheme] : {std::pair{"none", kNone},
+                                     {"sigma_sqrt", kSigmaSqrt},
+                                     {"cosmap", kCosmap},
+                                     {"logit_normal", kLogitNormal},
+                                     {"mode", kMode}}) {
     const at::Tensor got = loss_weights(scheme, vector("weighting.sigma"));
     EXPECT_LT(test::relative_error(got, vector(std::string("weighting.") + name)), kLimit) << name;
   }
@@ -39,10 +42,16 @@ TEST(LossPerSample, EqualsTheReferenceForEveryPredictionType) {
   for (const auto& [name, prediction, weighting] : cases) {
     SCOPED_TRACE(name);
     const std::string kind = name.substr(0, name.find('.'));
-    EXPECT_LT(test::relative_error(model_prediction(prediction, output, noisy, sigma), vector("prediction." + kind)), kLimit);
-    const at::Tensor loss = loss_per_sample({.prediction = prediction, .weighting = weighting}, output, noisy,
-                                            vector("prediction.target"), sigma);
-    EXPECT_LT(test::relative_error(loss, vector("prediction." + name + ".loss_per_sample")), kLimit);
+    EXPECT_LT(test::relative_error(model_prediction(prediction, output, noisy, sigma),
+                                   vector("prediction." + kind)),
+              kLimit);
+    const at::Tensor loss = loss_per_sample({.prediction = prediction, .weighting = weighting},
+                                            output,
+                                            noisy,
+                                            vector("prediction.target"),
+                                            sigma);
+    EXPECT_LT(test::relative_error(loss, vector("prediction." + name + ".loss_per_sample")),
+              kLimit);
     EXPECT_LT(test::relative_error(loss.mean(), vector("prediction." + name + ".loss")), kLimit);
   }
 }
@@ -55,20 +64,24 @@ TEST(ElementLoss, EqualsTheReferenceForEveryType) {
   };
   EXPECT_LT(test::relative_error(loss(LossType::kL1).mean(), vector("loss.l1")), kLimit);
   EXPECT_LT(test::relative_error(loss(LossType::kL2).mean(), vector("loss.l2")), kLimit);
-  for (const auto& [name, schedule] :
-       {std::pair{"constant", HuberSchedule::kConstant}, {"exponential", HuberSchedule::kExponential}}) {
-    EXPECT_LT(test::relative_error(loss(LossType::kHuber, schedule), vector(fmt::format("loss.huber.{}.per_sample", name))),
+  for (const auto& [name, schedule] : {std::pair{"constant", HuberSchedule::kConstant},
+                                       {"exponential", HuberSchedule::kExponential}}) {
+    EXPECT_LT(test::relative_error(loss(LossType::kHuber, schedule),
+                                   vector(fmt::format("loss.huber.{}.per_sample", name))),
               kLimit);
-    EXPECT_LT(
-        test::relative_error(loss(LossType::kSmoothL1, schedule), vector(fmt::format("loss.smooth_l1.{}.per_sample", name))),
-        kLimit);
+    EXPECT_LT(test::relative_error(loss(LossType::kSmoothL1, schedule),
+                                   vector(fmt::format("loss.smooth_l1.{}.per_sample", name))),
+              kLimit);
   }
 }
 
 TEST(ElementLoss, RefusesShapesThatDisagree) {
-  EXPECT_THROW(element_loss({}, at::zeros({2, 3}), at::zeros({2, 4}), at::zeros({2})), std::invalid_argument);
-  EXPECT_THROW(element_loss({.type = LossType::kHuber}, at::zeros({2, 3}), at::zeros({2, 3}), at::zeros({3})),
+  EXPECT_THROW(element_loss({}, at::zeros({2, 3}), at::zeros({2, 4}), at::zeros({2})),
                std::invalid_argument);
+  EXPECT_THROW(
+      element_loss(
+          {.type = LossType::kHuber}, at::zeros({2, 3}), at::zeros({2, 3}), at::zeros({3})),
+      std::invalid_argument);
 }
 
 }  // namespace

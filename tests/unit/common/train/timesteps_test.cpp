@@ -19,7 +19,8 @@ const TensorMap& vectors() {
 
 // One sigma for each pair of draws of the reference.
 at::Tensor for_each_draw(const std::function<double(double uniform, double normal)>& sigma) {
-  const at::Tensor u = vectors().at("uniform_draws").contiguous(), n = vectors().at("normal_draws").contiguous();
+  const at::Tensor u = vectors().at("uniform_draws").contiguous(),
+                   n = vectors().at("normal_draws").contiguous();
   at::Tensor out = at::empty_like(u);
   for (int64_t i = 0; i < u.numel(); ++i) out[i] = sigma(u[i].item<double>(), n[i].item<double>());
   return out;
@@ -27,28 +28,36 @@ at::Tensor for_each_draw(const std::function<double(double uniform, double norma
 
 void expect_law(const std::string& name, const TimestepOptions& options, int64_t num_tokens = 0) {
   SCOPED_TRACE(name);
-  const auto got = for_each_draw([&](double u, double n) { return sampled_sigma(options, u, n, num_tokens); });
+  const auto got =
+      for_each_draw([&](double u, double n) { return sampled_sigma(options, u, n, num_tokens); });
   EXPECT_LT(test::relative_error(got, vectors().at("sigma." + name)), 3e-7);
 }
 
 TEST(SampledSigma, FollowsEveryLawOfTheReference) {
   expect_law("uniform", {.sampling = TimestepSampling::kUniform});
   for (const double scale : {1.0, 2.5}) {
-    expect_law(fmt::format("sigmoid.scale{:.1f}", scale), {.sampling = TimestepSampling::kSigmoid, .sigmoid_scale = scale});
+    expect_law(fmt::format("sigmoid.scale{:.1f}", scale),
+               {.sampling = TimestepSampling::kSigmoid, .sigmoid_scale = scale});
     for (const std::string shift : {"1.0", "3.0", "3.1582"}) {
       expect_law(fmt::format("shift.scale{:.1f}.shift{}", scale, shift),
-                 {.sampling = TimestepSampling::kShift, .sigmoid_scale = scale, .discrete_flow_shift = std::stod(shift)});
+                 {.sampling = TimestepSampling::kShift,
+                  .sigmoid_scale = scale,
+                  .discrete_flow_shift = std::stod(shift)});
     }
     for (const auto& [h, w] : {std::pair{64, 64}, {128, 128}, {96, 64}}) {
       expect_law(fmt::format("flux_shift.scale{:.1f}.latent{}x{}", scale, h, w),
-                 {.sampling = TimestepSampling::kFluxShift, .sigmoid_scale = scale}, h / 2 * (w / 2));
+                 {.sampling = TimestepSampling::kFluxShift, .sigmoid_scale = scale},
+                 h / 2 * (w / 2));
     }
   }
 }
 
 TEST(SampledSigma, StaysWithinZeroAndOneForExtremeDraws) {
-  for (const auto sampling : {TimestepSampling::kFluxShift, TimestepSampling::kShift, TimestepSampling::kSigmoid,
-                              TimestepSampling::kUniform, TimestepSampling::kSigma}) {
+  for (const auto sampling : {TimestepSampling::kFluxShift,
+                              TimestepSampling::kShift,
+                              TimestepSampling::kSigmoid,
+                              TimestepSampling::kUniform,
+                              TimestepSampling::kSigma}) {
     for (const double normal : {-40.0, -9.0, 0.0, 9.0, 40.0}) {
       for (const double uniform : {0.0, 1 - 0x1p-53}) {
         const double sigma = sampled_sigma({.sampling = sampling}, uniform, normal, 9216);
@@ -61,8 +70,10 @@ TEST(SampledSigma, StaysWithinZeroAndOneForExtremeDraws) {
 
 TEST(SampledSigma, DrawsDependOnTheStreamAlone) {
   const RandomStream stream(7, Purpose::kTimestep, 3, 42);
-  EXPECT_EQ(sampled_sigma({}, stream, 1024), sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 3, 42), 1024));
-  EXPECT_NE(sampled_sigma({}, stream, 1024), sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 4, 42), 1024));
+  EXPECT_EQ(sampled_sigma({}, stream, 1024),
+            sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 3, 42), 1024));
+  EXPECT_NE(sampled_sigma({}, stream, 1024),
+            sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 4, 42), 1024));
 }
 
 TEST(FluxShiftMu, IsTheLineOfTheReference) {
@@ -77,18 +88,21 @@ TEST(SigmaTable, HoldsTheReferencesRowsAndIsEnteredAsThere) {
     const std::vector<float> table = sigma_table(std::stod(shift));
     const at::Tensor got = at::tensor(table);
     EXPECT_LT(test::relative_error(got, vectors().at("table.shift" + shift + ".sigma")), 3e-7);
-    EXPECT_LT(test::relative_error(got * 1000, vectors().at("table.shift" + shift + ".timestep")), 3e-7);
+    EXPECT_LT(test::relative_error(got * 1000, vectors().at("table.shift" + shift + ".timestep")),
+              3e-7);
   }
   using enum WeightingScheme;
   const std::vector<std::pair<std::string, TimestepOptions>> densities{
       {"none", {.weighting = kNone}},
       {"logit_normal.mean0.0.std1.0", {.weighting = kLogitNormal}},
-      {"logit_normal.mean0.5.std0.8", {.weighting = kLogitNormal, .logit_mean = 0.5, .logit_std = 0.8}},
+      {"logit_normal.mean0.5.std0.8",
+       {.weighting = kLogitNormal, .logit_mean = 0.5, .logit_std = 0.8}},
       {"mode.scale1.29", {.weighting = kMode}},
       {"mode.scale0.5", {.weighting = kMode, .mode_scale = 0.5}}};
   for (const auto& [name, options] : densities) {
     SCOPED_TRACE(name);
-    const auto position = for_each_draw([&](double u, double n) { return sigma_table_position(options, u, n); });
+    const auto position =
+        for_each_draw([&](double u, double n) { return sigma_table_position(options, u, n); });
     EXPECT_LT(test::relative_error(position, vectors().at("density." + name + ".u")), 3e-7);
     const at::Tensor index = vectors().at("density." + name + ".index");
     for (int64_t i = 0; i < index.numel(); ++i) {
@@ -104,9 +118,12 @@ TEST(SigmaTable, TakesPositionsOutsideToItsEnds) {
 }
 
 TEST(SamplerSchedule, EqualsTheReference) {
-  for (const auto& [width, height, steps, shift] :
-       {std::tuple{1024, 1024, 20, true}, {512, 768, 20, true}, {1024, 1024, 4, false}, {512, 768, 4, false}}) {
-    const auto name = fmt::format("schedule.{}x{}.steps{}.{}", width, height, steps, shift ? "shift" : "plain");
+  for (const auto& [width, height, steps, shift] : {std::tuple{1024, 1024, 20, true},
+                                                    {512, 768, 20, true},
+                                                    {1024, 1024, 4, false},
+                                                    {512, 768, 4, false}}) {
+    const auto name =
+        fmt::format("schedule.{}x{}.steps{}.{}", width, height, steps, shift ? "shift" : "plain");
     const at::Tensor got = at::tensor(sampler_schedule(steps, width / 16 * (height / 16), shift));
     EXPECT_LT(test::relative_error(got, vectors().at(name)), 3e-7) << name;
   }

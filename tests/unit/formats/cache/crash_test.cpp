@@ -51,7 +51,8 @@ Child start(const std::function<int(int to)>& body) {
 std::string drain(int fd) {
   std::string all;
   char buffer[4096];
-  for (ssize_t got; (got = read(fd, buffer, sizeof buffer)) > 0;) all.append(buffer, static_cast<size_t>(got));
+  for (ssize_t got; (got = read(fd, buffer, sizeof buffer)) > 0;)
+    all.append(buffer, static_cast<size_t>(got));
   close(fd);
   return all;
 }
@@ -62,7 +63,8 @@ int wait_for(pid_t pid) {
   return WIFSIGNALED(status) ? 256 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
-// Adds what is missing of the samples 0 to `end` - 1, a byte to `to` for each finished one, and publishes now and then.
+// Adds what is missing of the samples 0 to `end` - 1, a byte to `to` for each finished one, and
+// publishes now and then.
 int fill(const fs::path& folder, const Recipe& recipe, uint64_t end, int to) {
   const Layout layout = layout_of(recipe.kind, recipe.parameters);
   Writer writer(folder, recipe, test::provenance());
@@ -119,7 +121,8 @@ TEST(KilledWriter, LosesNoFinishedSample) {
       const Child counter = start([&](int to) {
         const Writer writer(folder.path(), recipe, test::provenance());
         const Layout layout = layout_of(kind, recipe.parameters);
-        for (uint64_t i = 0; i < kSamples && writer.contains(test::sample(layout, i).info.key); ++i) {
+        for (uint64_t i = 0; i < kSamples && writer.contains(test::sample(layout, i).info.key);
+             ++i) {
           if (write(to, "+", 1) != 1) return 98;
         }
         return 0;
@@ -137,7 +140,8 @@ TEST(KilledWriter, LosesNoFinishedSample) {
 }
 
 TEST(FailingWrite, IsAResourceErrorAndTheNextRunGoesOn) {
-  // RLIMIT_FSIZE makes the write that passes it fail with EFBIG: in the journal, a segment, the index or the manifest
+  // RLIMIT_FSIZE makes the write that passes it fail with EFBIG: in the journal, a segment, the
+  // index or the manifest
   constexpr uint64_t kSamples = 200;
   const Recipe recipe = test::recipe(Kind::kText);
   const test::TemporaryFolder folder;
@@ -170,7 +174,8 @@ TEST(UnwritableFolder, IsAResourceError) {
   const test::TemporaryFolder folder;
   const auto file = folder.write("file", "not a folder");
   EXPECT_THROW(Writer(file, test::recipe(Kind::kText), test::provenance()), ResourceError);
-  EXPECT_THROW(Writer(file / "below", test::recipe(Kind::kText), test::provenance()), ResourceError);
+  EXPECT_THROW(Writer(file / "below", test::recipe(Kind::kText), test::provenance()),
+               ResourceError);
   EXPECT_THROW(Writer("/proc/cache", test::recipe(Kind::kText), test::provenance()), ResourceError);
 }
 
@@ -216,12 +221,16 @@ TEST(WriterLock, OfADeadProcessIsTakenOverByExactlyOne) {
 
 TEST(WriterLock, OfAnotherHostIsRespected) {
   const test::TemporaryFolder folder;
-  folder.write(".writer.lock", R"({"host":"elsewhere x","boot":"b","namespace":"n","pid":1,"started":"1","id":"i"})");
+  folder.write(
+      ".writer.lock",
+      R"({"host":"elsewhere x","boot":"b","namespace":"n","pid":1,"started":"1","id":"i"})");
   try {
     const Writer writer(folder.path(), test::recipe(Kind::kText), test::provenance());
     FAIL() << "it was taken over";
   } catch (const CacheError& error) {
-    EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("process 1 on elsewhere"), testing::HasSubstr(".writer.lock")));
+    EXPECT_THAT(error.what(),
+                testing::AllOf(testing::HasSubstr("process 1 on elsewhere"),
+                               testing::HasSubstr(".writer.lock")));
   }
 }
 

@@ -1,5 +1,5 @@
-// Caches of every released schema stay readable. tests/golden/cache-v1 was written by the first version and is never
-// made again; its README says what is in it.
+// Caches of every released schema stay readable. tests/golden/cache-v1 was written by the first
+// version and is never made again; its README says what is in it.
 #include <gtest/gtest.h>
 
 #include "common/core/file.h"
@@ -15,7 +15,8 @@ namespace fs = std::filesystem;
 class GoldenCache : public testing::TestWithParam<Kind> {};
 
 TEST_P(GoldenCache, OfSchema1IsRead) {
-  const fs::path folder = fs::path(FLUX_SOURCE_DIR) / "tests/golden/cache-v1" / kind_name(GetParam());
+  const fs::path folder =
+      fs::path(FLUX_SOURCE_DIR) / "tests/golden/cache-v1" / kind_name(GetParam());
   const Cache cache(folder, GetParam());
   ASSERT_EQ(cache.index().num_items(), 7);
   EXPECT_EQ(cache.manifest().recipe, test::recipe(GetParam()));
@@ -31,18 +32,23 @@ TEST_P(GoldenCache, OfSchema1IsRead) {
     EXPECT_EQ(found.info, expected.info);
     EXPECT_EQ(cache.index().path(i), expected.info.text);
   }
-  EXPECT_EQ(hash.digest(), GetParam() == Kind::kLatents ? 10075136226738110773u : 7299429168451913711u);
+  EXPECT_EQ(hash.digest(),
+            GetParam() == Kind::kLatents ? 10075136226738110773u : 7299429168451913711u);
 }
 
 TEST_P(GoldenCache, OfSchema1IsGoneOnWith) {
   const test::TemporaryFolder folder;
-  fs::copy(fs::path(FLUX_SOURCE_DIR) / "tests/golden/cache-v1" / kind_name(GetParam()), folder.path());
+  fs::copy(fs::path(FLUX_SOURCE_DIR) / "tests/golden/cache-v1" / kind_name(GetParam()),
+           folder.path());
   const std::string manifest = read_file(folder.path() / kManifestName);
   test::make_cache(folder.path(), test::recipe(GetParam()), 0, 7);
-  EXPECT_EQ(read_file(folder.path() / kManifestName), manifest) << "the same samples were written again";
+  EXPECT_EQ(read_file(folder.path() / kManifestName), manifest)
+      << "the same samples were written again";
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, GoldenCache, testing::Values(Kind::kLatents, Kind::kText),
+INSTANTIATE_TEST_SUITE_P(Kinds,
+                         GoldenCache,
+                         testing::Values(Kind::kLatents, Kind::kText),
                          [](const auto& tested) { return std::string(kind_name(tested.param)); });
 
 }  // namespace

@@ -12,7 +12,8 @@
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
 
-// HDF5 1.10.8 loses some 400 bytes each time it refuses damaged metadata; for builds with the leak sanitizer.
+// HDF5 1.10.8 loses some 400 bytes each time it refuses damaged metadata; for builds with the leak
+// sanitizer.
 extern "C" const char* __lsan_default_suppressions();
 extern "C" const char* __lsan_default_suppressions() { return "leak:libhdf5"; }
 
@@ -28,10 +29,18 @@ std::string mutant(std::string bytes, uint64_t i) {
   const auto place = static_cast<size_t>(random.below(0, bytes.size()));
   const auto length = std::min<size_t>(bytes.size() - place, 1 + random.below(1, 64));
   switch (i % 8) {
-    default: bytes[place] = static_cast<char>(bytes[place] ^ (1 << random.below(2, 8))); break;
-    case 5: for (size_t k = 0; k < length; ++k) bytes[place + k] = static_cast<char>(random.bits(3 + k)); break;
-    case 6: for (size_t k = 0; k < length; ++k) bytes[place + k] = 0; break;
-    case 7: bytes.resize(place); break;
+    default:
+      bytes[place] = static_cast<char>(bytes[place] ^ (1 << random.below(2, 8)));
+      break;
+    case 5:
+      for (size_t k = 0; k < length; ++k) bytes[place + k] = static_cast<char>(random.bits(3 + k));
+      break;
+    case 6:
+      for (size_t k = 0; k < length; ++k) bytes[place + k] = 0;
+      break;
+    case 7:
+      bytes.resize(place);
+      break;
   }
   return bytes;
 }
@@ -39,14 +48,16 @@ std::string mutant(std::string bytes, uint64_t i) {
 // Writing over a file would flush it to the disk on some file systems, a thousand times.
 void write_anew(const fs::path& file, const std::string& bytes) {
   fs::remove(file);
-  std::ofstream(file, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream(file, std::ios::binary)
+      .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
 struct Outcome {
   int64_t refused = 0, identical = 0;
 };
 
-// Calls `read` for each mutant of `file`, written in its place; `read` returns whether the content is the original's.
+// Calls `read` for each mutant of `file`, written in its place; `read` returns whether the content
+// is the original's.
 template <class Read>
 Outcome try_mutants(const fs::path& file, Read read) {
   const std::string good = read_file(file);
@@ -91,8 +102,11 @@ TEST_P(Mutants, OfASegmentAreRefusedOrIdentical) {
   }
   const Outcome outcome = try_mutants(file, [&] {
     const Segment segment(file);
-    bool same = segment.header() == header && std::equal(infos.begin(), infos.end(), segment.samples().begin(), segment.samples().end());
-    for (int64_t i = 0; i < segment.num_samples(); ++i) same = segment.read(i) == tensors[static_cast<size_t>(i)] && same;
+    bool same =
+        segment.header() == header &&
+        std::equal(infos.begin(), infos.end(), segment.samples().begin(), segment.samples().end());
+    for (int64_t i = 0; i < segment.num_samples(); ++i)
+      same = segment.read(i) == tensors[static_cast<size_t>(i)] && same;
     return same;
   });
   EXPECT_GT(outcome.refused, 500);  // the others hit gaps between HDF5's objects
@@ -135,7 +149,8 @@ TEST_P(Mutants, OfAJournalGiveAPrefixOfItsSamples) {
     const JournalContent found = parse_journal(as_bytes(bytes), file);
     bool same = found.records.size() <= records.size();
     for (size_t i = 0; same && i < found.records.size(); ++i) {
-      same = found.records[i].info == records[i].info && found.records[i].frames == records[i].frames;
+      same =
+          found.records[i].info == records[i].info && found.records[i].frames == records[i].frames;
     }
     cut += found.records.size() < records.size();
     return same;
@@ -143,7 +158,9 @@ TEST_P(Mutants, OfAJournalGiveAPrefixOfItsSamples) {
   EXPECT_GT(cut, 950);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Mutants, testing::Values(Kind::kLatents, Kind::kText),
+INSTANTIATE_TEST_SUITE_P(Kinds,
+                         Mutants,
+                         testing::Values(Kind::kLatents, Kind::kText),
                          [](const auto& tested) { return std::string(kind_name(tested.param)); });
 
 }  // namespace

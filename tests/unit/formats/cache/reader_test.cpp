@@ -1,4 +1,5 @@
-// A cache that is not whole, not of one piece, or not the other's partner is refused with both values.
+// A cache that is not whole, not of one piece, or not the other's partner is refused with both
+// values.
 #include "formats/cache/reader.h"
 
 #include <gmock/gmock.h>
@@ -33,21 +34,26 @@ std::string refusal(const std::function<void()>& body) {
 
 TEST(CacheReader, RefusesAFolderThatIsNotACompleteCache) {
   const test::TemporaryFolder folder;
-  EXPECT_THAT(refusal([&] { Cache(folder / "absent", Kind::kText); }), HasSubstr("the folder does not exist"));
-  EXPECT_THAT(refusal([&] { Cache(folder.path(), Kind::kText); }), HasSubstr("not a complete cache: it has no manifest.json"));
+  EXPECT_THAT(refusal([&] { Cache(folder / "absent", Kind::kText); }),
+              HasSubstr("the folder does not exist"));
+  EXPECT_THAT(refusal([&] { Cache(folder.path(), Kind::kText); }),
+              HasSubstr("not a complete cache: it has no manifest.json"));
   test::make_cache(folder.path(), test::recipe(Kind::kText), 0, 3);
-  EXPECT_THAT(refusal([&] { Cache(folder.path(), Kind::kLatents); }), HasSubstr("is a text cache, expected latents"));
+  EXPECT_THAT(refusal([&] { Cache(folder.path(), Kind::kLatents); }),
+              HasSubstr("is a text cache, expected latents"));
 }
 
 TEST(CacheReader, RefusesAbsentShortenedAndExchangedSegments) {
   const test::TemporaryFolder folder;
   for (const char* name : {"a", "b"}) {
-    test::make_cache(folder / name, test::recipe(Kind::kText), name[0] == 'a' ? 0 : 5, name[0] == 'a' ? 5 : 10);
+    test::make_cache(
+        folder / name, test::recipe(Kind::kText), name[0] == 'a' ? 0 : 5, name[0] == 'a' ? 5 : 10);
   }
   const fs::path a = folder / "a" / read_manifest(folder / "a").segments[0].name;
   const fs::path b = folder / "b" / read_manifest(folder / "b").segments[0].name;
   const std::string good = read_file(a);
-  // another cache's segment, whole in itself, under this one's name, and a manifest that does not notice
+  // another cache's segment, whole in itself, under this one's name, and a manifest that does not
+  // notice
   folder.write("a/" + a.filename().native(), read_file(b));
   const std::string manifest = read_file(folder / "a/manifest.json");
   auto object = nlohmann::json::parse(manifest);
@@ -62,17 +68,21 @@ TEST(CacheReader, RefusesAbsentShortenedAndExchangedSegments) {
               HasSubstr("the index says"));
   folder.write("a/manifest.json", manifest);
   folder.write("a/" + a.filename().native(), good.substr(0, 500));
-  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }), HasSubstr("has 500 bytes, the manifest says"));
+  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }),
+              HasSubstr("has 500 bytes, the manifest says"));
   fs::remove(a);
-  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }), HasSubstr("cannot be read: No such file"));
+  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }),
+              HasSubstr("cannot be read: No such file"));
 }
 
 TEST(CacheReader, RefusesAnotherCachesIndex) {
   const test::TemporaryFolder folder;
   test::make_cache(folder / "a", test::recipe(Kind::kText), 0, 5);
   test::make_cache(folder / "b", test::recipe(Kind::kText), 0, 4);
-  fs::copy_file(folder / "b" / kIndexName, folder / "a" / kIndexName, fs::copy_options::overwrite_existing);
-  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }), HasSubstr("index.h5: is damaged: XXH3-128"));
+  fs::copy_file(
+      folder / "b" / kIndexName, folder / "a" / kIndexName, fs::copy_options::overwrite_existing);
+  EXPECT_THAT(refusal([&] { Cache(folder / "a", Kind::kText); }),
+              HasSubstr("index.h5: is damaged: XXH3-128"));
   // the writer makes a new one from what is there
   test::make_cache(folder / "a", test::recipe(Kind::kText), 0, 5);
   EXPECT_EQ(Cache(folder / "a", Kind::kText).index().num_items(), 5);
@@ -101,7 +111,8 @@ TEST(CacheReader, ReadsFromManyThreadsAndMoreSegmentsThanStayOpen) {
     threads.emplace_back([&, t] {
       const RandomStream random(t, Purpose::kShuffle);
       for (const uint64_t i : random.permutation(kSegments)) {
-        wrong += cache.read(cache.index().variants(static_cast<int64_t>(i))[0]).tensors != test::sample(layout, i).tensors;
+        wrong += cache.read(cache.index().variants(static_cast<int64_t>(i))[0]).tensors !=
+                 test::sample(layout, i).tensors;
       }
     });
   }
@@ -111,16 +122,20 @@ TEST(CacheReader, ReadsFromManyThreadsAndMoreSegmentsThanStayOpen) {
 
 TEST(CacheWriter, DoesNotTouchANewerManifest) {
   const test::TemporaryFolder folder;
-  folder.write("manifest.json", R"({"format":"flux-cache","schema_version":2,"provenance":{"tool":"t","tool_version":"9"}})");
-  EXPECT_THAT(refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
-              HasSubstr("schema 2, this build reads 1 to 1\n  written by t 9"));
+  folder.write(
+      "manifest.json",
+      R"({"format":"flux-cache","schema_version":2,"provenance":{"tool":"t","tool_version":"9"}})");
+  EXPECT_THAT(
+      refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
+      HasSubstr("schema 2, this build reads 1 to 1\n  written by t 9"));
 }
 
 TEST(CacheWriter, SaysWhatToDoAboutADamagedSegment) {
   const test::TemporaryFolder folder;
   folder.write("seg-0123456789abcdef.h5", "damaged");
-  EXPECT_THAT(refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
-              HasSubstr("hint: remove that file and run again"));
+  EXPECT_THAT(
+      refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
+      HasSubstr("hint: remove that file and run again"));
 }
 
 TEST(Join, NamesTheFieldAndBothValues) {
@@ -129,18 +144,26 @@ TEST(Join, NamesTheFieldAndBothValues) {
   test::make_cache(folder / "text", test::recipe(Kind::kText), 0, 2);
   Manifest latents = read_manifest(folder / "latents"), text = read_manifest(folder / "text");
   EXPECT_EQ(refusal([&] { require_joinable(latents, "L", text, "T"); }), "accepted");
-  EXPECT_THAT(refusal([&] { require_joinable(text, "T", latents, "L"); }), HasSubstr("T: is a text cache, expected latents"));
+  EXPECT_THAT(refusal([&] { require_joinable(text, "T", latents, "L"); }),
+              HasSubstr("T: is a text cache, expected latents"));
   text.plan["batch_size"] = 4;
   latents.plan["batch_size"] = 2;
-  EXPECT_THAT(refusal([&] { require_joinable(latents, "L", text, "T"); }), HasSubstr("plan.batch_size: L: 2, T: 4"));
+  EXPECT_THAT(refusal([&] { require_joinable(latents, "L", text, "T"); }),
+              HasSubstr("plan.batch_size: L: 2, T: 4"));
   text.plan = latents.plan;
   text.shard = {1, 3};
-  EXPECT_THAT(refusal([&] { require_joinable(latents, "L", text, "T"); }), HasSubstr("T: is shard 1 of 3"));
+  EXPECT_THAT(refusal([&] { require_joinable(latents, "L", text, "T"); }),
+              HasSubstr("T: is shard 1 of 3"));
 }
 
 TEST(Differences, AreListedByDottedName) {
-  EXPECT_THAT(differences("p", {{"a", 1}, {"b", {{"c", "x"}, {"d", true}}}}, "now", {{"a", 1}, {"b", {{"c", "y"}}}, {"e", 2.5}}, "before"),
-              testing::ElementsAre("p.b.c: now: \"x\", before: \"y\"", "p.b.d: now: true, before: nothing",
+  EXPECT_THAT(differences("p",
+                          {{"a", 1}, {"b", {{"c", "x"}, {"d", true}}}},
+                          "now",
+                          {{"a", 1}, {"b", {{"c", "y"}}}, {"e", 2.5}},
+                          "before"),
+              testing::ElementsAre("p.b.c: now: \"x\", before: \"y\"",
+                                   "p.b.d: now: true, before: nothing",
                                    "p.e: now: nothing, before: 2.5"));
 }
 
@@ -158,26 +181,43 @@ TEST(Manifest, IsRefusedByName) {
   using nlohmann::json;
   EXPECT_EQ(says([](json&) {}), "accepted");
   EXPECT_EQ(says([](json& m) { m["x_note"] = "kept for others"; }), "accepted");
-  EXPECT_THAT(says([](json& m) { m["note"] = 1; }), HasSubstr("m.json: 'note' is not a field of a manifest"));
-  EXPECT_THAT(says([](json& m) { m["format"] = "other"; }), HasSubstr("'format' is \"other\", expected flux-cache"));
-  EXPECT_THAT(says([](json& m) { m["schema_version"] = 3; }),
-              HasSubstr("m.json: schema 3, this build reads 1 to 1\n  written by cache_test 0.0.0\n  hint: "));
-  EXPECT_THAT(says([](json& m) { m["required_features"] = {"masks"}; }), HasSubstr("needs the feature \"masks\", which this build does not know"));
+  EXPECT_THAT(says([](json& m) { m["note"] = 1; }),
+              HasSubstr("m.json: 'note' is not a field of a manifest"));
+  EXPECT_THAT(says([](json& m) { m["format"] = "other"; }),
+              HasSubstr("'format' is \"other\", expected flux-cache"));
+  EXPECT_THAT(
+      says([](json& m) { m["schema_version"] = 3; }),
+      HasSubstr(
+          "m.json: schema 3, this build reads 1 to 1\n  written by cache_test 0.0.0\n  hint: "));
+  EXPECT_THAT(says([](json& m) { m["required_features"] = {"masks"}; }),
+              HasSubstr("needs the feature \"masks\", which this build does not know"));
   EXPECT_THAT(says([](json& m) { m.erase("plan"); }), HasSubstr("'plan' is absent"));
-  EXPECT_THAT(says([](json& m) { m["complete"] = false; }), HasSubstr("'complete' is false, expected true"));
+  EXPECT_THAT(says([](json& m) { m["complete"] = false; }),
+              HasSubstr("'complete' is false, expected true"));
   EXPECT_THAT(says([](json& m) { m["num_items"] = -1; }), HasSubstr("'num_items' is -1"));
   EXPECT_THAT(says([](json& m) { m["num_items"] = 1.5; }), HasSubstr("'num_items' is 1.5"));
-  EXPECT_THAT(says([](json& m) { m["num_items"] = UINT64_MAX; }), HasSubstr("'num_items' is 18446744073709551615"));
-  EXPECT_THAT(says([](json& m) { m["segments"][0]["name"] = "../../etc/passwd"; }), HasSubstr("which is no segment"));
-  EXPECT_THAT(says([](json& m) { m["segments"].push_back(m["segments"][0]); }), HasSubstr("not sorted by name"));
-  EXPECT_THAT(says([](json& m) { m["weights"]["t5"] = "abc"; }), HasSubstr("weights: 't5' is not 64 hex digits"));
-  EXPECT_THAT(says([](json& m) { m["parameters"]["dtype"] = "int8"; }), HasSubstr("'dtype' is \"int8\", expected bf16, f16 or f32"));
-  EXPECT_THAT(says([](json& m) { m["parameters"]["more"] = {1, 2}; }), HasSubstr("'more' is a JSON array"));
-  EXPECT_THAT(refusal([&] { parse_manifest(R"({"a": 1, "a": 2})", "m.json"); }), HasSubstr("'a' is there twice"));
-  EXPECT_THAT(refusal([&] { parse_manifest("{\"format\": ", "m.json"); }), HasSubstr("is not JSON"));
+  EXPECT_THAT(says([](json& m) { m["num_items"] = UINT64_MAX; }),
+              HasSubstr("'num_items' is 18446744073709551615"));
+  EXPECT_THAT(says([](json& m) { m["segments"][0]["name"] = "../../etc/passwd"; }),
+              HasSubstr("which is no segment"));
+  EXPECT_THAT(says([](json& m) { m["segments"].push_back(m["segments"][0]); }),
+              HasSubstr("not sorted by name"));
+  EXPECT_THAT(says([](json& m) { m["weights"]["t5"] = "abc"; }),
+              HasSubstr("weights: 't5' is not 64 hex digits"));
+  EXPECT_THAT(says([](json& m) { m["parameters"]["dtype"] = "int8"; }),
+              HasSubstr("'dtype' is \"int8\", expected bf16, f16 or f32"));
+  EXPECT_THAT(says([](json& m) {
+                m["parameters"]["more"] = {1, 2};
+              }),
+              HasSubstr("'more' is a JSON array"));
+  EXPECT_THAT(refusal([&] { parse_manifest(R"({"a": 1, "a": 2})", "m.json"); }),
+              HasSubstr("'a' is there twice"));
+  EXPECT_THAT(refusal([&] { parse_manifest("{\"format\": ", "m.json"); }),
+              HasSubstr("is not JSON"));
   auto edited = good;
   edited["num_items"] = 3;
-  EXPECT_THAT(refusal([&] { parse_manifest(edited.dump(), "m.json"); }), HasSubstr("is damaged or was edited: checksum"));
+  EXPECT_THAT(refusal([&] { parse_manifest(edited.dump(), "m.json"); }),
+              HasSubstr("is damaged or was edited: checksum"));
 }
 
 TEST(Frame, GivesBackAnyBytes) {  // property
@@ -186,7 +226,8 @@ TEST(Frame, GivesBackAnyBytes) {  // property
     const RandomStream random(seed, Purpose::kNoise);
     const int64_t width = int64_t{1} << random.below(0, 4);
     std::vector<std::byte> data(static_cast<size_t>(width) * random.below(1, 3000));
-    for (size_t i = 0; i < data.size(); ++i) data[i] = std::byte(random.below(2 + i, seed % 7 == 0 ? 2 : 256));
+    for (size_t i = 0; i < data.size(); ++i)
+      data[i] = std::byte(random.below(2 + i, seed % 7 == 0 ? 2 : 256));
     const auto frame = encode_frame(data, width);
     std::vector<std::byte> out(data.size());
     ASSERT_EQ(decode_frame(frame, width, out), "");
@@ -210,17 +251,20 @@ TEST(Index, GivesBackAnyItems) {  // property
       for (auto& variant : variants) {
         variant.key = sha256(std::to_string(draw));
         variant.segment = random.bits(draw++), variant.row = random.bits(draw++);
-        variant.height = random.bits(draw++), variant.width = random.bits(draw++), variant.flags = random.bits(draw++);
+        variant.height = random.bits(draw++), variant.width = random.bits(draw++),
+        variant.flags = random.bits(draw++);
         variant.weight = random.uniform(draw++);
       }
       IndexItem item;
       item.item = sha256("item" + std::to_string(i));
-      item.subset = random.bits(draw++), item.repeats = random.bits(draw++), item.flags = random.bits(draw++);
+      item.subset = random.bits(draw++), item.repeats = random.bits(draw++),
+      item.flags = random.bits(draw++);
       index.add(item, std::string(random.below(draw++, 50), static_cast<char>(i)), variants);
     }
     const auto bytes = encode_index(index, Kind::kText);
     EXPECT_EQ(encode_index(index, Kind::kText), bytes) << "equal content, other bytes";
-    const auto path = folder.write("index.h5", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    const auto path =
+        folder.write("index.h5", {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
     EXPECT_EQ(read_index(path, Kind::kText), index);
   }
 }

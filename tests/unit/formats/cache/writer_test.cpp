@@ -21,7 +21,8 @@ using test::SampleData;
 
 int64_t count_files(const fs::path& folder, const std::string& start) {
   int64_t count = 0;
-  for (const auto& entry : fs::directory_iterator(folder)) count += entry.path().filename().native().starts_with(start);
+  for (const auto& entry : fs::directory_iterator(folder))
+    count += entry.path().filename().native().starts_with(start);
   return count;
 }
 
@@ -59,10 +60,14 @@ TEST_P(WriterOf, GivesBackEverySample) {
   EXPECT_EQ(count_files(folder.path() / "cache", "."), 0) << "scratch files are left";
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, WriterOf,
-                         testing::Values(std::pair(Kind::kLatents, "bf16"), std::pair(Kind::kLatents, "f16"),
-                                         std::pair(Kind::kLatents, "f32"), std::pair(Kind::kText, "bf16"),
-                                         std::pair(Kind::kText, "f16"), std::pair(Kind::kText, "f32")));
+INSTANTIATE_TEST_SUITE_P(Kinds,
+                         WriterOf,
+                         testing::Values(std::pair(Kind::kLatents, "bf16"),
+                                         std::pair(Kind::kLatents, "f16"),
+                                         std::pair(Kind::kLatents, "f32"),
+                                         std::pair(Kind::kText, "bf16"),
+                                         std::pair(Kind::kText, "f16"),
+                                         std::pair(Kind::kText, "f32")));
 
 TEST(Writer, HoldsACacheOfNothing) {
   const test::TemporaryFolder folder;
@@ -93,10 +98,11 @@ TEST(Writer, CountsNewChangedKeptAndUnwanted) {
   const Layout layout = layout_of(recipe.kind, recipe.parameters);
 
   std::vector<WantedItem> items;
-  for (uint64_t i = 0; i < 8; ++i) items.push_back(test::wanted(test::sample(layout, i), i));  // 8 and 9: unwanted
-  items.push_back(test::wanted(test::sample(layout, 100), 7));                                 // item 7 once more, new bytes
-  items.push_back(test::wanted(test::sample(layout, 101), 101));                               // a new item
-  items.push_back(test::wanted(test::sample(layout, 3), 102));                                 // a copy of a kept image
+  for (uint64_t i = 0; i < 8; ++i)
+    items.push_back(test::wanted(test::sample(layout, i), i));    // 8 and 9: unwanted
+  items.push_back(test::wanted(test::sample(layout, 100), 7));    // item 7 once more, new bytes
+  items.push_back(test::wanted(test::sample(layout, 101), 101));  // a new item
+  items.push_back(test::wanted(test::sample(layout, 3), 102));    // a copy of a kept image
   Recipe other = recipe;
   other.parameters["store"] = "sample";
   const Writer writer(folder.path(), other, test::provenance());
@@ -105,7 +111,8 @@ TEST(Writer, CountsNewChangedKeptAndUnwanted) {
   EXPECT_EQ(found.new_samples, 1);
   EXPECT_EQ(found.changed, 1);
   EXPECT_EQ(found.unwanted, 2);
-  EXPECT_THAT(found.changed_fields, testing::ElementsAre("parameters.store: now: \"sample\", before: \"mean_logvar\""));
+  EXPECT_THAT(found.changed_fields,
+              testing::ElementsAre("parameters.store: now: \"sample\", before: \"mean_logvar\""));
 }
 
 TEST(Writer, LeavesUnwantedSamplesOutOfTheManifest) {
@@ -115,7 +122,8 @@ TEST(Writer, LeavesUnwantedSamplesOutOfTheManifest) {
   expect_samples(Cache(folder.path(), Kind::kLatents), 20, 23);
   EXPECT_EQ(Cache(folder.path(), Kind::kLatents).manifest().segments.size(), 1u);
   EXPECT_EQ(count_files(folder.path(), "seg-"), 2);
-  test::make_cache(folder.path(), test::recipe(Kind::kLatents), 0, 10);  // and back, with nothing to encode
+  test::make_cache(
+      folder.path(), test::recipe(Kind::kLatents), 0, 10);  // and back, with nothing to encode
   EXPECT_EQ(count_files(folder.path(), "seg-"), 2);
   expect_samples(Cache(folder.path(), Kind::kLatents), 0, 10);
 }
@@ -126,7 +134,8 @@ TEST(Writer, RecoversWhatWasNotSealed) {
   const Layout layout = layout_of(recipe.kind, recipe.parameters);
   {
     Writer writer(folder.path(), recipe, test::provenance());
-    for (uint64_t i = 0; i < 130; ++i) writer.add(test::sample(layout, i).info, test::sample(layout, i).spans());
+    for (uint64_t i = 0; i < 130; ++i)
+      writer.add(test::sample(layout, i).info, test::sample(layout, i).spans());
     EXPECT_TRUE(writer.contains(test::sample(layout, 129).info.key));
   }
   EXPECT_EQ(count_files(folder.path(), ".journal-"), 1);
@@ -158,7 +167,8 @@ TEST(Writer, WithdrawRemovesTheManifestAndListsTheBadItems) {
   }
   EXPECT_FALSE(fs::exists(folder.path() / kManifestName));
   EXPECT_THAT(read_file(folder.path() / "quarantine.jsonl"),
-              testing::AllOf(testing::HasSubstr("\"reason\":\"not UTF-8\""), testing::HasSubstr("a\\\\nb.txt")));
+              testing::AllOf(testing::HasSubstr("\"reason\":\"not UTF-8\""),
+                             testing::HasSubstr("a\\\\nb.txt")));
   test::make_cache(folder.path(), test::recipe(Kind::kText), 0, 2);
   EXPECT_FALSE(fs::exists(folder.path() / "quarantine.jsonl"));
 }

@@ -23,9 +23,11 @@ struct Data {
   explicit Data(bool large = false) {
     for (const char* name : {"b.lora_up.weight", "a.lora_down.weight"}) {
       std::vector<std::byte> bytes(large ? 600'000 : 64);
-      for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 31 + values.size());
+      for (size_t i = 0; i < bytes.size(); ++i)
+        bytes[i] = static_cast<std::byte>(i * 31 + values.size());
       values.push_back(std::move(bytes));
-      tensors.push_back({{name, DType::kBF16, {static_cast<int64_t>(values.back().size() / 2)}}, {}});
+      tensors.push_back(
+          {{name, DType::kBF16, {static_cast<int64_t>(values.back().size() / 2)}}, {}});
     }
     for (size_t i = 0; i < values.size(); ++i) tensors[i].bytes = values[i];
   }
@@ -33,7 +35,9 @@ struct Data {
   std::vector<Tensor> tensors;
 };
 
-void save(const std::filesystem::path& run, int64_t step, const nlohmann::json& state = {{"seed", 1}}) {
+void save(const std::filesystem::path& run,
+          int64_t step,
+          const nlohmann::json& state = {{"seed", 1}}) {
   const Data data;
   Writer writer(run, step);
   writer.add("lora.safetensors", data.tensors, {{"ss_seed", "1"}});
@@ -73,7 +77,8 @@ TEST(Checkpoint, MakesRoomForTheSameStep) {
 
 TEST(Checkpoint, IgnoresFoldersThatAreNoCheckpoints) {
   TemporaryFolder run;
-  for (const char* name : {"step-", "step-5", "step-00005x", "step-000005.tmp", ".step-000005.abc", "other"}) {
+  for (const char* name :
+       {"step-", "step-5", "step-00005x", "step-000005.tmp", ".step-000005.abc", "other"}) {
     std::filesystem::create_directory(run / name);
   }
   EXPECT_TRUE(steps_in(run.path()).empty());
@@ -102,7 +107,8 @@ TEST(ReadLatest, RefusesDamagedForeignAndNewerStates) {
       {"", "not JSON"},
       {"[1]", "not a state"},
       {R"({"format":"other"})", "not a state"},
-      {R"({"format":"flux-checkpoint","schema_version":2,"step":5})", "schema 2, this build reads 1"},
+      {R"({"format":"flux-checkpoint","schema_version":2,"step":5})",
+       "schema 2, this build reads 1"},
       {R"({"format":"flux-checkpoint","schema_version":1,"step":6})", "is of step 6, not 5"}};
   for (const auto& [text, wanted] : cases) {
     TemporaryFolder run;
@@ -121,7 +127,8 @@ TEST(ReadLatest, RefusesDamagedForeignAndNewerStates) {
   EXPECT_THROW(read_latest(run.path()), CacheError);
 }
 
-// By the definition: the whole serialisation with the ss_ entries alone, hashed behind the header and in the window.
+// By the definition: the whole serialisation with the ss_ entries alone, hashed behind the header
+// and in the window.
 TEST(LoraHashes, AreThoseOfTheSerialisationWithTrainingMetadataAlone) {
   for (const bool large : {false, true}) {
     TemporaryFolder folder;

@@ -61,11 +61,15 @@ class TextPipeline : public testing::Test {
     folder.write("images/" + name + ".txt", caption);
   }
   // no picture is opened by this stage
-  void image_alone(const std::string& name) const { folder.write("images/" + name + ".png", "picture"); }
+  void image_alone(const std::string& name) const {
+    folder.write("images/" + name + ".png", "picture");
+  }
   void dataset(const std::string& subset_keys) {
     options.data.images.clear();
-    options.data.dataset = folder.write("dataset.toml", "[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '" +
-                                                            (folder.path() / "images").native() + "'\n" + subset_keys);
+    options.data.dataset = folder.write(
+        "dataset.toml",
+        "[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '" +
+            (folder.path() / "images").native() + "'\n" + subset_keys);
   }
   /// The caption -> its decoded tensors.
   std::map<std::string, std::vector<std::vector<std::byte>>> samples() const {
@@ -135,9 +139,13 @@ TEST_F(TextPipeline, StoresWhatTheNetsGive) {
   const auto tensor_of = [](const std::vector<int32_t>& ids) {
     return at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).unsqueeze(0);
   };
-  const auto clip_ids = tensor_of(clip.tokenizer.padded(clip.tokenizer.encode("a photo of the dog"), 77).ids);
-  const auto t5_ids = tensor_of(t5.tokenizer.padded(t5.tokenizer.encode("a photo of the dog"), 256).ids);
-  const auto pooled = clip::TextModel::load(clip.weights, clip.config, at::kFloat, at::kCPU).encode(clip_ids).pooled;
+  const auto clip_ids =
+      tensor_of(clip.tokenizer.padded(clip.tokenizer.encode("a photo of the dog"), 77).ids);
+  const auto t5_ids =
+      tensor_of(t5.tokenizer.padded(t5.tokenizer.encode("a photo of the dog"), 256).ids);
+  const auto pooled = clip::TextModel::load(clip.weights, clip.config, at::kFloat, at::kCPU)
+                          .encode(clip_ids)
+                          .pooled;
   const auto prompt = t5::Encoder::load(t5.weights, t5.config, at::kFloat, at::kCPU).encode(t5_ids);
   const auto stored = samples().at("a photo of the dog");
   const auto bytes = [](const at::Tensor& t) {
@@ -149,7 +157,9 @@ TEST_F(TextPipeline, StoresWhatTheNetsGive) {
 }
 
 TEST_F(TextPipeline, BitsDoNotDependOnTheBatch) {
-  for (int i = 0; i < 5; ++i) image("i" + std::to_string(i), "a photo of " + std::string(static_cast<size_t>(i), 'x') + " dogs");
+  for (int i = 0; i < 5; ++i)
+    image("i" + std::to_string(i),
+          "a photo of " + std::string(static_cast<size_t>(i), 'x') + " dogs");
   text::run(options);
   const auto alone = samples();
   options.encode.out = folder.path() / "batched";
@@ -170,15 +180,21 @@ TEST_F(TextPipeline, MaskedRowsAreZeroAndAnotherSample) {
   const size_t row_bytes = sample.tensors[0].size() / 512, live = sample.info.t5_tokens * row_bytes;
   ASSERT_GT(live, 0u);
   const auto is_zero = [](std::byte b) { return b == std::byte{0}; };
-  EXPECT_TRUE(std::all_of(sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live), sample.tensors[0].end(), is_zero));
-  EXPECT_FALSE(std::all_of(sample.tensors[0].begin(), sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live), is_zero));
+  EXPECT_TRUE(std::all_of(sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live),
+                          sample.tensors[0].end(),
+                          is_zero));
+  EXPECT_FALSE(std::all_of(sample.tensors[0].begin(),
+                           sample.tensors[0].begin() + static_cast<std::ptrdiff_t>(live),
+                           is_zero));
   EXPECT_EQ(cache.manifest().recipe.parameters.at("pad_policy"), "masked");
 }
 
 TEST_F(TextPipeline, MissingCaptionsEndTheRunByName) {
   image("a", "a red circle");
   for (int i = 0; i < 7; ++i) image_alone("no" + std::to_string(i));
-  EXPECT_THAT(error_of(), AllOf(HasSubstr("3 7 of 8 images have no caption: no0.png, no1.png"), HasSubstr("no4.png and 2 more")));
+  EXPECT_THAT(error_of(),
+              AllOf(HasSubstr("3 7 of 8 images have no caption: no0.png, no1.png"),
+                    HasSubstr("no4.png and 2 more")));
   EXPECT_FALSE(fs::exists(options.encode.out / "manifest.json"));
   options.missing_caption = text::MissingCaption::kEmpty;
   EXPECT_EQ(text::run(options).encoded, 2);
@@ -215,7 +231,8 @@ TEST_F(TextPipeline, EnumeratesShuffledTags) {
 
 TEST_F(TextPipeline, ReadsPromptsLineByLine) {
   options.data.images.clear();
-  options.prompts = folder.write("prompts.txt", "\uFEFFa red circle\r\n\n  # a comment\n a blue square \na red circle");
+  options.prompts = folder.write(
+      "prompts.txt", "\uFEFFa red circle\r\n\n  # a comment\n a blue square \na red circle");
   EXPECT_EQ(text::run(options).encoded, 2);
   const cache::Cache cache(options.encode.out, cache::Kind::kText);
   ASSERT_EQ(cache.manifest().num_items, 3);
@@ -279,15 +296,18 @@ TEST_F(TextPipeline, AFolderKeepsItsPrecision) {
 TEST_F(TextPipeline, ASignalKeepsWhatIsFinished) {
   constexpr int kCaptions = 120;
   for (int i = 0; i < kCaptions; ++i) image("i" + std::to_string(i), "photo " + std::to_string(i));
-  std::jthread watch([&](const std::stop_token& stop) {  // a signal once the first sample is in the journal
-    while (!stop.stop_requested()) {
-      std::error_code ignored;
-      for (fs::directory_iterator entry(options.encode.out, ignored), end; entry != end; entry.increment(ignored)) {
-        if (entry->path().filename().native().starts_with(".journal-")) return cancel::set(ExitCode::kInterrupt);
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-  });
+  std::jthread watch(
+      [&](const std::stop_token& stop) {  // a signal once the first sample is in the journal
+        while (!stop.stop_requested()) {
+          std::error_code ignored;
+          for (fs::directory_iterator entry(options.encode.out, ignored), end; entry != end;
+               entry.increment(ignored)) {
+            if (entry->path().filename().native().starts_with(".journal-"))
+              return cancel::set(ExitCode::kInterrupt);
+          }
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+      });
   EXPECT_THAT(error_of(), HasSubstr("130 "));
   watch.request_stop();
   watch.join();
@@ -302,10 +322,12 @@ TEST_F(TextPipeline, FindsTokenizersInADiffusersFolder) {
   image("a", "a red circle");
   text::run(options);  // models() has them in `tokenizers`
   const fs::path model = folder.path() / "FLUX.1-dev";
-  for (const char* name : {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}) fs::create_directories(model / name);
+  for (const char* name : {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"})
+    fs::create_directories(model / name);
   fs::copy_file(options.clip, model / "text_encoder/model.safetensors");
   fs::copy_file(options.t5, model / "text_encoder_2/model.safetensors");
-  for (const char* name : {"vocab.json", "merges.txt"}) fs::copy_file(models() / "tokenizers/clip" / name, model / "tokenizer" / name);
+  for (const char* name : {"vocab.json", "merges.txt"})
+    fs::copy_file(models() / "tokenizers/clip" / name, model / "tokenizer" / name);
   fs::copy_file(models() / "tokenizers/t5/spiece.model", model / "tokenizer_2/spiece.model");
   options.clip = model / "text_encoder/model.safetensors";
   options.t5 = model / "text_encoder_2/model.safetensors";
@@ -321,7 +343,8 @@ TEST_F(TextPipeline, RefusesATokenizerOfOtherWeights) {
   folder.write("clip/vocab.json", vocab.dump());
   folder.write("clip/merges.txt", read_file(models() / "tokenizers/clip/merges.txt"));
   options.clip_tokenizer = folder.path() / "clip";
-  EXPECT_THAT(error_of(), AllOf(HasSubstr("3 "), HasSubstr("ids, but CLIP has"), HasSubstr("rows")));
+  EXPECT_THAT(error_of(),
+              AllOf(HasSubstr("3 "), HasSubstr("ids, but CLIP has"), HasSubstr("rows")));
 }
 
 TEST_F(TextPipeline, RefusesSwappedWeights) {

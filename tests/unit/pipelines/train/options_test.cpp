@@ -12,7 +12,8 @@
 namespace flux::train {
 namespace {
 
-const std::vector<std::string> kNeeded{"--latents", "l", "--text", "t", "--model", "m", "--out", "o", "--max-steps", "5"};
+const std::vector<std::string> kNeeded{
+    "--latents", "l", "--text", "t", "--model", "m", "--out", "o", "--max-steps", "5"};
 
 Options parse(std::vector<std::string> arguments, bool with_needed = true) {
   if (with_needed) arguments.insert(arguments.end(), kNeeded.begin(), kNeeded.end());
@@ -36,11 +37,21 @@ std::string message_of(const std::vector<std::string>& arguments, bool with_need
 TEST(TrainOptions, DefaultsTrainFluxProperly) {
   const Options options = parse({});
   const nlohmann::json deciding = deciding_options(options);
-  EXPECT_EQ(deciding, (nlohmann::json{{"method", "lora"}, {"rank", 16}, {"alpha", 16.0}, {"learning-rate", 1e-4},
-                                      {"lr-scheduler", "constant"}, {"weight-decay", 0.01}, {"max-grad-norm", 1.0},
-                                      {"batch-size", 0}, {"seed", 0}, {"timestep-sampling", "flux_shift"},
-                                      {"sigmoid-scale", 1.0}, {"loss-type", "l2"}, {"posterior", "sample"},
-                                      {"prior-loss-weight", 1.0}}));
+  EXPECT_EQ(deciding,
+            (nlohmann::json{{"method", "lora"},
+                            {"rank", 16},
+                            {"alpha", 16.0},
+                            {"learning-rate", 1e-4},
+                            {"lr-scheduler", "constant"},
+                            {"weight-decay", 0.01},
+                            {"max-grad-norm", 1.0},
+                            {"batch-size", 0},
+                            {"seed", 0},
+                            {"timestep-sampling", "flux_shift"},
+                            {"sigmoid-scale", 1.0},
+                            {"loss-type", "l2"},
+                            {"posterior", "sample"},
+                            {"prior-loss-weight", 1.0}}));
   EXPECT_EQ(options.guidance, std::nullopt);
   EXPECT_EQ(options.loss.prediction, Prediction::kRaw);
 }
@@ -53,14 +64,16 @@ TEST(TrainOptions, AlphaIsTheRankUnlessGiven) {
 TEST(TrainOptions, NamesWhatIsMissing) {
   std::vector<std::string> arguments;
   for (const char* flag : {"latents", "text", "model", "out", "max-steps"}) {
-    EXPECT_THAT(message_of(arguments, false), testing::HasSubstr(std::string("--") + flag + " is missing"));
+    EXPECT_THAT(message_of(arguments, false),
+                testing::HasSubstr(std::string("--") + flag + " is missing"));
     arguments.insert(arguments.end(), {std::string("--") + flag, "5"});
   }
   EXPECT_EQ(message_of(arguments, false), "no error");
 }
 
 TEST(TrainOptions, RefusesWhatIsNotThereYetAndContradictions) {
-  EXPECT_THAT(message_of({"--method", "full"}), testing::HasSubstr("--method full is not there yet"));
+  EXPECT_THAT(message_of({"--method", "full"}),
+              testing::HasSubstr("--method full is not there yet"));
   EXPECT_THAT(message_of({"--resume", "--replace"}), testing::HasSubstr("contradict"));
 }
 
@@ -85,11 +98,27 @@ TEST(TrainOptions, RefusesFlagsThatCannotTakeEffect) {
 }
 
 TEST(TrainOptions, RunTomlGivesTheSameOptionsAgain) {
-  const Options first = parse({"--timestep-sampling", "sigma", "--weighting-scheme", "logit_normal", "--logit-mean", "0.25",
-                               "--learning-rate", "1e-5", "--lr-scheduler", "cosine", "--lr-warmup-steps", "7", "--guidance",
-                               "3.5", "--loss-type", "huber", "--seed", "9"});
+  const Options first = parse({"--timestep-sampling",
+                               "sigma",
+                               "--weighting-scheme",
+                               "logit_normal",
+                               "--logit-mean",
+                               "0.25",
+                               "--learning-rate",
+                               "1e-5",
+                               "--lr-scheduler",
+                               "cosine",
+                               "--lr-warmup-steps",
+                               "7",
+                               "--guidance",
+                               "3.5",
+                               "--loss-type",
+                               "huber",
+                               "--seed",
+                               "9"});
   test::TemporaryFolder folder;
-  const Options again = parse({"--config", folder.write("run.toml", run_toml(first)).string()}, false);
+  const Options again =
+      parse({"--config", folder.write("run.toml", run_toml(first)).string()}, false);
   EXPECT_EQ(deciding_options(first), deciding_options(again));
   EXPECT_EQ(run_toml(first), run_toml(again));
   EXPECT_EQ(again.latents, "l");

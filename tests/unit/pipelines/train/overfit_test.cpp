@@ -14,7 +14,8 @@ namespace {
 
 at::Tensor normal(at::IntArrayRef shape, uint64_t number) {
   at::Tensor out = at::empty(shape, at::kFloat);
-  RandomStream(3, Purpose::kNoise, number).fill_normal({out.mutable_data_ptr<float>(), static_cast<size_t>(out.numel())});
+  RandomStream(3, Purpose::kNoise, number)
+      .fill_normal({out.mutable_data_ptr<float>(), static_cast<size_t>(out.numel())});
   return out;
 }
 
@@ -34,7 +35,8 @@ TEST(Overfitting, LoraBringsTheLossBelow15PercentWithin300Steps) {
   std::vector<std::array<at::Tensor, 3>> parameters;  // value, moments
   for (lora::Module& module : adapters.modules) {
     for (const at::Tensor& tensor : {module.down, module.up}) {
-      parameters.push_back({tensor.requires_grad_(true), at::zeros_like(tensor), at::zeros_like(tensor)});
+      parameters.push_back(
+          {tensor.requires_grad_(true), at::zeros_like(tensor), at::zeros_like(tensor)});
     }
   }
   lora::attach(adapters, weights);

@@ -97,23 +97,25 @@ TEST(Train, SavesALoraInSdScriptsLayoutWithItsMetadata) {
   const auto file = scene.options.out / "step-000003/lora.safetensors";
   const WeightFile lora = read_weights(file);
   EXPECT_EQ(lora.tensors.size(), 3u * (10 + 3));  // a double and a single block
-  const at::Tensor& down = lora.tensors.at("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight");
+  const at::Tensor& down =
+      lora.tensors.at("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight");
   EXPECT_EQ(down.sizes(), (at::IntArrayRef{4, 128}));
   EXPECT_EQ(down.scalar_type(), at::kBFloat16);
   EXPECT_EQ(lora.tensors.at("lora_unet_single_blocks_0_linear1.alpha").item<float>(), 2);
   const auto& up = lora.tensors.at("lora_unet_single_blocks_0_linear1.lora_up.weight");
   EXPECT_GT(up.abs().max().item<float>(), 0);
-  for (const auto& [key, value] : std::map<std::string, std::string>{{"ss_network_module", "networks.lora_flux"},
-                                                                     {"ss_network_dim", "4"},
-                                                                     {"ss_network_alpha", "2.0"},
-                                                                     {"ss_base_model_version", "flux1"},
-                                                                     {"ss_steps", "3"},
-                                                                     {"ss_guidance_scale", "1.0"},
-                                                                     {"ss_timestep_sampling", "flux_shift"},
-                                                                     {"ss_model_prediction_type", "raw"},
-                                                                     {"ss_apply_t5_attn_mask", "False"},
-                                                                     {"ss_num_train_images", "3"},
-                                                                     {"modelspec.architecture", "flux-1-dev/lora"}}) {
+  for (const auto& [key, value] :
+       std::map<std::string, std::string>{{"ss_network_module", "networks.lora_flux"},
+                                          {"ss_network_dim", "4"},
+                                          {"ss_network_alpha", "2.0"},
+                                          {"ss_base_model_version", "flux1"},
+                                          {"ss_steps", "3"},
+                                          {"ss_guidance_scale", "1.0"},
+                                          {"ss_timestep_sampling", "flux_shift"},
+                                          {"ss_model_prediction_type", "raw"},
+                                          {"ss_apply_t5_attn_mask", "False"},
+                                          {"ss_num_train_images", "3"},
+                                          {"modelspec.architecture", "flux-1-dev/lora"}}) {
     EXPECT_EQ(lora.metadata.at(key), value) << key;
   }
   Sha256 hash;
@@ -139,7 +141,8 @@ TEST(Train, ResumesBitForBit) {
   ASSERT_EQ(a.size(), 6u);
   ASSERT_EQ(b.size(), 6u);
   for (size_t i = 0; i < 6; ++i) {
-    for (const char* field : {"step", "epoch", "loss", "grad_norm", "learning_rate"}) EXPECT_EQ(a[i][field], b[i][field]) << i;
+    for (const char* field : {"step", "epoch", "loss", "grad_norm", "learning_rate"})
+      EXPECT_EQ(a[i][field], b[i][field]) << i;
   }
   EXPECT_EQ(a[5]["epoch"], 2);
 }
@@ -159,7 +162,8 @@ TEST(Train, ResumingAFinishedRunDoesNothing) {
 TEST(Train, DropsMetricsThatWereNotSaved) {
   Scene scene;
   run(scene.options);
-  std::ofstream(scene.options.out / "metrics.jsonl", std::ios::app) << R"({"step":4,"loss":9})" << "\n{\"step\":5,\"lo";
+  std::ofstream(scene.options.out / "metrics.jsonl", std::ios::app) << R"({"step":4,"loss":9})"
+                                                                    << "\n{\"step\":5,\"lo";
   scene.options.resume = true;
   scene.options.max_steps = 4;
   run(scene.options);
@@ -187,7 +191,8 @@ TEST(Train, KeepsAFinishedRunUnlessToldOtherwise) {
   Scene scene;
   run(scene.options);
   const std::string before = read_file(scene.options.out / "step-000003/state.json");
-  EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("--resume"), HasSubstr("--replace"), HasSubstr("step 3")));
+  EXPECT_THAT(message_of(scene.options),
+              AllOf(HasSubstr("--resume"), HasSubstr("--replace"), HasSubstr("step 3")));
   EXPECT_EQ(read_file(scene.options.out / "step-000003/state.json"), before);
   scene.options.replace = true;
   scene.options.max_steps = 1;
@@ -215,18 +220,22 @@ TEST(Train, ResumeRefusesWhatWouldChangeTheResult) {
     change(options);
     return message_of(options);
   };
-  EXPECT_THAT(with([](Options& o) { o.lr.learning_rate = 1e-4; }),
-              AllOf(HasSubstr("--learning-rate is 0.0001"), HasSubstr("0.001"), HasSubstr("step-000003")));
+  EXPECT_THAT(
+      with([](Options& o) { o.lr.learning_rate = 1e-4; }),
+      AllOf(HasSubstr("--learning-rate is 0.0001"), HasSubstr("0.001"), HasSubstr("step-000003")));
   EXPECT_THAT(with([](Options& o) { o.rank = 8; }), AllOf(HasSubstr("8"), HasSubstr("4")));
   EXPECT_THAT(with([](Options& o) { o.guidance = 2; }), HasSubstr("--guidance"));
   EXPECT_THAT(with([](Options& o) { o.precision = Precision::kBF16; }), HasSubstr("--precision"));
   const auto other_model = test::write_tiny_flux(scene.folder / "other.safetensors", true, 2);
-  EXPECT_THAT(with([&](Options& o) { o.model = other_model; }), AllOf(HasSubstr("other.safetensors"), HasSubstr("weights_sha256")));
+  EXPECT_THAT(with([&](Options& o) { o.model = other_model; }),
+              AllOf(HasSubstr("other.safetensors"), HasSubstr("weights_sha256")));
   test::TrainingCaches changed = small_caches();
   changed.items[1].num_captions = 2;
   changed.write_text(scene.folder / "other-text");
-  EXPECT_THAT(with([&](Options& o) { o.text = scene.folder / "other-text"; }), HasSubstr("other-text"));
-  EXPECT_THAT(with([&](Options& o) { o.out = scene.folder / "nothing"; }), HasSubstr("no checkpoint"));
+  EXPECT_THAT(with([&](Options& o) { o.text = scene.folder / "other-text"; }),
+              HasSubstr("other-text"));
+  EXPECT_THAT(with([&](Options& o) { o.out = scene.folder / "nothing"; }),
+              HasSubstr("no checkpoint"));
   EXPECT_EQ(message_of(scene.options), "no error");
 }
 
@@ -242,7 +251,8 @@ TEST(Train, ResumeRefusesADamagedState) {
 }
 
 TEST(Train, RefusesCachesThatDoNotFitTheModelFieldByField) {
-  const auto message = [](const std::function<void(test::TrainingCaches&)>& change, bool guidance = true) {
+  const auto message = [](const std::function<void(test::TrainingCaches&)>& change,
+                          bool guidance = true) {
     test::TrainingCaches caches = small_caches();
     change(caches);
     const Scene scene(caches, guidance);
@@ -250,11 +260,16 @@ TEST(Train, RefusesCachesThatDoNotFitTheModelFieldByField) {
     EXPECT_FALSE(std::filesystem::exists(scene.options.out)) << text;
     return text;
   };
-  EXPECT_THAT(message([](auto& c) { c.t5_width = 32; }), AllOf(HasSubstr("t5_width is 32"), HasSubstr("16")));
-  EXPECT_THAT(message([](auto& c) { c.clip_width = 4; }), AllOf(HasSubstr("clip_width is 4"), HasSubstr("8")));
-  EXPECT_THAT(message([](auto& c) { c.t5_length = 256; }), AllOf(HasSubstr("t5_length is 256"), HasSubstr("512")));
-  EXPECT_THAT(message([](auto& c) { c.t5_length = 128; }, false), AllOf(HasSubstr("t5_length is 128"), HasSubstr("512")));
-  EXPECT_THAT(message([](auto& c) { c.plan["datasets"][0]["batch_size"] = nullptr; }), HasSubstr("batch_size"));
+  EXPECT_THAT(message([](auto& c) { c.t5_width = 32; }),
+              AllOf(HasSubstr("t5_width is 32"), HasSubstr("16")));
+  EXPECT_THAT(message([](auto& c) { c.clip_width = 4; }),
+              AllOf(HasSubstr("clip_width is 4"), HasSubstr("8")));
+  EXPECT_THAT(message([](auto& c) { c.t5_length = 256; }),
+              AllOf(HasSubstr("t5_length is 256"), HasSubstr("512")));
+  EXPECT_THAT(message([](auto& c) { c.t5_length = 128; }, false),
+              AllOf(HasSubstr("t5_length is 128"), HasSubstr("512")));
+  EXPECT_THAT(message([](auto& c) { c.plan["datasets"][0]["batch_size"] = nullptr; }),
+              HasSubstr("batch_size"));
 }
 
 TEST(Train, TakesSchnellWithShortAndLongText) {
@@ -264,7 +279,8 @@ TEST(Train, TakesSchnellWithShortAndLongText) {
     Scene scene(caches, false);
     scene.options.max_steps = 1;
     EXPECT_EQ(run(scene.options).steps, 1);
-    EXPECT_EQ(read_weights(scene.options.out / "step-000001/lora.safetensors").metadata.at("modelspec.architecture"),
+    EXPECT_EQ(read_weights(scene.options.out / "step-000001/lora.safetensors")
+                  .metadata.at("modelspec.architecture"),
               "flux-1-schnell/lora");
     scene.options.replace = true;
     scene.options.guidance = 3.5;
@@ -290,7 +306,8 @@ TEST(Train, SavesAndStopsOnASignal) {
   Scene scene;
   scene.options.max_steps = 1'000'000;
   std::jthread signal([&] {
-    while (!std::filesystem::exists(scene.options.out / "metrics.jsonl") || metrics(scene.options.out).size() < 2) {
+    while (!std::filesystem::exists(scene.options.out / "metrics.jsonl") ||
+           metrics(scene.options.out).size() < 2) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
     cancel::set(ExitCode::kInterrupt);
@@ -304,14 +321,16 @@ TEST(Train, SavesAndStopsOnASignal) {
 
 TEST(Train, SavesWhatIsDoneIfASegmentIsDamaged) {
   test::TrainingCaches caches = small_caches();
-  for (int i = 0; i < 300; ++i) caches.items.push_back({fmt::format("{}.png", i), 4, 4});  // several segments
+  for (int i = 0; i < 300; ++i)
+    caches.items.push_back({fmt::format("{}.png", i), 4, 4});  // several segments
   caches.t5_length = 256;
   Scene scene(caches, false);
   scene.options.max_steps = 300;
   auto segment = std::filesystem::path();
   uintmax_t smallest = UINTMAX_MAX;
   for (const auto& entry : std::filesystem::directory_iterator(scene.folder / "latents")) {
-    if (!entry.path().filename().string().starts_with("seg-") || entry.file_size() >= smallest) continue;
+    if (!entry.path().filename().string().starts_with("seg-") || entry.file_size() >= smallest)
+      continue;
     smallest = entry.file_size();
     segment = entry.path();
   }
@@ -329,7 +348,8 @@ TEST(Train, StopsWithTheSamplesNamesIfTheLossIsNotFinite) {
   Scene scene;
   scene.options.lr.learning_rate = 1e30;
   scene.options.max_steps = 20;
-  EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("loss is"), HasSubstr(".png"), HasSubstr("--learning-rate")));
+  EXPECT_THAT(message_of(scene.options),
+              AllOf(HasSubstr("loss is"), HasSubstr(".png"), HasSubstr("--learning-rate")));
 }
 
 }  // namespace

@@ -40,8 +40,12 @@ struct Plain {
   Config config;
   Rope rope;
 
-  static at::Tensor apply(const Linear& layer, const at::Tensor& x) { return x.matmul(layer.weight.t()) + layer.bias; }
-  static at::Tensor modulated(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& scale) {
+  static at::Tensor apply(const Linear& layer, const at::Tensor& x) {
+    return x.matmul(layer.weight.t()) + layer.bias;
+  }
+  static at::Tensor modulated(const at::Tensor& x,
+                              const at::Tensor& shift,
+                              const at::Tensor& scale) {
     const auto centred = x - x.mean(-1, true);
     return (1 + scale) * centred * (centred.pow(2).mean(-1, true) + 1e-6).rsqrt() + shift;
   }
@@ -53,7 +57,9 @@ struct Plain {
   }
   /// part 0 q, 1 k, 2 v of a qkv tensor as [B, heads, N, head].
   at::Tensor heads(const at::Tensor& qkv, int64_t part) const {
-    return qkv.unflatten(-1, at::IntArrayRef{3, config.num_heads, -1}).select(2, part).transpose(1, 2);
+    return qkv.unflatten(-1, at::IntArrayRef{3, config.num_heads, -1})
+        .select(2, part)
+        .transpose(1, 2);
   }
   static at::Tensor normed(const at::Tensor& x, const at::Tensor& scale) {
     return x * (x.pow(2).mean(-1, true) + 1e-6).rsqrt() * scale;
@@ -64,13 +70,20 @@ struct Plain {
     const auto c = rope.cos.to(at::kDouble).unsqueeze(1), s = rope.sin.to(at::kDouble).unsqueeze(1);
     return at::stack({c * a - s * b, s * a + c * b}, -1).flatten(-2);
   }
-  at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask) const {
-    auto scores = rotated(q).matmul(rotated(k).transpose(2, 3)) / std::sqrt(static_cast<double>(config.head_dim()));
+  at::Tensor attend(const at::Tensor& q,
+                    const at::Tensor& k,
+                    const at::Tensor& v,
+                    const at::Tensor& mask) const {
+    auto scores = rotated(q).matmul(rotated(k).transpose(2, 3)) /
+                  std::sqrt(static_cast<double>(config.head_dim()));
     scores = scores.masked_fill(mask.logical_not().unsqueeze(1).unsqueeze(1), -INFINITY);
     return scores.softmax(-1).matmul(v).transpose(1, 2).flatten(2);
   }
 
-  Streams double_block(const DoubleBlock& w, const Streams& in, const at::Tensor& vec, const at::Tensor& mask) const {
+  Streams double_block(const DoubleBlock& w,
+                       const Streams& in,
+                       const at::Tensor& vec,
+                       const at::Tensor& mask) const {
     std::vector<at::Tensor> q, k, v;
     const std::pair<const Stream*, at::Tensor> order[] = {{&w.txt, in.txt}, {&w.img, in.img}};
     for (const auto& [stream, x] : order) {
@@ -87,17 +100,25 @@ struct Plain {
       const auto& [stream, x] = order[i];
       const auto mod = chunks(stream->mod, vec, 6);
       const auto y = x + mod[2] * apply(stream->proj, out.narrow(1, first, x.size(1)));
-      result[i] = y + mod[5] * apply(stream->mlp_out, gelu(apply(stream->mlp_in, modulated(y, mod[3], mod[4]))));
+      result[i] = y + mod[5] * apply(stream->mlp_out,
+                                     gelu(apply(stream->mlp_in, modulated(y, mod[3], mod[4]))));
       first += x.size(1);
     }
     return {result[1], result[0]};
   }
 
-  at::Tensor single_block(const SingleBlock& w, const at::Tensor& x, const at::Tensor& vec, const at::Tensor& mask) const {
+  at::Tensor single_block(const SingleBlock& w,
+                          const at::Tensor& x,
+                          const at::Tensor& vec,
+                          const at::Tensor& mask) const {
     const auto mod = chunks(w.modulation, vec, 3);
     const auto z = apply(w.linear1, modulated(x, mod[0], mod[1]));
-    const auto qkv = z.narrow(-1, 0, 3 * config.hidden), rest = z.narrow(-1, 3 * config.hidden, config.mlp);
-    const auto out = attend(normed(heads(qkv, 0), w.query_scale), normed(heads(qkv, 1), w.key_scale), heads(qkv, 2), mask);
+    const auto qkv = z.narrow(-1, 0, 3 * config.hidden),
+               rest = z.narrow(-1, 3 * config.hidden, config.mlp);
+    const auto out = attend(normed(heads(qkv, 0), w.query_scale),
+                            normed(heads(qkv, 1), w.key_scale),
+                            heads(qkv, 2),
+                            mask);
     return x + mod[2] * apply(w.linear2, at::cat({out, gelu(rest)}, -1));
   }
 };
@@ -105,7 +126,8 @@ struct Plain {
 class Blocks : public testing::Test {
  protected:
   Config config_ = small_config();
-  Weights narrow_ = random_weights(config_, at::kFloat), wide_ = random_weights(config_, at::kDouble);
+  Weights narrow_ = random_weights(config_, at::kFloat),
+          wide_ = random_weights(config_, at::kDouble);
   Rope rope_ = rope_table(config_, at::cat({text_ids(5), image_ids(6, 4)}));
   at::Tensor mask_ = at::ones({2, 11}, at::kBool);
   Plain plain_{config_, rope_};
@@ -114,12 +136,15 @@ class Blocks : public testing::Test {
     at::manual_seed(9);
     mask_[1].narrow(0, 3, 2).fill_(false);
   }
-  static at::Tensor leaf(const at::Tensor& t, at::ScalarType type) { return t.detach().to(type).requires_grad_(); }
+  static at::Tensor leaf(const at::Tensor& t, at::ScalarType type) {
+    return t.detach().to(type).requires_grad_();
+  }
   /// Gradients of every weight that took part.
   template <class Block>
   static void expect_gradients(Block& block, Block& exact) {
     TensorMap expected;
-    for_each_tensor(exact, "", [&](const std::string& name, at::Tensor& t) { expected[name] = t.grad(); });
+    for_each_tensor(
+        exact, "", [&](const std::string& name, at::Tensor& t) { expected[name] = t.grad(); });
     for_each_tensor(block, "", [&](const std::string& name, at::Tensor& t) {
       EXPECT_LT(test::relative_error(t.grad(), expected.at(name)), 5e-6) << name;
     });
@@ -128,7 +153,8 @@ class Blocks : public testing::Test {
 
 TEST_F(Blocks, DoubleBlockEqualsTheFormulas) {
   const auto img = at::randn({2, 6, 96}), txt = at::randn({2, 5, 96}), vec = at::randn({2, 96});
-  const Streams in{leaf(img, at::kFloat), leaf(txt, at::kFloat)}, exact_in{leaf(img, at::kDouble), leaf(txt, at::kDouble)};
+  const Streams in{leaf(img, at::kFloat), leaf(txt, at::kFloat)},
+      exact_in{leaf(img, at::kDouble), leaf(txt, at::kDouble)};
   const auto v = leaf(vec, at::kFloat), exact_v = leaf(vec, at::kDouble);
   const auto out = double_block(narrow_.double_blocks[0], in, v, rope_, mask_);
   const auto exact = plain_.double_block(wide_.double_blocks[0], exact_in, exact_v, mask_);
@@ -144,7 +170,8 @@ TEST_F(Blocks, DoubleBlockEqualsTheFormulas) {
 
 TEST_F(Blocks, SingleBlockEqualsTheFormulas) {
   const auto x = at::randn({2, 11, 96}), vec = at::randn({2, 96});
-  const auto in = leaf(x, at::kFloat), exact_in = leaf(x, at::kDouble), v = leaf(vec, at::kFloat), exact_v = leaf(vec, at::kDouble);
+  const auto in = leaf(x, at::kFloat), exact_in = leaf(x, at::kDouble), v = leaf(vec, at::kFloat),
+             exact_v = leaf(vec, at::kDouble);
   const auto out = single_block(narrow_.single_blocks[0], in, v, rope_, mask_);
   const auto exact = plain_.single_block(wide_.single_blocks[0], exact_in, exact_v, mask_);
   EXPECT_LT(test::relative_error(out, exact), 2e-6);

@@ -55,8 +55,10 @@ TEST(ReadConfig, ReadsBothLayouts) {
 
 TEST(ReadConfig, NamesAMissingBlock) {
   auto net = golden_net();
-  std::erase_if(net.tensors, [](const auto& entry) { return entry.first.starts_with("single_blocks.1."); });
-  EXPECT_THAT(refusal([&] { read_config(net); }), HasSubstr("has single_blocks.2 but not single_blocks.1"));
+  std::erase_if(net.tensors,
+                [](const auto& entry) { return entry.first.starts_with("single_blocks.1."); });
+  EXPECT_THAT(refusal([&] { read_config(net); }),
+              HasSubstr("has single_blocks.2 but not single_blocks.1"));
 }
 
 TEST(CanonicalTensors, ListsWhatIsMissingAndSurplus) {
@@ -73,14 +75,16 @@ TEST(CanonicalTensors, AreTheSameFromBothLayouts) {
   const auto bfl = golden_net();
   const auto diffusers = golden_net("flux/weights_diffusers.safetensors");
   const auto joined = canonical_tensors(diffusers, read_config(diffusers));
-  for (const auto& [name, tensor] : joined) EXPECT_TRUE(at::equal(tensor, bfl.tensors.at(name))) << name;
+  for (const auto& [name, tensor] : joined)
+    EXPECT_TRUE(at::equal(tensor, bfl.tensors.at(name))) << name;
 }
 
 TEST(ToDiffusers, GivesTheReferencesBytes) {
   const auto net = golden_net();
   const auto config = read_config(net);
   const auto exported = to_diffusers(config, canonical_tensors(net, config));
-  const auto layout = nlohmann::json::parse(std::ifstream(test::golden_models() / "flux/layout.json"));
+  const auto layout =
+      nlohmann::json::parse(std::ifstream(test::golden_models() / "flux/layout.json"));
   ASSERT_EQ(exported.size(), layout.size());
   for (const auto& entry : layout) {
     const auto name = entry.at("diffusers").get<std::string>();
@@ -96,7 +100,8 @@ TEST(MakeWeights, NamedTensorsIsTheInverse) {
   const auto canonical = canonical_tensors(net, config);
   const auto named = named_tensors(make_weights(config, canonical, at::kBFloat16));
   ASSERT_EQ(named.size(), canonical.size());
-  for (const auto& [name, tensor] : named) EXPECT_TRUE(at::equal(tensor, canonical.at(name))) << name;
+  for (const auto& [name, tensor] : named)
+    EXPECT_TRUE(at::equal(tensor, canonical.at(name))) << name;
 }
 
 TEST(MakeWeights, KeepsTheFilesMemoryWhereNothingChanges) {

@@ -1,4 +1,5 @@
-// The transformer against the reference vectors of tests/golden/models/flux; limits as in its case.json.
+// The transformer against the reference vectors of tests/golden/models/flux; limits as in its
+// case.json.
 #include "common/models/flux/transformer.h"
 
 #include <gtest/gtest.h>
@@ -25,11 +26,12 @@ at::Tensor run(const Model& m, const Inputs& inputs, const Tap& tap = {}) {
 TEST(Transformer, EqualsTheReferenceAtEveryTap) {
   const auto vectors = test::golden("models/flux/forward_two.safetensors");
   int num_taps = 0;
-  const auto out = run(model(), test::flux_inputs(vectors), [&](std::string_view name, const at::Tensor& value) {
-    const auto expected = vectors.at("tap." + std::string(name));
-    EXPECT_LT(test::relative_error(value.view(expected.sizes()), expected), kRelative) << name;
-    ++num_taps;
-  });
+  const auto out =
+      run(model(), test::flux_inputs(vectors), [&](std::string_view name, const at::Tensor& value) {
+        const auto expected = vectors.at("tap." + std::string(name));
+        EXPECT_LT(test::relative_error(value.view(expected.sizes()), expected), kRelative) << name;
+        ++num_taps;
+      });
   EXPECT_LT(test::relative_error(out, vectors.at("output")), kRelative);
   EXPECT_EQ(num_taps, 15);
 }
@@ -51,8 +53,10 @@ TEST(Transformer, TakesAnyShapeOfImageAndText) {
 TEST(Transformer, DiffusersWeightsGiveTheReferencesOutput) {
   const auto vectors = test::golden("models/flux/forward_diffusers.safetensors");
   const auto inputs = test::flux_inputs(test::golden("models/flux/forward_two.safetensors"));
-  EXPECT_LT(test::relative_error(run(model(at::kFloat, "flux/weights_diffusers.safetensors"), inputs), vectors.at("output")),
-            kRelative);
+  EXPECT_LT(
+      test::relative_error(run(model(at::kFloat, "flux/weights_diffusers.safetensors"), inputs),
+                           vectors.at("output")),
+      kRelative);
 }
 
 TEST(Transformer, Bfloat16StaysWithinItsLimit) {
@@ -78,14 +82,19 @@ TEST(Transformer, GradientsEqualTheReference) {
   const auto vectors = test::golden("models/flux/gradients_two.safetensors");
   auto inputs = test::flux_inputs(test::golden("models/flux/forward_two.safetensors"));
   auto m = model();
-  for (auto* input : {&inputs.img, &inputs.txt, &inputs.y}) *input = input->clone().requires_grad_();
-  for_each_tensor(m.weights, [](const std::string&, at::Tensor& tensor) { tensor = tensor.clone().requires_grad_(); });
+  for (auto* input : {&inputs.img, &inputs.txt, &inputs.y})
+    *input = input->clone().requires_grad_();
+  for_each_tensor(m.weights, [](const std::string&, at::Tensor& tensor) {
+    tensor = tensor.clone().requires_grad_();
+  });
   const auto loss = (forward(m.config, m.weights, inputs) - vectors.at("target")).pow(2).mean();
   EXPECT_LT(test::relative_error(loss, vectors.at("loss")), 1e-6);
   loss.backward();
 
-  EXPECT_LT(test::relative_error(inputs.img.grad(), vectors.at("grad_input.img")), kRelativeGradient);
-  EXPECT_LT(test::relative_error(inputs.txt.grad(), vectors.at("grad_input.txt")), kRelativeGradient);
+  EXPECT_LT(test::relative_error(inputs.img.grad(), vectors.at("grad_input.img")),
+            kRelativeGradient);
+  EXPECT_LT(test::relative_error(inputs.txt.grad(), vectors.at("grad_input.txt")),
+            kRelativeGradient);
   EXPECT_LT(test::relative_error(inputs.y.grad(), vectors.at("grad_input.y")), kRelativeGradient);
   double squares = 0;
   for_each_tensor(m.weights, [&](const std::string& name, at::Tensor& tensor) {
@@ -106,9 +115,16 @@ TEST(Transformer, GradientsEqualTheReference) {
 
 TEST(Transformer, RunsOnMetaForwardAndBackward) {
   auto m = model();
-  for_each_tensor(m.weights, [](const std::string&, at::Tensor& t) { t = t.to(at::kMeta).requires_grad_(); });
+  for_each_tensor(m.weights,
+                  [](const std::string&, at::Tensor& t) { t = t.to(at::kMeta).requires_grad_(); });
   auto inputs = test::flux_inputs(test::golden("models/flux/forward_two.safetensors"));
-  for (auto* input : {&inputs.img, &inputs.txt, &inputs.y, &inputs.timestep, &inputs.guidance, &inputs.img_ids, &inputs.txt_ids})
+  for (auto* input : {&inputs.img,
+                      &inputs.txt,
+                      &inputs.y,
+                      &inputs.timestep,
+                      &inputs.guidance,
+                      &inputs.img_ids,
+                      &inputs.txt_ids})
     *input = input->to(at::kMeta);
   const auto out = forward(m.config, m.weights, inputs);
   EXPECT_EQ(out.sizes(), (at::IntArrayRef{2, 24, 64}));
@@ -140,7 +156,8 @@ TEST(RopeTable, TextIsNotTurned) {
 TEST(Sinusoid, EqualsTheReference) {
   const auto vectors = test::golden("models/ops/vectors.safetensors");
   const auto expected = vectors.at("sinusoid.output");
-  EXPECT_LT(test::relative_error(sinusoid(vectors.at("sinusoid.t"), expected.size(1)), expected), 1e-6);
+  EXPECT_LT(test::relative_error(sinusoid(vectors.at("sinusoid.t"), expected.size(1)), expected),
+            1e-6);
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ namespace flux::lora {
 namespace {
 
 dit::Config config() {
-  return dit::read_config(take_net(read_weights(test::golden_models() / "flux/weights_bfl.safetensors"), NetKind::kFlux));
+  return dit::read_config(take_net(
+      read_weights(test::golden_models() / "flux/weights_bfl.safetensors"), NetKind::kFlux));
 }
 WeightFile golden_file(const std::string& name) {
   return read_weights(test::golden_models() / ("lora/" + name + ".safetensors"));
@@ -37,15 +38,17 @@ TEST(ToKohya, IsTheInverseOfReading) {
 
 TEST(FromTensors, FusesPeftExactly) {
   const auto file = golden_file("peft");
-  expect_equal(to_kohya(from_tensors(file.tensors, file.metadata, config()), at::kBFloat16), golden_file("peft_as_kohya").tensors);
+  expect_equal(to_kohya(from_tensors(file.tensors, file.metadata, config()), at::kBFloat16),
+               golden_file("peft_as_kohya").tensors);
 }
 
 TEST(FromTensors, ReadsScalesFromPeftsMetadata) {
   const auto file = golden_file("peft_metadata");
   for (const auto& module : from_tensors(file.tensors, file.metadata, config()).modules)
     EXPECT_DOUBLE_EQ(module.alpha / static_cast<double>(module.rank()), 1.5) << module.path;
-  const Metadata pattern{{"lora_adapter_metadata",
-                          R"({"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_k": 6}})"}};
+  const Metadata pattern{
+      {"lora_adapter_metadata",
+       R"({"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_k": 6}})"}};
   const auto plain = from_tensors(file.tensors, {}, config());
   const auto with_pattern = from_tensors(file.tensors, pattern, config());
   for (size_t i = 0; i < plain.modules.size(); ++i) {
@@ -61,7 +64,9 @@ TEST(FromTensors, ReadsScalesFromPeftsMetadata) {
 TEST(FromTensors, MissingPartsAreZero) {
   auto file = golden_file("peft");
   const auto whole = from_tensors(file.tensors, {}, config());
-  std::erase_if(file.tensors, [](const auto& entry) { return entry.first.find("single_transformer_blocks.0.proj_mlp") != std::string::npos; });
+  std::erase_if(file.tensors, [](const auto& entry) {
+    return entry.first.find("single_transformer_blocks.0.proj_mlp") != std::string::npos;
+  });
   const auto part = from_tensors(file.tensors, {}, config());
   for (size_t i = 0; i < whole.modules.size(); ++i) {
     if (whole.modules[i].path != "single_blocks.0.linear1") continue;
@@ -75,9 +80,11 @@ TEST(FromTensors, MissingPartsAreZero) {
 TEST(FromTensors, ReadsBflPaths) {
   const auto down = at::randn({3, 128}), up = at::randn({384, 3});
   for (const std::string prefix : {"diffusion_model.", "base_model.model."}) {
-    const auto adapters = from_tensors({{prefix + "double_blocks.1.txt_attn.qkv.lora_A.weight", down},
-                                        {prefix + "double_blocks.1.txt_attn.qkv.lora_B.weight", up}},
-                                       {}, config());
+    const auto adapters =
+        from_tensors({{prefix + "double_blocks.1.txt_attn.qkv.lora_A.weight", down},
+                      {prefix + "double_blocks.1.txt_attn.qkv.lora_B.weight", up}},
+                     {},
+                     config());
     ASSERT_EQ(adapters.modules.size(), 1u);
     EXPECT_EQ(adapters.modules[0].path, "double_blocks.1.txt_attn.qkv");
     EXPECT_EQ(adapters.modules[0].alpha, 3);
@@ -102,21 +109,26 @@ TEST(FromTensors, RefusesByName) {
   };
   using testing::HasSubstr;
   EXPECT_EQ(refusal(good), "accepted");
-  EXPECT_THAT(with("lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight"), HasSubstr("no layer of this name"));
+  EXPECT_THAT(with("lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight"),
+              HasSubstr("no layer of this name"));
   EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"), HasSubstr("LoKr"));
   EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.dora_scale"), HasSubstr("DoRA"));
-  EXPECT_THAT(with("diffusion_model.double_blocks.0.img_attn.qkv.diff_b"), HasSubstr("full differences"));
+  EXPECT_THAT(with("diffusion_model.double_blocks.0.img_attn.qkv.diff_b"),
+              HasSubstr("full differences"));
   EXPECT_THAT(with("double_blocks.0.img_attn.qkv.lora_B.bias"), HasSubstr("control LoRA"));
   EXPECT_THAT(with("double_blocks.0.processor.qkv_lora1.down.weight"), HasSubstr("XLabs"));
-  EXPECT_THAT(with("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"), HasSubstr("text encoders"));
+  EXPECT_THAT(with("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"),
+              HasSubstr("text encoders"));
   EXPECT_THAT(with("lora_unet_final_layer_linear.lora_up.weight"), HasSubstr("half of the pair"));
   auto misshapen = good;
   misshapen.at("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight") = at::zeros({4, 100});
   EXPECT_THAT(refusal(misshapen), HasSubstr("[4, 100]"));
   EXPECT_THAT(refusal({}), HasSubstr("no LoRA"));
-  EXPECT_THAT(refusal(golden_file("peft").tensors, {{"lora_adapter_metadata", R"({"transformer.use_dora": true})"}}),
+  EXPECT_THAT(refusal(golden_file("peft").tensors,
+                      {{"lora_adapter_metadata", R"({"transformer.use_dora": true})"}}),
               HasSubstr("use_dora"));
-  EXPECT_THAT(refusal(golden_file("peft").tensors, {{"lora_adapter_metadata", "{"}}), HasSubstr("lora_adapter_metadata"));
+  EXPECT_THAT(refusal(golden_file("peft").tensors, {{"lora_adapter_metadata", "{"}}),
+              HasSubstr("lora_adapter_metadata"));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Adapters on the transformer against the reference vectors of tests/golden/models/lora; limits as in its case.json.
+// Adapters on the transformer against the reference vectors of tests/golden/models/lora; limits as
+// in its case.json.
 #include "common/models/lora/lora.h"
 
 #include <gmock/gmock.h>
@@ -20,7 +21,9 @@ constexpr double kRelative = 3e-6, kGradient = 1e-5, kMerged = 2e-7;
 dit::Model model(at::ScalarType type = at::kFloat) {
   return dit::load_model(test::golden_models() / "flux/weights_bfl.safetensors", type);
 }
-dit::Inputs inputs() { return test::flux_inputs(test::golden("models/flux/forward_two.safetensors")); }
+dit::Inputs inputs() {
+  return test::flux_inputs(test::golden("models/flux/forward_two.safetensors"));
+}
 
 Adapters adapters(const std::string& name, const dit::Config& config) {
   const auto file = read_weights(test::golden_models() / ("lora/" + name + ".safetensors"));
@@ -36,11 +39,13 @@ TEST(Targets, AreThoseOfSdScripts) {
   const dit::Config dev;
   const auto targets = default_targets(dev);
   EXPECT_EQ(targets.size(), 304u);
-  EXPECT_EQ(make_adapters({targets[0]}, 2, 1, 0).num_parameters(), 2 * (targets[0].in + targets[0].out));
+  EXPECT_EQ(make_adapters({targets[0]}, 2, 1, 0).num_parameters(),
+            2 * (targets[0].in + targets[0].out));
   int64_t sizes = 0;
   for (const auto& target : targets) sizes += target.in + target.out;
   EXPECT_EQ(sizes, 1558 * dev.hidden);
-  EXPECT_EQ(all_targets(dev).size(), 304u + 2 + 6 + 2);  // img_in, txt_in, three embedders, final layer
+  EXPECT_EQ(all_targets(dev).size(),
+            304u + 2 + 6 + 2);  // img_in, txt_in, three embedders, final layer
 }
 
 TEST(MakeAdapters, StartsAtZeroAndIsKeyedByModule) {
@@ -49,13 +54,16 @@ TEST(MakeAdapters, StartsAtZeroAndIsKeyedByModule) {
   const auto all = make_adapters(targets, 4, 2, 5);
   const auto one = make_adapters({targets[3]}, 4, 2, 5);
   EXPECT_TRUE(at::equal(one.modules[0].down, all.modules[3].down));
-  EXPECT_FALSE(at::equal(all.modules[0].down, all.modules[5].down));  // the same shape, another module
-  EXPECT_FALSE(at::equal(one.modules[0].down, make_adapters({targets[3]}, 4, 2, 6).modules[0].down));
+  EXPECT_FALSE(
+      at::equal(all.modules[0].down, all.modules[5].down));  // the same shape, another module
+  EXPECT_FALSE(
+      at::equal(one.modules[0].down, make_adapters({targets[3]}, 4, 2, 6).modules[0].down));
   for (const auto& module : all.modules) {
     EXPECT_EQ(module.up.abs().max().item<float>(), 0) << module.path;
     const double bound = 1 / std::sqrt(static_cast<double>(module.down.size(1)));
     EXPECT_LE(module.down.abs().max().item<float>(), bound * 1.0001) << module.path;
-    EXPECT_NEAR(module.down.std().item<double>(), bound / std::sqrt(3), 0.08 * bound) << module.path;
+    EXPECT_NEAR(module.down.std().item<double>(), bound / std::sqrt(3), 0.08 * bound)
+        << module.path;
   }
 }
 
@@ -83,7 +91,8 @@ TEST(Attach, OutputsEqualTheReference) {
     const auto vectors = test::golden(std::string("models/lora/") + c.vectors + ".safetensors");
     for (const auto& [multiplier, text] : {std::pair{1.0, "1.0"}, {0.5, "0.5"}}) {
       attach(adapters(c.file, m.config), m.weights, multiplier);
-      EXPECT_LT(test::relative_error(run(m), vectors.at(std::string(c.output) + text)), kRelative) << c.file << ' ' << text;
+      EXPECT_LT(test::relative_error(run(m), vectors.at(std::string(c.output) + text)), kRelative)
+          << c.file << ' ' << text;
     }
   }
 }
@@ -97,7 +106,8 @@ TEST(Attach, GradientsEqualTheReference) {
   }
   attach(set, m.weights);
   const auto vectors = test::golden("models/lora/kohya_vectors.safetensors");
-  const auto loss = (dit::forward(m.config, m.weights, inputs()) - vectors.at("target")).pow(2).mean();
+  const auto loss =
+      (dit::forward(m.config, m.weights, inputs()) - vectors.at("target")).pow(2).mean();
   EXPECT_LT(test::relative_error(loss, vectors.at("loss")), 1e-6);
   loss.backward();
   auto grads = set;
@@ -109,9 +119,10 @@ TEST(Attach, GradientsEqualTheReference) {
     if (name.ends_with(".alpha")) continue;
     const double largest = vectors.at("grad_stats." + name)[2].item<double>();
     const auto whole = vectors.find("grad." + name);
-    const auto error = whole != vectors.end()
-                           ? test::largest_error(grad, whole->second)
-                           : test::largest_error(test::samples(grad), vectors.at("grad_samples." + name));
+    const auto error =
+        whole != vectors.end()
+            ? test::largest_error(grad, whole->second)
+            : test::largest_error(test::samples(grad), vectors.at("grad_samples." + name));
     EXPECT_LT(error, kGradient * largest) << name;
   }
 }
@@ -128,7 +139,8 @@ TEST(Merge, WeightsEqualTheReference) {
   int num_checked = 0;
   for (const auto& [name, expected] : vectors) {
     if (!name.starts_with("merged_samples.")) continue;
-    EXPECT_LT(test::relative_error(test::samples(named.at(name.substr(15))), expected), kMerged) << name;
+    EXPECT_LT(test::relative_error(test::samples(named.at(name.substr(15))), expected), kMerged)
+        << name;
     ++num_checked;
   }
   EXPECT_EQ(num_checked, static_cast<int>(set.modules.size()));
