@@ -28,7 +28,7 @@ def main(case, bin_dir, fixtures):
         home.mkdir()
         work.mkdir()
         environment = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "FIXTURES": str(fixtures), "HOME": str(home),
-                       "LC_ALL": os.environ.get("LC_ALL", "C"), "OMP_NUM_THREADS": "2"}
+                       "LC_ALL": os.environ.get("LC_ALL", "C"), "OMP_WAIT_POLICY": "passive"}
         result = subprocess.run(["bash", "-u", case / "cmd"], cwd=work, env=environment, capture_output=True, timeout=240)
     expected_exit = int((case / "exit").read_text()) if (case / "exit").exists() else 0
     failures = []
