@@ -9,6 +9,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <system_error>
@@ -244,6 +245,14 @@ void sync_folder(const fs::path& path) {
     throw ResourceError(
         fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
   }
+}
+
+std::optional<fs::path> user_cache_folder() {
+  const char* cache = std::getenv("XDG_CACHE_HOME");
+  if (cache && *cache == '/') return fs::path(cache) / "flux-stages";
+  const char* home = std::getenv("HOME");
+  if (home && *home == '/') return fs::path(home) / ".cache" / "flux-stages";
+  return std::nullopt;
 }
 
 std::string random_name() {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -89,6 +90,9 @@ bool write_file_if_changed(const std::filesystem::path& path, std::string_view b
 void make_folder(const std::filesystem::path& path);
 /// Flushes a folder's entries to the disk. Throws ResourceError.
 void sync_folder(const std::filesystem::path& path);
+/// Where this user's programs remember what they need not work out again: flux-stages in
+/// $XDG_CACHE_HOME or ~/.cache. Nothing if neither variable names a folder. It may not exist yet.
+std::optional<std::filesystem::path> user_cache_folder();
 /// 16 hex digits that no other process has (from the kernel's generator).
 std::string random_name();
 /// Largest resident size of this process so far, in bytes (VmHWM).

@@ -35,4 +35,30 @@ class AddedTokens {
   Trie trie_;
 };
 
+/// What both tokenizers do with a text: tokens of `raw` become their ids, the stretches between are
+/// normalised, tokens of `normalized` in those become their ids, and `encode(stretch)` appends the
+/// ids of the rest.
+template <class Normalize, class Encode>
+void encode_around_tokens(const AddedTokens& raw,
+                          const AddedTokens& normalized,
+                          std::string_view text,
+                          const Normalize& normalize,
+                          const Encode& encode,
+                          std::vector<int32_t>& ids) {
+  for (const AddedTokens::Part& part : raw.split(text)) {
+    if (part.id != Trie::kNone) {
+      ids.push_back(part.id);
+      continue;
+    }
+    const std::string clean = normalize(part.text);
+    for (const AddedTokens::Part& inner : normalized.split(clean)) {
+      if (inner.id != Trie::kNone) {
+        ids.push_back(inner.id);
+      } else {
+        encode(inner.text);
+      }
+    }
+  }
+}
+
 }  // namespace flux::tokenizers

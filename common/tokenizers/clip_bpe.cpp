@@ -316,20 +316,13 @@ ClipTokenizer ClipTokenizer::parse_json(std::string_view bytes, const fs::path& 
 std::vector<int32_t> ClipTokenizer::encode(std::string_view utf8) const {
   require_utf8(utf8);
   std::vector<int32_t> ids = {model_->bos_id};
-  for (const AddedTokens::Part& part : model_->raw_tokens.split(utf8)) {
-    if (part.id != Trie::kNone) {
-      ids.push_back(part.id);
-      continue;
-    }
-    const std::string cleaned = clean(part.text);
-    for (const AddedTokens::Part& inner : model_->normalized_tokens.split(cleaned)) {
-      if (inner.id != Trie::kNone) {
-        ids.push_back(inner.id);
-      } else {
-        model_->encode_words(inner.text, ids);
-      }
-    }
-  }
+  encode_around_tokens(
+      model_->raw_tokens,
+      model_->normalized_tokens,
+      utf8,
+      [&](std::string_view text) { return clean(text); },
+      [&](std::string_view text) { model_->encode_words(text, ids); },
+      ids);
   ids.push_back(model_->eos_id);
   return ids;
 }

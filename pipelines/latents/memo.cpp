@@ -1,7 +1,6 @@
 #include "pipelines/latents/memo.h"
 
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 
 #include "common/core/error.h"
@@ -24,22 +23,15 @@ struct Record {
 };
 static_assert(sizeof(Record) == 96);
 
-fs::path user_cache_folder() {
-  const char* cache = std::getenv("XDG_CACHE_HOME");
-  if (cache != nullptr && *cache == '/') return fs::path(cache) / "flux-stages";
-  const char* home = std::getenv("HOME");
-  return home != nullptr && *home == '/' ? fs::path(home) / ".cache" / "flux-stages" : fs::path();
-}
-
 }  // namespace
 
 Memo::Memo(const fs::path& folder, bool forget) {
   const auto root = user_cache_folder();
-  if (root.empty()) return;
+  if (!root) return;
   const auto stamp = file_stamp(folder);
   const auto name =
       to_hex(Sha256().add_u64(stamp.device).add_u64(stamp.inode).digest()).substr(0, 16);
-  path_ = root / ("pictures-" + name);
+  path_ = *root / ("pictures-" + name);
   std::error_code ignored;
   if (forget || !fs::is_regular_file(path_, ignored)) return;
   try {

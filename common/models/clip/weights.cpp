@@ -24,24 +24,6 @@ constexpr int64_t kLegacyEosTokenId = 2;  // a mistake in the config.json of pub
 
 std::string layer(int64_t i) { return "text_model.encoder.layers." + std::to_string(i) + "."; }
 
-/// Size `dim` of a matrix that the configuration is read off.
-int64_t size_of(const TensorMap& weights,
-                const std::string& name,
-                int64_t dim,
-                const std::filesystem::path& path) {
-  const auto found = weights.find(name);
-  if (found == weights.end())
-    throw InputError(fmt::format("{}: not a CLIP text encoder: no tensor {}", show(path), name),
-                     kHint);
-  if (found->second.dim() != 2)
-    throw InputError(fmt::format("{}: not a CLIP text encoder: {} has shape {}",
-                                 show(path),
-                                 name,
-                                 shape_text(found->second)),
-                     kHint);
-  return found->second.size(dim);
-}
-
 /// Takes from config.json what the weights cannot tell, and compares the rest.
 void apply(const nlohmann::json& json, Config& config, const std::filesystem::path& path) {
   const auto refuse = [&](const std::string& what) {
@@ -85,7 +67,7 @@ void apply(const nlohmann::json& json, Config& config, const std::filesystem::pa
 /// Everything but what config.json would say.
 Config sizes_from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
   const auto size = [&](const std::string& name, int64_t dim) {
-    return size_of(canonical, name, dim, path);
+    return size_for_config(path, "a CLIP text encoder", canonical, name, dim, kHint);
   };
   Config config;
   config.vocabulary = size(kTokens, 0);

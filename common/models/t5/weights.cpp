@@ -20,24 +20,6 @@ constexpr const char* kBias =
 
 std::string block(int64_t i) { return "encoder.block." + std::to_string(i) + "."; }
 
-/// Size `dim` of a matrix that the configuration is read off.
-int64_t size_of(const TensorMap& weights,
-                const std::string& name,
-                int64_t dim,
-                const std::filesystem::path& path) {
-  const auto found = weights.find(name);
-  if (found == weights.end())
-    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: no tensor {}", show(path), name),
-                     kHint);
-  if (found->second.dim() != 2)
-    throw InputError(fmt::format("{}: not a T5 v1.1 encoder: {} has shape {}",
-                                 show(path),
-                                 name,
-                                 shape_text(found->second)),
-                     kHint);
-  return found->second.size(dim);
-}
-
 }  // namespace
 
 ShapeMap tensor_shapes(const Config& config) {
@@ -61,7 +43,7 @@ ShapeMap tensor_shapes(const Config& config) {
 
 Config Config::from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
   const auto size = [&](const std::string& name, int64_t dim) {
-    return size_of(canonical, name, dim, path);
+    return size_for_config(path, "a T5 v1.1 encoder", canonical, name, dim, kHint);
   };
   Config config;
   config.vocabulary = size(kShared, 0);

@@ -58,24 +58,6 @@ std::string bfl_name(std::string name, int64_t num_up_levels) {
   return name;
 }
 
-/// Size `dim` of a tensor that a configuration is read off.
-int64_t size_of(const TensorMap& weights,
-                const std::string& name,
-                int64_t dim,
-                const std::filesystem::path& path) {
-  const auto found = weights.find(name);
-  if (found == weights.end())
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: no tensor {}", show(path), name),
-                     kHint);
-  if (found->second.dim() != 4 && !(found->second.dim() == 1 && dim == 0))
-    throw InputError(fmt::format("{}: not a FLUX autoencoder: {} has shape {}",
-                                 show(path),
-                                 name,
-                                 shape_text(found->second)),
-                     kHint);
-  return found->second.size(dim);
-}
-
 bool has_half(const TensorMap& weights, const std::string& prefix) {
   const auto first = weights.lower_bound(prefix);
   return first != weights.end() && first->first.starts_with(prefix);
@@ -168,7 +150,7 @@ ShapeMap tensor_shapes(const Config& config) {
 
 Config Config::from_weights(const TensorMap& canonical, const std::filesystem::path& path) {
   const auto size = [&](const std::string& name, int64_t dim) {
-    return size_of(canonical, name, dim, path);
+    return size_for_config(path, "a FLUX autoencoder", canonical, name, dim, kHint);
   };
   Config config;
   config.has_encoder = has_half(canonical, "encoder.");

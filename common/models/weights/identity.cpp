@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <chrono>
-#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -24,11 +23,8 @@ constexpr size_t kMaxMemoEntries = 1000;  // the oldest go first
 constexpr int64_t kSettleNanoseconds = 1'000'000'000;
 
 std::optional<fs::path> memo_path() {
-  const char* cache = std::getenv("XDG_CACHE_HOME");
-  if (cache && *cache == '/') return fs::path(cache) / "flux-stages" / "hashes.json";
-  const char* home = std::getenv("HOME");
-  if (home && *home == '/') return fs::path(home) / ".cache" / "flux-stages" / "hashes.json";
-  return std::nullopt;
+  const auto folder = user_cache_folder();
+  return folder ? std::optional(*folder / "hashes.json") : std::nullopt;
 }
 
 /// Names the bytes that were hashed: stat tuples, not paths, so that a moved file is known again.

@@ -251,6 +251,23 @@ NetTensors take_net(const WeightFile& file, NetKind kind) {
   return out;
 }
 
+int64_t size_for_config(const std::filesystem::path& path,
+                        std::string_view title,
+                        const TensorMap& tensors,
+                        const std::string& name,
+                        int64_t dim,
+                        const std::string& hint) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end())
+    throw InputError(fmt::format("{}: not {}: no tensor {}", show(path), title, name), hint);
+  const at::Tensor& tensor = found->second;
+  if (tensor.dim() != 2 && tensor.dim() != 4 && !(tensor.dim() == 1 && dim == 0))
+    throw InputError(
+        fmt::format("{}: not {}: {} has shape {}", show(path), title, name, shape_text(tensor)),
+        hint);
+  return tensor.size(dim);
+}
+
 TensorMap expect_tensors(const std::filesystem::path& path,
                          std::string_view title,
                          const TensorMap& tensors,

@@ -56,6 +56,17 @@ std::vector<NetKind> nets_in(const WeightFile& file);
 
 using ShapeMap = std::map<std::string, std::vector<int64_t>>;
 
+/// Size `dim` of a tensor that a net's configuration is read off; matrices and convolutions, or
+/// dimension 0 of anything. Throws InputError "PATH: not TITLE: no tensor NAME", with the hint, if
+/// it is not there or has no such dimension.
+///   title  "a T5 v1.1 encoder"
+int64_t size_for_config(const std::filesystem::path& path,
+                        std::string_view title,
+                        const TensorMap& tensors,
+                        const std::string& name,
+                        int64_t dim,
+                        const std::string& hint);
+
 /// `tensors` without the ignorable ones, once names and shapes are exactly those expected.
 /// `ignorable` holds names, or beginnings with a '*' at the end. Otherwise throws ONE InputError
 /// that lists missing, surplus and misshapen tensors with their counts and first names.
