@@ -7,7 +7,7 @@
 namespace flux {
 
 /// Element types that a safetensors file can hold. Order is of no meaning.
-/// Source: architecture notes 7.1; F8_E4M3 is e4m3fn (largest 448, no infinities).
+/// Source: huggingface/safetensors, README.md; F8_E4M3 is e4m3fn (largest 448, no infinities).
 enum class DType : uint8_t {
   kBool,
   kU8,

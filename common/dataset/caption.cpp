@@ -242,7 +242,7 @@ std::string read_caption_file(const std::filesystem::path& file, bool wildcards,
   return caption;
 }
 
-// Source: sd-scripts notes 4.2.
+// Source: kohya-ss/sd-scripts, library/train_util.py (process_caption).
 std::string process_caption(std::string_view text,
                             const CaptionOptions& o,
                             const CaptionTime& time,

@@ -33,7 +33,7 @@ struct Key {
   double low = -1e300, high = 1e300;
 };
 
-// Source: sd-scripts notes 4.1.
+// Source: kohya-ss/sd-scripts, library/config_util.py.
 constexpr Key kKeys[] = {
     {"batch_size", Type::kInt, kGeneral | kDataset, 1},
     {"resolution", Type::kSize, kGeneral | kDataset, 1, 65535},

@@ -117,7 +117,7 @@ std::vector<bool> validation_members(const std::vector<Sha256Digest>& items,
   return members;
 }
 
-// Source: sd-scripts notes 4.2 (is_reg).
+// Source: kohya-ss/sd-scripts, library/train_util.py (is_reg).
 std::vector<int64_t> regularisation_repeats(const std::vector<int64_t>& num_repeats,
                                             int64_t num_train) {
   std::vector<int64_t> repeats(num_repeats.size(), 0);

@@ -19,7 +19,7 @@ std::string show(Size size) {
 int64_t down(int64_t value, int64_t steps) { return value - value % steps; }
 int64_t round_half_up(double value) { return static_cast<int64_t>(value + 0.5); }
 
-// Source: sd-scripts notes 4.3.
+// Source: kohya-ss/sd-scripts, library/model_util.py (make_bucket_resolutions).
 std::vector<Size> kohya_buckets(const BucketOptions& o) {
   const int64_t area = o.resolution.width * o.resolution.height;
   std::set<Size> found;

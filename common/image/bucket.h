@@ -21,10 +21,11 @@ struct BucketOptions {
 ///
 /// Profile kohya: for each width, the tallest height whose area is not above the resolution's; an
 /// image goes to the bucket of its size, else to the one with the nearest width / height
-/// (sd-scripts notes 4.3). With no_upscale a smaller image keeps its size, cut to multiples of
-/// `steps`. Profile default: for each width, the height whose area is nearest to the resolution's;
-/// an image goes to the bucket with the nearest log(width / height), so that portrait and landscape
-/// are treated alike. no_upscale as above, but within the limits of the sides.
+/// (kohya-ss/sd-scripts, library/model_util.py). With no_upscale a smaller image keeps its size,
+/// cut to multiples of `steps`. Profile default: for each width, the height whose area is nearest
+/// to the resolution's; an image goes to the bucket with the nearest log(width / height), so that
+/// portrait and landscape are treated alike. no_upscale as above, but within the limits of the
+/// sides.
 class Buckets {
  public:
   /// Throws std::invalid_argument: resolution, steps or a limit below 1, min_side above the shorter

@@ -24,7 +24,7 @@ struct Qkv {
 /// Four faces: CPU, CUDA (in libflux_cuda.so), Meta, and an analytic backward to qkv and both
 /// scales. Throws std::invalid_argument, naming the argument and the shapes, if they disagree.
 /// Source: Zhang and Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864;
-/// architecture notes 1.3.
+/// black-forest-labs/flux, src/flux/math.py.
 Qkv qk_norm_rope(const at::Tensor& qkv,
                  const at::Tensor& query_scale,
                  const at::Tensor& key_scale,

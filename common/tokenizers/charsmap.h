@@ -9,7 +9,8 @@
 namespace flux::tokenizers {
 
 /// Replaces characters by a precompiled charsmap: a Darts-clone double array over UTF-8 keys, whose
-/// values are offsets into a pool of NUL-terminated replacements. Source: architecture notes 5.2.
+/// values are offsets into a pool of NUL-terminated replacements. Source: google/sentencepiece,
+/// src/normalizer.cc.
 class Charsmap {
  public:
   /// `blob`: u32 size of the array, the array, the pool; empty = nothing is replaced. Throws

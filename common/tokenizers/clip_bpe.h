@@ -18,7 +18,8 @@ namespace flux::tokenizers {
 ///
 /// The ids are those of transformers' CLIPTokenizerFast ("fast" cleaning: nothing is removed, curly
 /// quotes stay). A literal "<|endoftext|>" in a caption becomes that token, in any letter case, as
-/// there. Source: architecture notes 5.1; Sennrich et al. 2016, arXiv:1508.07909 (byte pairs).
+/// there. Source: openai/CLIP, clip/simple_tokenizer.py; Sennrich et al. 2016, arXiv:1508.07909
+/// (byte pairs).
 class ClipTokenizer {
  public:
   /// Reads a folder that holds vocab.json and merges.txt, or else tokenizer.json; or a

@@ -15,8 +15,8 @@ struct Padded {
 };
 
 /// `ids` (complete, with a final eos) at `length` >= 2: a longer list keeps its first length - 1
-/// ids and gets `eos_id`, a shorter one is filled with `pad_id`. Source: architecture notes 5.1
-/// and 5.2, the rule of the fast tokenizers.
+/// ids and gets `eos_id`, a shorter one is filled with `pad_id`. Source: huggingface/transformers,
+/// tokenization_utils_base.py and 5.2, the rule of the fast tokenizers.
 Padded pad_or_truncate(std::span<const int32_t> ids,
                        int64_t length,
                        int32_t eos_id,

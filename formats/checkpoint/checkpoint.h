@@ -81,7 +81,7 @@ struct LoraHashes {
                             // hex digits
 };
 /// Of a file that carries only the `ss_*` entries of `metadata`, so that other metadata can change
-/// without them. Source: sd-scripts notes 5.5.
+/// without them. Source: kohya-ss/sd-scripts, library/sai_model_spec.py.
 LoraHashes lora_hashes(std::span<const Tensor> tensors, const safetensors::Metadata& metadata);
 
 }  // namespace flux::checkpoint

@@ -9,7 +9,7 @@ namespace flux::train {
 
 /// `ss_*` and `modelspec.*` entries, all strings, without the hashes. They hold no caption, tag or
 /// path but the model's file name, and no time: equal training gives equal files. Source:
-/// sd-scripts notes 5.5; ModelSpec 1.0.1.
+/// kohya-ss/sd-scripts, library/sai_model_spec.py; ModelSpec 1.0.1.
 std::map<std::string, std::string> lora_metadata(const Session& session);
 
 }  // namespace flux::train

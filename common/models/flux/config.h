@@ -6,7 +6,8 @@
 
 namespace flux::dit {
 
-/// Defaults are FLUX.1-dev; schnell has no guidance. Source: architecture notes 1.1.
+/// Defaults are FLUX.1-dev; schnell has no guidance. Source: black-forest-labs/flux,
+/// src/flux/util.py.
 struct Config {
   int64_t in_channels = 64;  // of packed latents
   int64_t out_channels = 64;

@@ -16,7 +16,7 @@ namespace flux::dit {
 /// Reads depth, widths and guidance off names and shapes, in the BFL or the diffusers layout. The
 /// rotation axes are not stored: 1/8, 7/16 and 7/16 of the head size (16, 56, 56 for 128). Throws
 /// InputError: neither layout; a block index missing; sizes that do not fit together. Source:
-/// architecture notes 1.8.
+/// huggingface/diffusers, scripts/convert_flux_to_diffusers.py.
 Config read_config(const NetTensors& net);
 
 /// The tensors under their BFL names, in the dtypes of the file, checked against

@@ -14,8 +14,8 @@ struct NamedShape {
   std::vector<int64_t> shape;
 };
 
-/// Every tensor of the model under its BFL name, in the order of architecture notes 1.6 (780 for
-/// dev).
+/// Every tensor of the model under its BFL name, in the order of black-forest-labs/flux,
+/// src/flux/model.py (780 for dev).
 std::vector<NamedShape> tensor_shapes(const Config& config);
 
 /// One diffusers tensor and where it lies in the BFL layout: `num_rows` rows of tensor `bfl` from

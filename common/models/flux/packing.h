@@ -10,7 +10,8 @@ namespace flux::dit {
 ///   latents  [B, C, h, w], h and w even
 ///   returns  [B, h/2 * w/2, 4 C]
 ///
-/// Throws std::invalid_argument, naming the shape. Source: architecture notes 1.2.
+/// Throws std::invalid_argument, naming the shape. Source: black-forest-labs/flux,
+/// src/flux/sampling.py.
 at::Tensor pack_latents(const at::Tensor& latents);
 /// The inverse: tokens [B, h/2 * w/2, 4 C] -> [B, C, h, w].
 at::Tensor unpack_latents(const at::Tensor& tokens, int64_t h, int64_t w);

@@ -20,7 +20,7 @@ struct Target {
 };
 
 /// The Linears that sd-scripts adapts by default: all of the blocks, modulations included (304 for
-/// FLUX.1-dev). Source: architecture notes 6.1.
+/// FLUX.1-dev). Source: kohya-ss/sd-scripts, networks/lora_flux.py.
 std::vector<Target> default_targets(const dit::Config& config);
 /// All Linears of the transformer.
 std::vector<Target> all_targets(const dit::Config& config);
@@ -75,7 +75,8 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 ///                   folded into the ups if it differs between parts
 /// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a
 /// wrong shape, a half pair, or a kind not supported (LyCORIS, DoRA, full differences, biases,
-/// XLabs processors, adapters of text encoders). Source: architecture notes 6.1 to 6.4.
+/// XLabs processors, adapters of text encoders). Source: huggingface/diffusers,
+/// loaders/lora_conversion_utils.py.
 Adapters from_tensors(const TensorMap& tensors,
                       const Metadata& metadata,
                       const dit::Config& config);

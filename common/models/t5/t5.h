@@ -29,7 +29,8 @@ struct Config {
 /// too) and share memory with the argument.
 ///
 /// Throws InputError: umT5 (a bias table in every block), T5 v1.0 (an ungated MLP) or no T5 at all,
-/// or missing, surplus or misshapen tensors, which are all listed. Source: architecture notes 4.5.
+/// or missing, surplus or misshapen tensors, which are all listed. Source:
+/// huggingface/transformers, models/t5/modeling_t5.py.
 TensorMap canonical(const NetTensors& net);
 /// Canonical names and shapes of all tensors of such a net.
 ShapeMap tensor_shapes(const Config& config);
@@ -39,8 +40,9 @@ ShapeMap tensor_shapes(const Config& config);
 inline constexpr int64_t kNumBuckets = 32;
 
 /// Row of the relative position bias table for `relative` = key position - query position, 0..31:
-/// the integer table of architecture notes 4.2, since a floating logarithm can land on the wrong
-/// side of 16, 32 and 64.
+/// an integer table of huggingface/transformers,
+/// models/t5/modeling_t5.py (_relative_position_bucket), since a floating logarithm can land on the
+/// wrong side of 16, 32 and 64.
 int64_t relative_bucket(int64_t relative);
 
 struct Layer {

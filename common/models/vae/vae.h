@@ -11,7 +11,7 @@
 
 namespace flux::vae {
 
-/// latents = kScale * (raw latents - kShift). Source: architecture notes 2.3.
+/// latents = kScale * (raw latents - kShift). Source: black-forest-labs/flux, src/flux/util.py.
 inline constexpr double kScale = 0.3611, kShift = 0.1159;
 
 /// Raw latents -> latents, and back; any shape, in the dtype of the argument.
@@ -41,8 +41,8 @@ struct Config {
 /// argument.
 ///
 /// Throws InputError: not a FLUX AutoEncoder (Stable Diffusion's has 4 channels, FLUX.2's 32), or
-/// missing, surplus or misshapen tensors, which are all listed. Source: architecture notes 2.4
-/// and 2.5.
+/// missing, surplus or misshapen tensors, which are all listed. Source: black-forest-labs/flux,
+/// src/flux/modules/autoencoder.py.
 TensorMap canonical(const NetTensors& net);
 /// Canonical names and shapes of all tensors of such a net.
 ShapeMap tensor_shapes(const Config& config);

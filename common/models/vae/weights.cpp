@@ -79,7 +79,7 @@ TensorMap half(const TensorMap& weights,
   return result;
 }
 
-/// Names and shapes, by the templates of architecture notes 2.4.
+/// Names and shapes, by black-forest-labs/flux, src/flux/modules/autoencoder.py.
 class Shapes {
  public:
   void conv(const std::string& name, int64_t in, int64_t out, int64_t kernel) {

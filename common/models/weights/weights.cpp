@@ -15,7 +15,7 @@
 namespace flux {
 namespace {
 
-/// How a net is known in a file. Source: architecture notes 1.8, 2.5, 3.2, 4.5.
+/// How a net is known in a file. Source: the published files of the nets.
 struct NetTraits {
   NetKind kind;
   std::string_view title;

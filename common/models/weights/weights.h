@@ -49,7 +49,7 @@ struct NetTensors {
 /// Throws InputError: the net is not in the file (naming what is, if it is known), or the file is
 /// of a kind that is not supported: scaled fp8, bitsandbytes, GPTQ-like packed weights; for kFlux
 /// Chroma, FLUX.2, Kontext, Fill, Control and LoRA files; for kAutoEncoder Stable Diffusion's; for
-/// kT5 umT5 and T5 v1.0; for kClip CLIP-G. Source: architecture notes 1.8, 2.5, 3.2, 4.5.
+/// kT5 umT5 and T5 v1.0; for kClip CLIP-G. Source: the published files of the nets.
 NetTensors take_net(const WeightFile& file, NetKind kind);
 /// The nets found in a file, in the order of NetKind. Throws nothing.
 std::vector<NetKind> nets_in(const WeightFile& file);

@@ -35,7 +35,7 @@ Weights random_weights(const Config& config, at::ScalarType type) {
   return weights;
 }
 
-// The formulas of architecture notes 1.3, one operation a step.
+// The formulas of black-forest-labs/flux, src/flux/modules/layers.py, one operation a step.
 struct Plain {
   Config config;
   Rope rope;

@@ -8,7 +8,7 @@
 namespace flux::dit {
 namespace {
 
-TEST(Names, CountsOfThePublishedModels) {  // architecture notes 1.6 and 1.7
+TEST(Names, CountsOfThePublishedModels) {  // black-forest-labs/flux, model.py
   Config dev;
   EXPECT_EQ(tensor_shapes(dev).size(), 780u);
   EXPECT_EQ(diffusers_layout(dev).size(), 1160u);
