@@ -57,6 +57,14 @@ def main(bin_dir, which):
             time.sleep(0.02)  # the next edit gets a later time stamp
             return dict(zip(ran, map(json.loads, lines)))
 
+        def move_behind_links():
+            """IMAGES becomes a link to the folder, and one caption in it a link to a file elsewhere."""
+            images.rename(folder / "elsewhere")
+            images.symlink_to("elsewhere")
+            caption = sorted(images.glob("*.txt"))[0]
+            caption.rename(folder / "caption elsewhere")
+            caption.symlink_to(folder / "caption elsewhere")
+
         def expect(what, ran, names, **encoded):
             assert list(ran) == names, f"{what}: ran {list(ran)}, expected {names}"
             for name, count in encoded.items():
@@ -85,6 +93,13 @@ def main(bin_dir, which):
         ran = make()
         expect("edited image", ran, ["flux-cache-latents", "flux-cache-text", "flux-train"], text=0)
         assert ran["flux-cache-latents"]["encoded"] <= 1
+        expect("nothing edited", make(), [])
+
+        move_behind_links()
+        make()
+        expect("behind links", make(), [])
+        (folder / "caption elsewhere").write_text("one more caption that nothing else has\n")
+        expect("edited caption behind links", make(), ["flux-cache-text", "flux-train"], text=1)
         print(f"{which}: {num_images} images, first loss {first['flux-train']['loss_first']:.4f}")
     return 0
 
