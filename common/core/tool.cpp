@@ -414,7 +414,7 @@ int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
   const auto report = [&](const char* what) { log::error("{}", what); };
   try {
     const ExitCode code = body(tool);
-    if (std::fflush(stdout) != 0) throw ResourceError("stdout cannot be written");
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) throw ResourceError("stdout cannot be written");
     return static_cast<int>(code);
   } catch (const Error& error) {
     report(error.what());

@@ -11,8 +11,8 @@
 
 namespace flux::dataset {
 
-/// What a subset says about its captions, with sd-scripts' defaults. Source: sd-scripts notes 4.1
-/// and 4.2.
+/// What a subset says about its captions, with sd-scripts' defaults. Source:
+/// kohya-ss/sd-scripts, library/config_util.py.
 struct CaptionOptions {
   std::string prefix, suffix;         // joined by one space
   std::string separator = ",";        // between tags on reading; ", " joins them again

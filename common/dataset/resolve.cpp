@@ -66,8 +66,8 @@ std::optional<std::string> text_member(const Json& entry,
   return found->get<std::string>();
 }
 
-// caption and tags become one caption. Source: sd-scripts notes 4.1, 4.2; observed on its own
-// fine-tuning data sets.
+// caption and tags become one caption. Source: kohya-ss/sd-scripts,
+// library/train_util.py (FineTuningDataset).
 std::optional<std::string> metadata_caption(const Json& entry,
                                             const Subset& subset,
                                             const std::string& where) {

@@ -11,7 +11,8 @@ namespace flux {
 ///
 ///   q, k, v   [B, N, heads, head] float32|bfloat16; k and v may have another N
 ///   key_mask  [B, N of k] bool, true = may be attended to; the same for all heads and queries. At
-///   least one per row returns   [B, N, heads * head], heads in order
+///             least one per row
+///   returns   [B, N, heads * head], heads in order
 ///
 /// Throws std::invalid_argument, naming the shapes, if they disagree.
 at::Tensor attention(const at::Tensor& q,

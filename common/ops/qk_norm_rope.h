@@ -14,9 +14,8 @@ struct Qkv {
 /// Statistics and rotation are float32, with one rounding at the end.
 ///
 ///   qkv          [B, N, 3 * heads * head] float32|bfloat16: q, k, v one after the other, heads in
-///   order. The last
-///                dimension has stride 1; rows may lie further apart (a slice of a wider Linear is
-///                not copied)
+///                order. The last dimension has stride 1; rows may lie further apart (a slice of a
+///                wider Linear is not copied)
 ///   query_scale, key_scale  [head]; float32 or the dtype of qkv. head is even
 ///   rope_cos, rope_sin      [1 or B, N, head / 2] float32, no gradient
 ///   returns      q, k, v [B, N, heads, head] in the dtype of qkv, contiguous

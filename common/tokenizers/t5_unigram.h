@@ -18,8 +18,8 @@ namespace flux::tokenizers {
 ///
 /// The ids are those of transformers' T5TokenizerFast, which the reference trainer and diffusers
 /// use; the sentencepiece library differs on special tokens in text, stacked accents and ties. A
-/// literal "</s>" or "<extra_id_0>" in a caption becomes that token, as there. Source: architecture
-/// notes 5.2; Kudo 2018, arXiv:1804.10959 (unigram language model).
+/// literal "</s>" or "<extra_id_0>" in a caption becomes that token, as there. Source:
+/// google/sentencepiece, src/unigram_model.cc; Kudo 2018, arXiv:1804.10959 (unigram language model).
 class T5Tokenizer {
  public:
   /// Reads a SentencePiece model ("spiece.model"), a HF "tokenizer.json" (told apart by their

@@ -355,7 +355,7 @@ void require_joinable(const Manifest& latents,
                                    name,
                                    manifest.shard.index,
                                    manifest.shard.count),
-                       "join the shards first: flux-cache merge A B ... --out DIR");
+                       "make the cache in one piece");
     }
   };
   require_kind(latents, latents_name, Kind::kLatents);

@@ -136,7 +136,11 @@ fs::path Writer::commit(nlohmann::json state) {
     if (error) fail("cannot be renamed", folder, error);
     fs::rename(temporary_, folder, error);
     std::error_code ignored;
-    fs::remove_all(old, ignored);
+    if (error) {
+      fs::rename(old, folder, ignored);
+    } else {
+      fs::remove_all(old, ignored);
+    }
   } else {
     fs::rename(temporary_, folder, error);
   }

@@ -50,7 +50,7 @@ inline constexpr int64_t kMaxRank = 64;
 /// the size that dtype and shape say; metadata maps strings to strings (null is refused). Throws
 /// InputError that starts with `where` and names the rule broken; files of other kinds (pickle,
 /// GGUF, web pages, Git LFS pointers) are named as what they are. Source: safetensors format
-/// description (huggingface/safetensors README); architecture notes 7.1 and 7.2.
+/// description (huggingface/safetensors README).
 Contents parse(std::span<const std::byte> file, std::string_view where);
 
 /// One file, mapped. Tensors' bytes point into the mapping.
@@ -83,8 +83,8 @@ struct FileSet {
 /// (NAME-00001-of-0000N.safetensors); or a folder that holds exactly one index or one file. Throws
 /// InputError if a tensor is in two shards, a shard of the set is absent, or index and shards
 /// disagree (a tensor in one only, or in another shard; a shard name that is not a plain name);
-/// only warns if the index's total_size is not the sum of tensor bytes. Source: architecture
-/// notes 7.3.
+/// only warns if the index's total_size is not the sum of tensor bytes. Source:
+/// huggingface/transformers, modeling_utils.py.
 FileSet open_set(const std::filesystem::path& path);
 
 }  // namespace flux::safetensors

@@ -79,17 +79,8 @@ cache::SampleInfo info_of(const Sample& s, const std::string& path) {
 vae::Posterior encode_batch(const vae::Encoder& encoder,
                             const std::vector<at::Tensor>& pixels,
                             at::Device device) {
-  try {
-    auto posterior = encoder.encode(at::stack(pixels).to(device));
-    return {posterior.mean.cpu(), posterior.logvar.cpu()};
-  } catch (const c10::OutOfMemoryError& error) {
-    throw ResourceError(
-        "not enough GPU memory to encode images: " + one_line(error.what_without_backtrace()),
-        "use a smaller --resolution or --batch-size, or --device cpu");
-  } catch (const std::bad_alloc&) {
-    throw ResourceError("not enough memory to encode images",
-                        "use a smaller --resolution or --batch-size");
-  }
+  auto posterior = encoder.encode(at::stack(pixels).to(device));
+  return {posterior.mean.cpu(), posterior.logvar.cpu()};
 }
 
 }  // namespace

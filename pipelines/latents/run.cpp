@@ -12,6 +12,7 @@
 #include "common/models/vae/vae.h"
 #include "common/models/weights/weights.h"
 #include "common/tensor/device.h"
+#include "common/tensor/memory_errors.h"
 #include "formats/cache/writer.h"
 #include "pipelines/latents/encode.h"
 #include "pipelines/latents/scan.h"
@@ -78,7 +79,8 @@ void quarantine(const std::vector<Failure>& failures,
     for (const auto& v : item.variants) {
       const auto reason = reasons.find(v.key);
       if (reason == reasons.end()) continue;
-      wanted.quarantined.push_back({item.item, item.subset, item.path, *reason->second});
+      wanted.quarantined.push_back(
+          stage::leave_out(item.item, item.subset, item.path, *reason->second));
       return true;
     }
     return false;
@@ -124,8 +126,14 @@ stage::Report run(const Options& options) {
   Encoded encoded;
   if (!wanted.samples.empty()) {
     const auto type = precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
-    const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
-    encoded = encode_samples(resolved, std::move(wanted.samples), encoder, device, options, writer);
+    encoded = with_memory_errors(
+        "not enough memory to encode images",
+        "use a smaller --resolution or --batch-size, --precision bf16, or --device cpu",
+        [&] {
+          const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
+          return encode_samples(
+              resolved, std::move(wanted.samples), encoder, device, options, writer);
+        });
   }
   report.encoded = encoded.num_samples;
   report.changed = std::min(report.changed, report.encoded);

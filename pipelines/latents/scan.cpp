@@ -18,6 +18,7 @@
 #include "common/image/bucket.h"
 #include "pipelines/latents/memo.h"
 #include "pipelines/latents/read.h"
+#include "pipelines/stage/finish.h"
 
 namespace flux::latents {
 namespace {
@@ -146,7 +147,7 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
     const auto& subset = resolved.subset(image.subset);
     const auto fail = [&](const std::string& reason) {
       out.quarantined.push_back(
-          {image.item, static_cast<uint32_t>(image.subset), image.name, reason});
+          stage::leave_out(image.item, static_cast<uint32_t>(image.subset), image.name, reason));
     };
     if (!found[i].picture) {
       fail(found[i].reason);

@@ -80,11 +80,9 @@ Found read_net(const NetTensors& net, NetKind kind) {
       const json beside_json = fs::is_regular_file(beside, error)
                                    ? json::parse(read_file(beside, 1 << 20), nullptr, false)
                                    : json();
-      const bool clip_config =
-          beside_json.is_object() &&
-          (beside_json.contains("num_attention_heads") || beside_json.contains("text_config"));
       const clip::Config c =
-          clip::Config::from_weights(canonical, clip_config ? &beside_json : nullptr, net.path);
+          clip::Config::from_weights(
+          canonical, clip::is_clip_config(beside_json) ? &beside_json : nullptr, net.path);
       return {"clip",
               std::move(canonical),
               {{"hidden", c.hidden},

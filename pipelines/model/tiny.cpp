@@ -158,6 +158,22 @@ void copy_vocabulary(const fs::path& given,
   for (const auto& [name, bytes] : files) write_file_atomic(folder / name, bytes);
 }
 
+// A real model under one of the names is far larger than anything written here.
+void refuse_to_replace(const fs::path& folder) {
+  constexpr uintmax_t kLargestTiny = uintmax_t{64} << 20;
+  for (const char* name :
+       {"flux.safetensors", "ae.safetensors", "t5.safetensors", "clip.safetensors"}) {
+    std::error_code error;
+    const auto size = fs::file_size(folder / name, error);
+    if (!error && size > kLargestTiny) {
+      throw UsageError(fmt::format("{}: {} of weights would be replaced by a small random model",
+                                   show(folder / name),
+                                   show_bytes(size)),
+                       "write into another folder, or move the file away");
+    }
+  }
+}
+
 }  // namespace
 
 void add_flags(TinyOptions& options, Tool& tool) {
@@ -189,11 +205,20 @@ TinyReport tiny(const TinyOptions& options) {
   // tokenizers first: what is wrong with a given one is found before anything is written
   if (!options.t5_tokenizer.empty()) tokenizers::T5Tokenizer::load(options.t5_tokenizer);
   if (!options.clip_tokenizer.empty()) tokenizers::ClipTokenizer::load(options.clip_tokenizer);
+  refuse_to_replace(options.out);
   make_folder(options.out);
-  tokenizers::write_tiny_tokenizers(options.out / "tokenizers");
-  if (!options.t5_tokenizer.empty())
+  // what is given is read, never overwritten: it may lie in the very folder
+  if (options.t5_tokenizer.empty()) {
+    make_folder(t5_folder);
+    write_file_atomic(t5_folder / "spiece.model", tokenizers::tiny_t5_model());
+  } else {
     copy_vocabulary(options.t5_tokenizer, t5_folder, {{"spiece.model"}, {"tokenizer.json"}});
-  if (!options.clip_tokenizer.empty()) {
+  }
+  if (options.clip_tokenizer.empty()) {
+    make_folder(clip_folder);
+    write_file_atomic(clip_folder / "vocab.json", tokenizers::tiny_clip_vocab());
+    write_file_atomic(clip_folder / "merges.txt", tokenizers::tiny_clip_merges());
+  } else {
     copy_vocabulary(
         options.clip_tokenizer, clip_folder, {{"vocab.json", "merges.txt"}, {"tokenizer.json"}});
   }

@@ -50,6 +50,14 @@ dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t 
   return resolved;
 }
 
+dataset::Resolved resolve_captions(const DatasetOptions& options) {
+  if (options.dataset.empty()) return resolve(options, 0, 0);
+  auto resolved = dataset::resolve_file(
+      options.dataset, options.profile, {{"resolution", "512"}});  // any will do
+  dataset::refuse_uncacheable(resolved);
+  return resolved;
+}
+
 std::string_view precision_word(Precision precision) {
   return precision == Precision::kF32 ? "f32" : "bf16";
 }

@@ -34,6 +34,9 @@ void check(const DatasetOptions& options,
 /// --resolution, 0 = not given. Throws InputError; UsageError if --resolution has no effect because
 /// the file says it everywhere.
 dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height);
+/// The same for a stage that reads captions only: a file that leaves the resolution to --resolution
+/// is fine.
+dataset::Resolved resolve_captions(const DatasetOptions& options);
 
 enum class Precision { kF32, kBF16 };
 std::string_view precision_word(Precision precision);  // "f32", "bf16"

@@ -12,6 +12,7 @@
 #include "common/core/cancel.h"
 #include "common/core/error.h"
 #include "common/core/progress.h"
+#include "common/tensor/memory_errors.h"
 #include "common/tensor/tensor.h"
 #include "pipelines/stage/finish.h"
 #include "pipelines/text/write.h"
@@ -19,18 +20,12 @@
 namespace flux::text {
 namespace {
 
-/// Runs `work`, with LibTorch's shortage of memory as ours.
+/// Runs `work`, with a shortage of memory as our error.
 template <class Work>
 auto with_memory(const char* net, const Work& work) {
-  const std::string message = fmt::format("not enough memory to encode with {}", net);
-  const char* const hint = "use --precision bf16, a smaller --batch-size, or --device cpu";
-  try {
-    return work();
-  } catch (const c10::OutOfMemoryError&) {
-    throw ResourceError(message + " on the GPU", hint);
-  } catch (const std::bad_alloc&) {
-    throw ResourceError(message, hint);
-  }
+  return with_memory_errors(fmt::format("not enough memory to encode with {}", net),
+                            "use --precision bf16, a smaller --batch-size, or --device cpu",
+                            work);
 }
 
 at::ScalarType torch_type(stage::Precision precision) {

@@ -43,17 +43,15 @@ fs::path tokenizer_path(const fs::path& given,
       "it is a small file or folder of the model's distribution");
 }
 
-// HF's config.json beside the weights, if there is one.
+// CLIP's config.json beside the weights, if there is one; of other nets, or not JSON, it is none.
 std::optional<nlohmann::json> config_beside(const fs::path& weights) {
   constexpr uint64_t kMaxBytes = 1 << 20;
   const fs::path file = folder_of(weights) / "config.json";
   std::error_code ignored;
   if (!fs::exists(file, ignored)) return std::nullopt;
-  try {
-    return nlohmann::json::parse(read_file(file, kMaxBytes));
-  } catch (const nlohmann::json::exception& error) {
-    throw InputError(fmt::format("{}: is not JSON: {}", show(file), printable(error.what())));
-  }
+  auto json = nlohmann::json::parse(read_file(file, kMaxBytes), nullptr, false);
+  if (!clip::is_clip_config(json)) return std::nullopt;
+  return json;
 }
 
 void require_rows(std::string_view net,
@@ -85,6 +83,17 @@ ClipFiles read_clip(const Options& options) {
   TensorMap weights = clip::canonical(net);
   const auto json = config_beside(options.clip);
   const auto config = clip::Config::from_weights(weights, json ? &*json : nullptr, net.path);
+  // the number of heads leaves no trace in the weights, so it would have to be part of a sample's
+  // identity
+  constexpr int64_t kHeadSize = 64;
+  if (config.hidden != config.num_heads * kHeadSize) {
+    throw InputError(fmt::format("{}: {} heads for a width of {}, CLIP-L's heads have {}",
+                                 show(options.clip),
+                                 config.num_heads,
+                                 config.hidden,
+                                 kHeadSize),
+                     "check the config.json beside it");
+  }
   require_rows("CLIP", options.clip, config.vocabulary, path, tokenizer.vocab_size());
   if (tokenizer.eos_id() != config.eos_id) {
     throw InputError(fmt::format("{}: its end token is {}, that of the weights in {} is {}",

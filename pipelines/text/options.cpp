@@ -10,11 +10,10 @@ std::string_view pad_policy_word(PadPolicy policy) {
 
 void add_flags(Options& options, Tool& tool) {
   options.command_line = tool.command_line();
-  tool.about(
-      "Encodes captions with CLIP and T5, once, into a cache that flux-train and flux-sample read.",
-      "flux-cache-text --images photos --t5 t5xxl.safetensors --clip clip_l.safetensors "
-      "--t5-tokenizer spiece.model "
-      "--clip-tokenizer clip --out cache/text");
+  tool.about("Encodes captions with CLIP and T5, once, into a cache that flux-train reads.",
+             "flux-cache-text --images photos --t5 t5xxl.safetensors --clip clip_l.safetensors "
+             "--t5-tokenizer spiece.model "
+             "--clip-tokenizer clip --out cache/text");
   tool.group("Input");
   stage::add_flags(options.data, tool);
   tool.flag("prompts",

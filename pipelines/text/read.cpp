@@ -61,7 +61,7 @@ InputError no_caption(const std::vector<std::string>& names, size_t num_images) 
 }  // namespace
 
 Wanted read_dataset(const Options& options) {
-  const dataset::Resolved resolved = stage::resolve(options.data, 0, 0);
+  const dataset::Resolved resolved = stage::resolve_captions(options.data);
   Wanted wanted;
   wanted.plan = dataset::plan_json(resolved);
   Captions captions(wanted.captions);

@@ -1,11 +1,11 @@
 #include "pipelines/train/run.h"
 
-#include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <exception>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -16,6 +16,7 @@
 #include "common/core/log.h"
 #include "common/core/progress.h"
 #include "common/core/text.h"
+#include "common/tensor/memory_errors.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/load.h"
 #include "pipelines/train/metrics.h"
@@ -69,18 +70,24 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     saved = session.step;
   };
   double waited = 0;
-  const auto read = [&] {
-    try {
-      return reader.next();
-    } catch (const CacheError&) {
-      save_now();  // a damaged segment can be made again, and the run resumed
-      throw;
-    }
-  };
   while (session.step < options.max_steps && !cancel::requested()) {
     const auto start = std::chrono::steady_clock::now();
-    const Batch batch = read();
-    const StepResult result = train_step(session, batch);
+    Batch batch;
+    StepResult result;
+    try {
+      batch = reader.next();
+      result = train_step(session, batch);
+    } catch (...) {
+      // Whatever it was, the last whole step stays: a damaged segment can be made again, a batch
+      // made smaller.
+      const std::exception_ptr failure = std::current_exception();
+      try {
+        save_now();
+      } catch (const std::exception& error) {
+        log::error("the last step could not be saved either: {}", error.what());
+      }
+      std::rethrow_exception(failure);
+    }
     session.position = reader.position();
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -121,6 +128,7 @@ Report run_in_memory(const Options& options) {
           fmt::format("--max-steps {}, but {} is beyond", options.max_steps, show(resumed->folder)),
           "give the number of steps in all, those done included");
     }
+    require_same_run(session, *resumed);
   }
   // the first batches are read while the model is
   BatchReader reader(
@@ -174,19 +182,10 @@ nlohmann::json Report::object() const {
 }
 
 Report run(const Options& options) {
-  constexpr char kHint[] =
-      "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory";
-  try {
-    return run_in_memory(options);
-  } catch (const c10::OutOfMemoryError& error) {
-    throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
-  } catch (const c10::Error& error) {
-    // the CPU's allocator has no type of its own for it
-    if (std::string_view(error.what_without_backtrace()).find("can't allocate memory") ==
-        std::string_view::npos)
-      throw;
-    throw ResourceError(fmt::format("out of memory\n  {}", error.what_without_backtrace()), kHint);
-  }
+  return with_memory_errors(
+      "out of memory",
+      "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory",
+      [&] { return run_in_memory(options); });
 }
 
 }  // namespace flux::train

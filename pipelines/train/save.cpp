@@ -60,13 +60,25 @@ std::vector<std::pair<std::string, at::Tensor>> state_tensors(const Session& ses
   return out;
 }
 
-// What a resumed run must repeat, by the words of messages.
+// What a resumed run must repeat, by the words of messages; all but the model's hash, which takes
+// its time.
 nlohmann::json identity(const Session& session) {
   return {{"options", deciding_options(session.options)},
           {"precision", precision_word(session.compute)},
           {"latents_sha256", session.data->latents_digest()},
-          {"text_sha256", session.data->text_digest()},
-          {"model_sha256", session.model_sha256.get()}};
+          {"text_sha256", session.data->text_digest()}};
+}
+
+[[noreturn]] void refuse(const std::string& what,
+                         const nlohmann::json& now,
+                         const nlohmann::json& then,
+                         const checkpoint::Checkpoint& checkpoint) {
+  throw CacheError(fmt::format("{} is {}, the checkpoint {} was made with {}",
+                               what,
+                               printable(now.dump()),
+                               show(checkpoint.folder),
+                               printable(then.dump())),
+                   "resume with what the run was started with, or start a new run");
 }
 
 }  // namespace
@@ -92,6 +104,7 @@ std::filesystem::path save(const Session& session) {
   writer.add(kStateName, state.tensors(), {});
 
   nlohmann::json record = identity(session);
+  record["model_sha256"] = session.model_sha256.get();
   record["position"] = {{"epoch", session.position.epoch}, {"batch", session.position.batch}};
   record["provenance"] = {{"tool", "flux-train"},
                           {"tool_version", tool_version()},
@@ -112,22 +125,8 @@ DataPosition position_of(const checkpoint::Checkpoint& checkpoint) {
   return {position["epoch"].get<int64_t>(), position["batch"].get<int64_t>()};
 }
 
-void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
-  const auto refuse =
-      [&](const std::string& what, const nlohmann::json& now, const nlohmann::json& then) {
-        throw CacheError(fmt::format("{} is {}, the checkpoint {} was made with {}",
-                                     what,
-                                     printable(now.dump()),
-                                     show(checkpoint.folder),
-                                     printable(then.dump())),
-                         "resume with what the run was started with, or start a new run");
-      };
+void require_same_run(const Session& session, const checkpoint::Checkpoint& checkpoint) {
   const nlohmann::json now = identity(session);
-  const std::map<std::string, std::string> words{
-      {"precision", "--precision"},
-      {"latents_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.latents))},
-      {"text_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.text))},
-      {"model_sha256", fmt::format("{} (weights_sha256)", show(session.options.model))}};
   const auto then_options = checkpoint.state.value("options", nlohmann::json::object());
   if (!then_options.is_object())
     throw CacheError(fmt::format("{}: state.json has no options", show(checkpoint.folder)));
@@ -138,12 +137,31 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
   for (const std::string& name : names) {
     const auto a = now["options"].value(name, nlohmann::json()),
                b = then_options.value(name, nlohmann::json());
-    if (a != b) refuse("--" + name, a, b);
+    if (a != b) refuse("--" + name, a, b, checkpoint);
   }
+  const std::map<std::string, std::string> words{
+      {"precision", "--precision"},
+      {"latents_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.latents))},
+      {"text_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.text))}};
   for (const auto& [name, what] : words) {
     const auto then = checkpoint.state.value(name, nlohmann::json());
-    if (now[name] != then) refuse(what, now[name], then);
+    if (now[name] != then) refuse(what, now[name], then, checkpoint);
   }
+  const DataPosition position = position_of(checkpoint);
+  if (position.batch >= session.data->num_batches()) {
+    throw CacheError(fmt::format("{}: batch {} of an epoch of {}",
+                                 show(checkpoint.folder),
+                                 position.batch,
+                                 session.data->num_batches()));
+  }
+}
+
+void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
+  const nlohmann::json model = session.model_sha256.get();
+  const auto then = checkpoint.state.value("model_sha256", nlohmann::json());
+  if (model != then)
+    refuse(
+        fmt::format("{} (weights_sha256)", show(session.options.model)), model, then, checkpoint);
 
   const auto file = checkpoint.folder / kStateName;
   WeightFile saved;

@@ -15,10 +15,14 @@ std::filesystem::path save(const Session& session);
 /// Where a checkpoint goes on. Throws CacheError if state.json lacks it.
 DataPosition position_of(const checkpoint::Checkpoint& checkpoint);
 
+/// Before the model is loaded: throws CacheError naming what differs between a run and the
+/// checkpoint it would go on from, and both values: an option that decides the weights, the
+/// precision, a cache's content; or a position beyond the data.
+void require_same_run(const Session& session, const checkpoint::Checkpoint& checkpoint);
+
 /// Takes adapters, moments, step and position from a checkpoint. Results then are those of a run
-/// that was never stopped. Throws CacheError naming what differs and both values: an option that
-/// decides the weights, the precision, a cache's content, the model's weights; or a state file that
-/// is damaged.
+/// that was never stopped. Throws CacheError if the model's weights are others (naming both
+/// hashes), or the state file is damaged.
 void restore(Session& session, const checkpoint::Checkpoint& checkpoint);
 
 }  // namespace flux::train

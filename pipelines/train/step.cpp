@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
 #include <cmath>
@@ -48,8 +49,8 @@ at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
                   loss,
                   grad_norm,
                   join_some(names, names.size())),
-      data ? "the cached values of these samples are not finite: run flux-cache verify, and make "
-             "them anew"
+      data ? "the cached values of these samples are not finite: make their caches "
+             "anew"
            : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
 }
 
@@ -98,7 +99,9 @@ StepResult train_step(Session& session, const Batch& batch) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> gradients;
   for (const Parameter& parameter : session.parameters) {
-    gradients.push_back(parameter.value.grad());
+    // none reaches the text half of the last double block of a model without single blocks
+    const at::Tensor& gradient = parameter.value.grad();
+    gradients.push_back(gradient.defined() ? gradient : at::zeros_like(parameter.value));
     parameter.value.mutable_grad() =
         at::Tensor();  // freed with `gradients`, at the end of this step
   }

@@ -44,6 +44,11 @@ TensorMap canonical(const NetTensors& net);
 /// Canonical names and shapes of all tensors of such a net.
 ShapeMap tensor_shapes(const Config& config);
 
+/// Whether this is the config.json of a CLIP (text_config, a model_type of CLIP's, or its
+/// architecture): others lie beside CLIP files too, a FLUX transformer's for one, and say nothing
+/// about it.
+bool is_clip_config(const nlohmann::json& config_json);
+
 struct Affine {
   at::Tensor weight, bias;
 };

@@ -92,6 +92,16 @@ Config sizes_from_weights(const TensorMap& canonical, const std::filesystem::pat
 
 }  // namespace
 
+bool is_clip_config(const nlohmann::json& config_json) {
+  if (!config_json.is_object()) return false;
+  if (config_json.contains("text_config")) return true;
+  const auto type = config_json.value("model_type", nlohmann::json());
+  if (type == "clip" || type == "clip_text_model") return true;
+  const auto architectures = config_json.value("architectures", nlohmann::json());
+  return architectures.is_array() && architectures.size() == 1 && architectures[0].is_string() &&
+         architectures[0].get<std::string>().starts_with("CLIP");
+}
+
 ShapeMap tensor_shapes(const Config& config) {
   const int64_t h = config.hidden;
   ShapeMap shapes{{kTokens, {config.vocabulary, h}}, {kPositions, {config.num_positions, h}}};

@@ -43,8 +43,8 @@ using Tap = std::function<void(std::string_view name, const at::Tensor& value)>;
 
 /// The predicted velocity [B, N, out_channels], in the dtype of the weights. Gradients flow to img,
 /// txt, y, all weights and adapters that require them. Throws std::invalid_argument, naming the
-/// input and both shapes, if they disagree. Source: architecture notes 1.3, 1.4 (mask), 1.5
-/// (precision: sinusoid from float32 times, then cast).
+/// input and both shapes, if they disagree. Source: black-forest-labs/flux,
+/// src/flux/model.py (precision: sinusoid from float32 times, then cast).
 at::Tensor forward(const Config& config,
                    const Weights& weights,
                    const Inputs& inputs,

@@ -241,7 +241,10 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype) {
     const auto name = "lora_unet_" + underscored(module.path);
     out[name + ".lora_down.weight"] = module.down.detach().to(dtype);
     out[name + ".lora_up.weight"] = module.up.detach().to(dtype);
-    out[name + ".alpha"] = at::full({}, module.alpha, dtype);
+    // alpha has the dtype of the rest, as sd-scripts saves it, unless that would change it
+    const auto alpha = at::full({}, module.alpha, at::kFloat);
+    const bool exact = alpha.to(dtype).item<float>() == alpha.item<float>();
+    out[name + ".alpha"] = exact ? alpha.to(dtype) : alpha;
   }
   return out;
 }

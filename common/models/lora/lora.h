@@ -68,9 +68,10 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 /// names):
 ///   sd-scripts      lora_unet_* with .lora_down.weight, .lora_up.weight, .alpha
 ///   BFL paths       diffusion_model.* or base_model.model.* with .lora_down/.lora_up or
-///   .lora_A/.lora_B diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v
-///   (and the MLP half of linear1) are fused exactly:
-///                   downs stacked, ups on the diagonal, alpha = fused rank. The scale is 1, or
+///                   .lora_A/.lora_B
+///   diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v (and the MLP half
+///                   of linear1) are fused exactly: downs stacked, ups on the diagonal,
+///                   alpha = fused rank. The scale is 1, or
 ///                   lora_alpha / r of the metadata `lora_adapter_metadata` (with its patterns),
 ///                   folded into the ups if it differs between parts
 /// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a

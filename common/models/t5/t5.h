@@ -73,8 +73,8 @@ struct Encoder {
 
   ///   ids      [B, L] int64, padded with 0; on any device
   ///   mask     [B, L], nonzero = may be attended to; undefined = all (FLUX's default: padding
-  ///   attends too) returns  [B, L, width] float32 on the device of the model, all positions,
-  ///   padding included
+  ///            attends too)
+  ///   returns  [B, L, width] float32 on the device of the model, all positions, padding included
   ///
   /// With a mask only the live positions are computed, which saves their time; rows that are masked
   /// out are zero. Throws std::invalid_argument: shapes, an id outside the vocabulary, a row with

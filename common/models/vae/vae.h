@@ -99,8 +99,9 @@ struct Encoder {
                       at::Device device);
 
   ///   pixels   [B, 3, H, W] in [-1, 1], any floating dtype and device; H and W multiples of
-  ///   stride() taps     if given: receives what each stage puts out for the first sample, float32,
-  ///   by the names
+  ///            stride()
+  ///   taps     if given: receives what each stage puts out for the first sample, float32, by the
+  ///            names
   ///            conv_in, down.{l}.block.{b}, down.{l}.downsample, mid.block_1, mid.attn_1,
   ///            mid.block_2, norm_out, conv_out
   ///

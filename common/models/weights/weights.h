@@ -2,11 +2,11 @@
 // by name.
 //
 // A net's loader reads like this:
-//   NetTensors net = take_net(read_weights(path), NetKind::kT5);       prefix off, other nets'
-//   tensors left out TensorMap canonical = ...;                                         its own
-//   renaming of layouts, if it has several canonical = expect_tensors(net.path, "T5 encoder",
-//   canonical, expected_shapes(config), {"lm_head.*"}); weights_sha256 =
-//   remembered_weights_sha256(net.stamps, "t5", canonical, rehash);
+//   NetTensors net = take_net(read_weights(path), NetKind::kT5);  // prefix off, other nets' left out
+//   TensorMap canonical = ...;                 // its own renaming of layouts, if it has several
+//   canonical = expect_tensors(net.path, "T5 encoder", canonical, expected_shapes(config),
+//                              {"lm_head.*"});
+//   weights_sha256 = remembered_weights_sha256(net.stamps, "t5", canonical, rehash);
 #pragma once
 #include <cstdint>
 #include <filesystem>
