@@ -64,12 +64,12 @@ void check_fit(const Options& options, const TrainingData& data, const dit::Conf
                 config.in_channels / kPatch * (posterior ? 2 : 1),
                 options.model,
                 "FLUX.1 dev and schnell take 16 latent channels");
-  if (options.posterior_given && !posterior) {
+  if (options.posterior != Posterior::kSample && !posterior) {
     throw UsageError(fmt::format("--posterior has no effect: {} holds one sample of each posterior",
                                  show(options.latents)),
                      "leave it out, or cache the latents with --store mean_logvar");
   }
-  if (options.prior_loss_weight_given && data.num_regularization() == 0) {
+  if (options.prior_loss_weight != 1 && data.num_regularization() == 0) {
     throw UsageError("--prior-loss-weight has no effect: the data set has no regularisation images",
                      "leave it out");
   }

@@ -151,9 +151,7 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("rehash", o.rehash, "hash the model anew instead of remembering its hash");
 }
 
-void check(Options& o, const Tool& tool) {
-  o.posterior_given = tool.given("posterior");
-  o.prior_loss_weight_given = tool.given("prior-loss-weight");
+void check(const Options& o, const Tool& tool) {
   for (const auto& [name, path] : {std::pair{"latents", &o.latents},
                                    {"text", &o.text},
                                    {"model", &o.model},

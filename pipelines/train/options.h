@@ -48,7 +48,6 @@ struct Options {
   LossOptions loss;
   Posterior posterior = Posterior::kSample;
   double prior_loss_weight = 1;
-  bool posterior_given = false, prior_loss_weight_given = false;  // set by check()
 
   int64_t reader_threads = 2;
   bool rehash = false;
@@ -60,7 +59,7 @@ struct Options {
 void add_flags(Options& options, Tool& tool);
 /// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take
 /// effect is an error. Throws UsageError.
-void check(Options& options, const Tool& tool);
+void check(const Options& options, const Tool& tool);
 
 /// The options that decide the weights, by flag name, without those that have no effect: what a
 /// resumed run must repeat.
