@@ -183,6 +183,12 @@ void TrainingData::State::join() {
       continue;
     }
     const int64_t in_text = std::exchange(found->second, -1);
+    if (in_text < 0) {
+      throw CacheError(fmt::format("{}: its index holds item {} twice",
+                                   show(latents.folder()),
+                                   show(std::string(latents.index().path(i)))),
+                       "make the cache anew");
+    }
     if (item.flags & cache::kItemValidation) {
       ++num_validation;
       continue;

@@ -197,6 +197,12 @@ bool ignored(std::string_view name, std::span<const std::string_view> ignorable)
   });
 }
 
+// Weights that people have; whole numbers or doubles under a net's names are something else.
+bool is_weight_dtype(at::ScalarType type) {
+  return type == at::kBFloat16 || type == at::kHalf || type == at::kFloat ||
+         type == at::kFloat8_e4m3fn;
+}
+
 }  // namespace
 
 std::string_view net_title(NetKind kind) { return traits_of(kind).title; }
@@ -274,7 +280,7 @@ TensorMap expect_tensors(const std::filesystem::path& path,
                          const ShapeMap& expected,
                          std::span<const std::string_view> ignorable) {
   TensorMap kept;
-  std::vector<std::string> missing, surplus, misshapen;
+  std::vector<std::string> missing, surplus, misshapen, mistyped;
   for (const auto& [name, tensor] : tensors) {
     const auto want = expected.find(name);
     if (want == expected.end()) {
@@ -282,6 +288,9 @@ TensorMap expect_tensors(const std::filesystem::path& path,
     } else if (!tensor.sizes().equals(want->second)) {
       misshapen.push_back(fmt::format(
           "{} is {}, expected {}", printable(name), shape_text(tensor), shape_text(want->second)));
+    } else if (!is_weight_dtype(tensor.scalar_type())) {
+      mistyped.push_back(
+          fmt::format("{} is {}", printable(name), dtype_name(dtype_of(tensor.scalar_type()))));
     } else {
       kept.emplace(name, tensor);
     }
@@ -289,10 +298,12 @@ TensorMap expect_tensors(const std::filesystem::path& path,
   for (const auto& [name, shape] : expected) {
     if (!tensors.contains(name)) missing.push_back(printable(name));
   }
-  if (missing.empty() && surplus.empty() && misshapen.empty()) return kept;
+  if (missing.empty() && surplus.empty() && misshapen.empty() && mistyped.empty()) return kept;
   std::string message = fmt::format("{}: not the weights of this {}", show(path), title);
-  for (const auto& [what, names] :
-       {std::pair("missing", &missing), {"surplus", &surplus}, {"of another shape", &misshapen}}) {
+  for (const auto& [what, names] : {std::pair("missing", &missing),
+                                    {"surplus", &surplus},
+                                    {"of another shape", &misshapen},
+                                    {"not of BF16, F16, F32 or F8_E4M3", &mistyped}}) {
     if (!names->empty()) {
       message += fmt::format("\n  {} tensor{} {}: {}",
                              names->size(),

@@ -69,7 +69,7 @@ int64_t size_for_config(const std::filesystem::path& path,
 
 /// `tensors` without the ignorable ones, once names and shapes are exactly those expected.
 /// `ignorable` holds names, or beginnings with a '*' at the end. Otherwise throws ONE InputError
-/// that lists missing, surplus and misshapen tensors with their counts and first names.
+/// that lists missing, surplus, misshapen and mistyped tensors with their counts and first names.
 ///   title  "T5 encoder"; for the message
 TensorMap expect_tensors(const std::filesystem::path& path,
                          std::string_view title,

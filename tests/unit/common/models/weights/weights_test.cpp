@@ -137,6 +137,12 @@ TEST(ExpectTensors, ListsAllThatIsWrongInOneMessage) {
                                         {{"a", {2, 3}}},
                                         {"extra.*"});
   EXPECT_EQ(kept.size(), 1u);
+  try {
+    expect_tensors("f", "net", {{"a", at::zeros({2, 3}, at::kLong)}}, {{"a", {2, 3}}}, {});
+    FAIL();
+  } catch (const InputError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("1 tensor not of BF16, F16, F32 or F8_E4M3: a is I64"));
+  }
 }
 
 TEST(WeightsSha256, IsTheDocumentedBytes) {
