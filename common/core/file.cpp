@@ -157,9 +157,7 @@ AtomicFile::~AtomicFile() {
 void AtomicFile::fail(const char* what) const {
   const int number = errno;
   throw ResourceError(fmt::format("{}: {}: {}", show(path_), what, errno_text(number)),
-                      number == ENOSPC || number == EDQUOT
-                          ? "free some disk space and run again"
-                          : "check that the folder exists and is writable");
+                      write_failure_hint(number));
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
@@ -244,6 +242,22 @@ void sync_folder(const fs::path& path) {
   if (result != 0 && number != EINVAL) {
     throw ResourceError(
         fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
+  }
+}
+
+std::string write_failure_hint(int number) {
+  switch (number) {
+    case ENOSPC:
+    case EDQUOT:
+      return "free some disk space and run again";
+    case EFBIG:
+      return "raise the limit on the size of files (ulimit -f) and run again";
+    case EIO:
+      return "look at the disk: it reports an error of its own";
+    case EROFS:
+      return "choose a folder on a disk that is mounted for writing";
+    default:
+      return "check that the folder exists and is writable";
   }
 }
 

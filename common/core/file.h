@@ -90,6 +90,8 @@ bool write_file_if_changed(const std::filesystem::path& path, std::string_view b
 void make_folder(const std::filesystem::path& path);
 /// Flushes a folder's entries to the disk. Throws ResourceError.
 void sync_folder(const std::filesystem::path& path);
+/// What to do about a write that failed with `number` (an errno): the hint of a ResourceError.
+std::string write_failure_hint(int number);
 /// Where this user's programs remember what they need not work out again: flux-stages in
 /// $XDG_CACHE_HOME or ~/.cache. Nothing if neither variable names a folder. It may not exist yet.
 std::optional<std::filesystem::path> user_cache_folder();

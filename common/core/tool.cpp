@@ -134,7 +134,8 @@ void Tool::State::read_config() {
   for (const auto& [key, value] : document.as_table()) {
     const std::string wanted = normal_key(key);
     const Flag* flag = find(wanted);
-    if (!flag || wanted == "config") throw unknown("key in " + show(config), key);
+    const bool only_typed = wanted == "config" || wanted == "help" || wanted == "version";
+    if (!flag || only_typed) throw unknown("key in " + show(config), key);
     if (given.contains(wanted)) continue;  // the command line wins
     if (value.is_array() && flag->is_list) {
       for (const auto& element : value.as_array()) apply(*flag, toml_text(element, key, config));
@@ -316,6 +317,19 @@ bool Tool::parse() {
   flag("version", state_->version, "print versions and exit");
   flag("help", state_->help, "print this and exit");
 
+  // whatever else is on the line, even if it is wrong: help is what its writer needs
+  const auto asks_for = [&](std::string_view word) {
+    return std::ranges::find(state_->arguments, word) != state_->arguments.end();
+  };
+  if (asks_for("--help")) {
+    state_->print_help();
+    return false;
+  }
+  if (asks_for("--version")) {
+    std::fputs(version_text(state_->name).c_str(), stdout);
+    return false;
+  }
+
   po::options_description described;
   for (const Flag& flag : state_->flags) {
     if (flag.is_switch) {
@@ -365,14 +379,6 @@ bool Tool::parse() {
       for (const std::string& text : option.value) state_->apply(flag, text);
     }
   }
-  if (state_->help) {
-    state_->print_help();
-    return false;
-  }
-  if (state_->version) {
-    std::fputs(version_text(state_->name).c_str(), stdout);
-    return false;
-  }
   if (!state_->config.empty()) state_->read_config();
   const std::map<std::string, log::Level> levels{{"debug", log::Level::kDebug},
                                                  {"info", log::Level::kInfo},
@@ -386,7 +392,8 @@ bool Tool::given(std::string_view name) const { return state_->given.contains(st
 
 bool Tool::json() const { return state_->json; }
 
-void Tool::summary(std::string_view line, const nlohmann::json& object) const {
+void Tool::summary(std::string_view line, const nlohmann::json& object, ExitCode code) const {
+  if (static_cast<int>(code) > 128) return log::info("{}", line);
   const std::string text =
       state_->json ? object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)
                    : printable(line);

@@ -99,8 +99,11 @@ class Tool {
   /// Whether the user gave the flag, in the file or on the command line. After parse().
   bool given(std::string_view name) const;
 
-  /// The result: `line` on stdout, or with --json the object, on one line.
-  void summary(std::string_view line, const nlohmann::json& object) const;
+  /// The result: `line` on stdout, or with --json the object, on one line. After a signal (`code`)
+  /// the work is not done: then the line goes to the log, and no object is printed.
+  void summary(std::string_view line,
+               const nlohmann::json& object,
+               ExitCode code = ExitCode::kOk) const;
   /// With --json given; for tools whose output is a report.
   bool json() const;
 

@@ -222,9 +222,7 @@ Journal::~Journal() {
 void Journal::fail(const char* what, int number) const {
   throw ResourceError(
       fmt::format("{}: {}: {}", show(path_), what, std::generic_category().message(number)),
-      number == ENOSPC || number == EDQUOT
-          ? "free some disk space and run again: nothing finished is lost"
-          : "check that the folder is writable, and run again");
+      write_failure_hint(number) + "; nothing finished is lost");
 }
 
 void Journal::append(const Record& record) {

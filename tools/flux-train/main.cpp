@@ -10,7 +10,7 @@ int main(int argc, char** argv) {
     if (!tool.parse()) return flux::ExitCode::kOk;
     flux::train::check(opts, tool);
     const auto report = flux::train::run(opts);
-    tool.summary(report.line(), report.object());
+    tool.summary(report.line(), report.object(), report.exit_code);
     return report.exit_code;
   });
 }

@@ -135,6 +135,30 @@ TEST(Tool, RefusesABadConfigFile) {
   EXPECT_NE(error("max_steps = 1.5").find("'1.5' is not a whole number"), std::string::npos);
 }
 
+TEST(Tool, HelpsWhateverElseIsOnTheLine) {
+  testing::internal::CaptureStdout();
+  EXPECT_FALSE(parse({"--max-setps", "3", "--help"}).go_on);
+  EXPECT_NE(testing::internal::GetCapturedStdout().find("--max-steps"), std::string::npos);
+  const test::TemporaryFolder folder;
+  for (const char* key : {"help", "version", "config"}) {
+    const auto file = folder.write("a.toml", std::string(key) + " = true\n");
+    EXPECT_NE(usage_error({"--config", file.string()}).find("unknown key in"), std::string::npos);
+  }
+}
+
+TEST(Tool, PrintsNoResultAfterASignal) {
+  Tool tool("t", {"--json"});
+  ASSERT_TRUE(tool.parse());
+  const auto printed = [&](ExitCode code) {
+    testing::internal::CaptureStdout();
+    tool.summary("line", {{"a", 1}}, code);
+    return testing::internal::GetCapturedStdout();
+  };
+  EXPECT_EQ(printed(ExitCode::kOk), "{\"a\":1}\n");
+  EXPECT_EQ(printed(ExitCode::kTooManyFailed), "{\"a\":1}\n");
+  EXPECT_EQ(printed(ExitCode::kTerminate), "");
+}
+
 TEST(Tool, QuotesItsCommandLine) {
   const Tool tool("t", {"--out", "it's", "--x=1"});
   EXPECT_EQ(tool.command_line(), "t --out 'it'\\''s' --x=1");
