@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 
 constexpr char kStateName[] = "state.json";
 constexpr uint64_t kMaxStateBytes = 64 << 20;
+constexpr char kDamagedHint[] = "move that folder away to resume from the one before it";
 
 [[noreturn]] void fail(const char* what, const fs::path& path, const std::error_code& error) {
   throw ResourceError(fmt::format("{}: {}: {}", show(path), what, error.message()));
@@ -50,6 +51,36 @@ std::vector<safetensors::TensorSpec> specs(std::span<const Tensor> tensors) {
   std::vector<safetensors::TensorSpec> out;
   for (const Tensor& tensor : tensors) out.push_back(tensor.spec);
   return out;
+}
+
+// Of the state without its member `checksum`.
+std::string checksum(nlohmann::json state) {
+  state.erase("checksum");
+  return xxh3_128_hex(as_bytes(state.dump()));
+}
+
+void check_files(const Checkpoint& checkpoint) {
+  const auto files = checkpoint.state.value("files", nlohmann::json::object());
+  for (const auto& [name, expected] : files.items()) {
+    const fs::path path = checkpoint.folder / name;
+    const auto refuse = [&](const char* what, const nlohmann::json& found) {
+      throw CacheError(fmt::format("{}: damaged: {} {}, state.json says {}",
+                                   show(path),
+                                   what,
+                                   found.dump(),
+                                   expected.value(what, nlohmann::json()).dump()),
+                       kDamagedHint);
+    };
+    try {
+      const MappedFile file(path);
+      if (const nlohmann::json bytes = file.bytes().size(); bytes != expected.value("bytes", nlohmann::json()))
+        refuse("bytes", bytes);
+      const nlohmann::json hash = xxh3_128_hex(file.bytes());
+      if (hash != expected.value("xxh3_128", nlohmann::json())) refuse("xxh3_128", hash);
+    } catch (const InputError& error) {
+      throw CacheError(error.what(), kDamagedHint);
+    }
+  }
 }
 
 std::map<std::string_view, std::span<const std::byte>> bytes_by_name(
@@ -120,12 +151,16 @@ void Writer::add(const std::string& file_name,
   const std::vector<safetensors::TensorSpec> order = writer.order();
   for (const auto& spec : order) writer.write(spec.name, bytes.at(spec.name));
   writer.commit();
+  const MappedFile written(temporary_ / file_name);
+  files_[file_name] = {{"bytes", written.bytes().size()}, {"xxh3_128", xxh3_128_hex(written.bytes())}};
 }
 
 fs::path Writer::commit(nlohmann::json state) {
   state["format"] = kFormat;
   state["schema_version"] = kSchemaVersion;
   state["step"] = step_;
+  state["files"] = files_;
+  state["checksum"] = checksum(state);
   write_file_atomic(temporary_ / kStateName, state.dump(1) + "\n");
   sync_folder(temporary_);
   const fs::path folder = run_ / step_name(step_);
@@ -158,8 +193,7 @@ Checkpoint read_latest(const fs::path& run) {
   Checkpoint found{run / step_name(steps.back()), steps.back(), nullptr};
   const fs::path file = found.folder / kStateName;
   const auto refuse = [&](const std::string& what) {
-    throw CacheError(fmt::format("{}: {}", show(file), what),
-                     "move that folder away to resume from the one before it");
+    throw CacheError(fmt::format("{}: {}", show(file), what), kDamagedHint);
   };
   try {
     found.state = nlohmann::json::parse(read_file(file, kMaxStateBytes));
@@ -180,6 +214,12 @@ Checkpoint read_latest(const fs::path& run) {
                        printable(found.state.value("step", nlohmann::json()).dump()),
                        found.step));
   }
+  const auto sum = found.state.value("checksum", nlohmann::json());
+  if (const auto actual = checksum(found.state); sum != actual) {
+    refuse(fmt::format("damaged or edited: checksum {}, its content has {}",
+                       printable(sum.dump()), actual));
+  }
+  check_files(found);
   return found;
 }
 

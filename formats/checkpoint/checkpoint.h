@@ -54,13 +54,15 @@ class Writer {
   void add(const std::string& file_name,
            std::span<const Tensor> tensors,
            const safetensors::Metadata& metadata);
-  /// Adds format, schema_version and step to `state`, writes state.json and gives the folder its
-  /// name. A checkpoint of the same step makes room. Returns the folder.
+  /// Adds format, schema_version, step, the files' sizes and XXH3-128 and a checksum of all of it to
+  /// `state`, writes state.json and gives the folder its name. A checkpoint of the same step makes
+  /// room. Returns the folder.
   std::filesystem::path commit(nlohmann::json state);
 
  private:
   std::filesystem::path run_, temporary_;
   int64_t step_;
+  nlohmann::json files_ = nlohmann::json::object();
 };
 
 /// A checkpoint found on the disk.
@@ -69,8 +71,8 @@ struct Checkpoint {
   int64_t step = 0;
   nlohmann::json state;
 };
-/// The one of the highest step. Throws CacheError: none there, state.json absent, damaged, not ours
-/// or of another schema.
+/// The one of the highest step, every byte of it checked. Throws CacheError: none there, state.json
+/// or another of its files absent or damaged, not ours or of another schema.
 Checkpoint read_latest(const std::filesystem::path& run);
 
 /// sd-scripts' hashes of a LoRA file, as metadata has them.

@@ -197,8 +197,8 @@ nlohmann::json deciding_options(const Options& o) {
                      {"timestep-sampling", word(kSamplings, o.timesteps.sampling)},
                      {"loss-type", word(kLosses, o.loss.type)},
                      {"posterior", word(kPosteriors, o.posterior)},
-                     {"prior-loss-weight", o.prior_loss_weight}};
-  if (o.guidance) out["guidance"] = *o.guidance;
+                     {"prior-loss-weight", o.prior_loss_weight},
+                     {"guidance", o.guidance.value_or(1)}};
   if (uses_warmup(o)) out["lr-warmup-steps"] = o.lr.num_warmup_steps;
   if (needs_num_steps(o)) out["max-steps"] = o.max_steps;
   if (uses_scale(o)) out["sigmoid-scale"] = o.timesteps.sigmoid_scale;
@@ -218,6 +218,7 @@ nlohmann::json deciding_options(const Options& o) {
 
 std::string run_toml(const Options& o) {
   nlohmann::json all = deciding_options(o);
+  if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
   all["max-steps"] = o.max_steps;
   all["save-every"] = o.save_every;
   all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);

@@ -57,6 +57,27 @@ TEST(Checkpoint, IsReadBackFromTheHighestStep) {
   EXPECT_TRUE(std::filesystem::exists(run / "step-000009/lora.safetensors"));
 }
 
+TEST(Checkpoint, RefusesEveryFlippedBit) {
+  for (const char* name : {"lora.safetensors", "state.json"}) {
+    TemporaryFolder run;
+    save(run.path(), 7);
+    const auto file = run / "step-000007" / name;
+    const std::string good = read_file(file);
+    for (size_t i = 0; i < good.size(); ++i) {
+      std::string bad = good;
+      bad[i] = static_cast<char>(bad[i] ^ 1 << i % 8);
+      write_file_atomic(file, bad);
+      if (std::string_view(name) == "state.json" && std::isspace(good[i]) && std::isspace(bad[i]))
+        continue;  // another blank is the same state
+      EXPECT_THROW(read_latest(run.path()), CacheError) << name << " byte " << i;
+    }
+    write_file_atomic(file, good);
+    EXPECT_EQ(read_latest(run.path()).step, 7);
+    std::filesystem::remove(file);
+    EXPECT_THROW(read_latest(run.path()), CacheError) << name;
+  }
+}
+
 TEST(Checkpoint, LeavesNothingWithoutCommit) {
   TemporaryFolder run;
   {

@@ -47,6 +47,7 @@ TEST(TrainOptions, DefaultsTrainFluxProperly) {
                             {"max-grad-norm", 1.0},
                             {"batch-size", 0},
                             {"seed", 0},
+                            {"guidance", 1.0},
                             {"timestep-sampling", "flux_shift"},
                             {"sigmoid-scale", 1.0},
                             {"loss-type", "l2"},

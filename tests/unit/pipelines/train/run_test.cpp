@@ -187,6 +187,34 @@ TEST(Train, SeedAndOptionsChangeTheResult) {
   EXPECT_NE(*run(one.options).loss_first, *run(other.options).loss_first);
 }
 
+TEST(Train, RefusesADamagedOrEditedCheckpoint) {
+  Scene scene;
+  run(scene.options);
+  scene.options.resume = true;
+  scene.options.max_steps = 4;
+  const auto with = [&](const char* name, const std::function<void(std::string&)>& edit) {
+    const auto file = scene.options.out / "step-000003" / name;
+    const std::string good = read_file(file);
+    std::string bad = good;
+    edit(bad);
+    write_file_atomic(file, bad);
+    const std::string message = message_of(scene.options);
+    write_file_atomic(file, good);
+    return message;
+  };
+  EXPECT_THAT(with("state.safetensors", [](std::string& s) { s.back() ^= 1; }),
+              AllOf(HasSubstr("state.safetensors"), HasSubstr("damaged")));
+  EXPECT_THAT(with("state.json",
+                   [](std::string& s) {
+                     const auto at = s.find("\"epoch\": 1");
+                     ASSERT_NE(at, std::string::npos);
+                     s[at + 9] = '0';
+                   }),
+              AllOf(HasSubstr("state.json"), HasSubstr("edited")));
+  scene.options.guidance = 1;  // what it was started with, by default
+  EXPECT_EQ(run(scene.options).steps, 4);
+}
+
 TEST(Train, KeepsAFinishedRunUnlessToldOtherwise) {
   Scene scene;
   run(scene.options);
