@@ -80,8 +80,7 @@ Found read_net(const NetTensors& net, NetKind kind) {
       const json beside_json = fs::is_regular_file(beside, error)
                                    ? json::parse(read_file(beside, 1 << 20), nullptr, false)
                                    : json();
-      const clip::Config c =
-          clip::Config::from_weights(
+      const clip::Config c = clip::Config::from_weights(
           canonical, clip::is_clip_config(beside_json) ? &beside_json : nullptr, net.path);
       return {"clip",
               std::move(canonical),
@@ -118,17 +117,25 @@ json describe(const WeightFile& file, NetKind kind, bool rehash) {
     ++dtypes[std::string(dtype_name(dtype_of(tensor)))];
     num_parameters += tensor.numel();
   }
-  return {{"file", printable(file.path.native())},
-          {"kind", found.word},
-          {"title", net_title(kind)},
-          {"layout", layout_of(net, found, kind)},
-          {"prefix", net.prefix},
-          {"config", found.config},
-          {"dtypes", dtypes},
-          {"tensors", found.canonical.size()},
-          {"parameters", num_parameters},
-          {"weights_sha256",
-           to_hex(remembered_weights_sha256(file.stamps, found.word, found.canonical, rehash))}};
+  const auto identity = [&](const std::string& what, const TensorMap& tensors) {
+    return to_hex(remembered_weights_sha256(file.stamps, what, tensors, rehash));
+  };
+  json out{{"file", printable(file.path.native())},
+           {"kind", found.word},
+           {"title", net_title(kind)},
+           {"layout", layout_of(net, found, kind)},
+           {"prefix", net.prefix},
+           {"config", found.config},
+           {"dtypes", dtypes},
+           {"tensors", found.canonical.size()},
+           {"parameters", num_parameters},
+           {"weights_sha256", identity(found.word, found.canonical)}};
+  // what a latents cache carries as weights.ae
+  if (kind == NetKind::kAutoEncoder && found.config["has_encoder"]) {
+    out["encoder_weights_sha256"] =
+        identity("vae.encoder", vae::encoder_half(found.canonical, file.path));
+  }
+  return out;
 }
 
 }  // namespace
@@ -182,6 +189,8 @@ std::string InfoReport::text() const {
         dtypes,
         net["parameters"].dump(),
         net["weights_sha256"].get<std::string>());
+    if (const auto half = net.find("encoder_weights_sha256"); half != net.end())
+      out += fmt::format("  its encoder     {}\n", half->get<std::string>());
   }
   if (!out.empty()) out.pop_back();
   return out;

@@ -13,6 +13,7 @@
 
 #include "common/core/error.h"
 #include "common/core/file.h"
+#include "common/core/log.h"
 #include "common/core/hash.h"
 #include "common/core/rng.h"
 #include "common/core/text.h"
@@ -171,6 +172,7 @@ void refuse_to_replace(const fs::path& folder) {
                                    show_bytes(size)),
                        "write into another folder, or move the file away");
     }
+    if (!error) log::warn("{}: is replaced", show(folder / name));
   }
 }
 

@@ -151,6 +151,9 @@ TEST_F(TinyModels, AreDescribedByInfo) {
   EXPECT_EQ(report.nets[0]["config"]["guidance"], true);
   EXPECT_EQ(report.nets[0]["dtypes"], nlohmann::json({{"BF16", report.nets[0]["tensors"]}}));
   EXPECT_EQ(report.nets[1]["kind"], "vae");
+  EXPECT_EQ(report.nets[1]["encoder_weights_sha256"].get<std::string>().size(), 64u);
+  EXPECT_NE(report.nets[1]["encoder_weights_sha256"], report.nets[1]["weights_sha256"]);
+  EXPECT_FALSE(report.nets[0].contains("encoder_weights_sha256"));
   EXPECT_EQ(report.nets[2]["config"]["width"], report.nets[0]["config"]["prompt_dim"]);
   EXPECT_EQ(report.nets[3]["config"]["hidden"], report.nets[0]["config"]["pooled_dim"]);
   EXPECT_THAT(report.text(), HasSubstr("weights_sha256"));
