@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""SIGKILL at uniformly random moments of runs of both encoding tools, on empty folders, folders of killed runs and finished
+caches whose data changed. After each kill every published file reads whole and every sample that was finished before is
+still there; what a later run keeps is exactly what was finished; a finished cache equals an uninterrupted run's."""
+import json
+import shutil
+import threading
+import time
+
+import torture
+
+NUM_ITEMS = 150  # more than a segment's 128, so that there are seals in the middle
+
+given = torture.arguments(__doc__, kills=40)
+total = {"kills": 0, "runs": 0, "finished": 0, "samples": 0}
+lock = threading.Lock()
+
+
+def count(**more):
+    with lock:
+        for name, value in more.items():
+            total[name] += value
+        if more.get("kills") and total["kills"] % 100 == 0:
+            print(f"{total['kills']} kills", flush=True)
+
+
+def work(tool, numbers):
+    for version in range(3):
+        tool.reference(version)
+    out = tool.folder / "out"
+    finished = set()
+    kills = version = 0
+    while kills < given.kills // 2:
+        tool.set_version(version)
+        where = f"version {version}, after {kills} kills"
+        process = tool.start(out)
+        # version 0 begins on an empty folder; the others have less to do
+        end = time.monotonic() + numbers.uniform(0, tool.durations[0] * (1.05 if version == 0 else 0.7))
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(min(0.005, max(0, end - time.monotonic())))
+        count(runs=1)
+        if process.poll() is None and torture.kill(process):
+            kills += 1
+            found = tool.contents(out)
+            tool.check(found, where)
+            lost = finished - found.samples
+            torture.require(not lost, f"{where}: {len(lost)} finished samples are lost")
+            count(kills=1, samples=len(found.samples - finished))
+            finished = found.samples
+            continue
+        stdout, stderr = process.communicate()
+        torture.require(process.returncode == 0, f"{where}: ended with {process.returncode}:\n{stderr}")
+        tool.check_complete(out, where, json.loads(stdout), tool.reference(version), finished)
+        count(finished=1)
+        version = (version + 1) % 3
+        finished = tool.contents(out).samples
+        if version == 0:
+            shutil.rmtree(out)
+            finished = set()
+    tool.complete(out, "at the end", finished)
+
+
+start = time.monotonic()
+try:
+    torture.main(work, given, NUM_ITEMS)
+finally:
+    print(f"kills {total['kills']}: {total['runs']} runs, {total['finished']} caches finished, {total['samples']} samples finished "
+          f"by killed runs, {time.monotonic() - start:.0f} s")

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Kills both encoding tools before, in the middle of and after single file operations: taking the lock, recovery, journal,
+sealing, publishing of index and manifest, tidying. The state left is killed again in the next run, then completed; the
+rules are those of kill_loop.py. Long form: every operation."""
+import shutil
+import threading
+
+import torture
+
+NUM_ITEMS = 8
+
+given = torture.arguments(__doc__, kills=48)
+total = {"kills": 0, "operations": 0}
+lock = threading.Lock()
+
+
+def count_operations(tool, folder, log):
+    log.unlink(missing_ok=True)
+    code, _, stderr = tool.run(folder, log=log)
+    torture.require(code == 0, f"a run with the recorder ended with {code}:\n{stderr}")
+    return len(torture.read_log(log))
+
+
+def work(tool, numbers):
+    for version in range(2):
+        tool.reference(version)
+    out, log = tool.folder / "out", tool.folder / "log"
+    # A finished cache whose data changed, and an empty folder
+    tool.set_version(0)
+    finished_cache = tool.folder / "finished"
+    tool.complete(finished_cache, "at the start")
+    starts = []
+    for name, source, version in [("an empty folder", None, 0), ("changed data", finished_cache, 1)]:
+        tool.set_version(version)
+        shutil.rmtree(out, ignore_errors=True)
+        if source:
+            shutil.copytree(source, out)
+        starts += [(name, source, version, number) for number in range(1, count_operations(tool, out, log) + 1)]
+    cases = [(*start, action) for start in starts for action in ("kill_before", "kill_half", "kill_after")]
+    with lock:
+        total["operations"] += len(starts)
+    chosen = numbers.sample(cases, min(len(cases), given.kills // 4))  # each is followed by a second kill
+    for name, source, version, number, action in sorted(chosen, key=lambda case: case[2]):
+        tool.set_version(version)
+        shutil.rmtree(out, ignore_errors=True)
+        if source:
+            shutil.copytree(source, out)
+        finished = tool.contents(out).samples
+        # first the case itself, then somewhere in the run that finds what it left: that is mostly recovery
+        for at, how in [(number, action), (numbers.randrange(1, 24), numbers.choice(["kill_before", "kill_half", "kill_after"]))]:
+            where = f"{name}, {how} of operation {at}"
+            code, _, stderr = tool.run(out, at=at, do=how)
+            torture.require(code in (-9, 0), f"{where}: ended with {code}:\n{stderr}")
+            found = tool.contents(out)
+            tool.check(found, where)
+            torture.require(finished <= found.samples, f"{where}: {len(finished - found.samples)} finished samples are lost")
+            finished = found.samples
+            with lock:
+                total["kills"] += code == -9
+        tool.complete(out, f"{name}, {action} of operation {number}, and again", finished)
+
+
+try:
+    torture.main(work, given, NUM_ITEMS)
+finally:
+    print(f"kills {total['kills']} at chosen operations, of {total['operations']}")
