@@ -161,15 +161,8 @@ void AtomicFile::fail(const char* what) const {
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t put = ::write(fd_, bytes.data(), std::min<size_t>(bytes.size(), size_t{1} << 30));
-    if (put < 0) {
-      if (errno == EINTR) continue;
-      fail("writing failed");
-    }
-    bytes = bytes.subspan(static_cast<size_t>(put));
-    size_ += static_cast<uint64_t>(put);
-  }
+  if (!write_all(fd_, bytes)) fail("writing failed");
+  size_ += bytes.size();
 }
 
 void AtomicFile::write(std::string_view text) { write(std::as_bytes(std::span(text))); }
@@ -191,9 +184,9 @@ void AtomicFile::commit() { publish(true); }
 void AtomicFile::commit_new() { publish(false); }
 
 void AtomicFile::publish(bool replace) {
-  if (fsync(fd_) != 0) fail("flushing to the disk failed");
+  if (!flush_to_disk(fd_)) fail("flushing to the disk failed");
   const int fd = std::exchange(fd_, -1);
-  const bool closed = close(fd) == 0;
+  const bool closed = close(fd) == 0 || errno == EINTR;  // interrupted, but closed and flushed
   if (!closed ||
       !(replace ? rename(temporary_.c_str(), path_.c_str()) == 0 : rename_new(temporary_, path_))) {
     const int number = errno;
@@ -220,6 +213,25 @@ bool write_file_if_changed(const fs::path& path, std::string_view bytes) {
   return true;
 }
 
+bool write_all(int fd, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t put = write(fd, bytes.data(), bytes.size());
+    if (put < 0) {
+      if (errno == EINTR) continue;
+      return false;
+    }
+    bytes = bytes.subspan(static_cast<size_t>(put));
+  }
+  return true;
+}
+
+bool flush_to_disk(int fd) {
+  while (fsync(fd) != 0) {
+    if (errno != EINTR) return false;
+  }
+  return true;
+}
+
 void make_folder(const fs::path& path) {
   std::error_code error;
   fs::create_directories(path, error);
@@ -235,11 +247,11 @@ void sync_folder(const fs::path& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0)
     throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(errno)));
-  const int result = fsync(fd);
+  const bool flushed = flush_to_disk(fd);
   const int number = errno;
   close(fd);
   // some file systems do not know fsync on folders; they have no separate flush to ask for
-  if (result != 0 && number != EINVAL) {
+  if (!flushed && number != EINVAL) {
     throw ResourceError(
         fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
   }

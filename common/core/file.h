@@ -85,6 +85,11 @@ void write_file_atomic(const std::filesystem::path& path, std::string_view bytes
 /// Returns whether it wrote.
 bool write_file_if_changed(const std::filesystem::path& path, std::string_view bytes);
 
+/// write() until all is written: short and interrupted writes go on. False: errno says why it is not.
+bool write_all(int fd, std::span<const std::byte> bytes);
+/// fsync() that goes on after an interruption. False: errno says why.
+bool flush_to_disk(int fd);
+
 /// Makes a folder and its parents. Throws ResourceError if that fails or something else has the
 /// name.
 void make_folder(const std::filesystem::path& path);

@@ -186,19 +186,6 @@ std::optional<SegmentHeader> decode_header(std::span<const std::byte> body,
   }
 }
 
-// Writes all of it, in one call where the system can.
-bool write_all(int fd, std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t put = write(fd, bytes.data(), bytes.size());
-    if (put < 0) {
-      if (errno == EINTR) continue;
-      return false;
-    }
-    bytes = bytes.subspan(static_cast<size_t>(put));
-  }
-  return true;
-}
-
 }  // namespace
 
 Journal::Journal(const std::filesystem::path& folder, const SegmentHeader& header)
@@ -238,7 +225,9 @@ void Journal::append(const Record& record) {
 }
 
 void Journal::sync() {
-  if (fdatasync(fd_) != 0) fail("flushing to the disk failed", errno);
+  while (fdatasync(fd_) != 0) {
+    if (errno != EINTR) fail("flushing to the disk failed", errno);
+  }
   synced_ = std::chrono::steady_clock::now();
 }
 

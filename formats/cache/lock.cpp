@@ -14,6 +14,7 @@
 
 #include "common/core/error.h"
 #include "common/core/file.h"
+#include "common/core/hash.h"
 #include "common/core/text.h"
 
 namespace flux::cache {
@@ -105,12 +106,13 @@ bool make_lock(const fs::path& path, const std::string& text) {
   const auto write_new = [&](const fs::path& to) {
     const int fd = open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0) return false;
-    const bool whole = write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+    // flushed, so that a power cut does not leave a lock without an owner, which all must respect
+    const bool whole = write_all(fd, as_bytes(text)) && flush_to_disk(fd);
     const int number = errno;
     close(fd);
     if (whole) return true;
     unlink(to.c_str());
-    fail(path, number ? number : ENOSPC);
+    fail(path, number);
   };
   if (!write_new(temporary)) fail(path, errno);
   const int result = link(temporary.c_str(), path.c_str());
