@@ -245,15 +245,19 @@ void make_folder(const fs::path& path) {
 
 void sync_folder(const fs::path& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0)
-    throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(errno)));
+  if (fd < 0) {
+    const int number = errno;
+    throw ResourceError(fmt::format("{}: cannot be opened: {}", show(path), errno_text(number)),
+                        write_failure_hint(number));
+  }
   const bool flushed = flush_to_disk(fd);
   const int number = errno;
   close(fd);
   // some file systems do not know fsync on folders; they have no separate flush to ask for
   if (!flushed && number != EINVAL) {
     throw ResourceError(
-        fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)));
+        fmt::format("{}: flushing to the disk failed: {}", show(path), errno_text(number)),
+        write_failure_hint(number));
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <system_error>
@@ -189,7 +190,7 @@ std::optional<SegmentHeader> decode_header(std::span<const std::byte> body,
 }  // namespace
 
 Journal::Journal(const std::filesystem::path& folder, const SegmentHeader& header)
-    : path_(folder / (".journal-" + random_name())), synced_(std::chrono::steady_clock::now()) {
+    : path_(folder / (".journal-" + random_name())) {
   fd_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
   if (fd_ < 0) fail("cannot be created", errno);
   const auto bytes = encode(header);
@@ -200,10 +201,39 @@ Journal::Journal(const std::filesystem::path& folder, const SegmentHeader& heade
   }
   size_ = bytes.size();
   sync_folder(folder);
+  flusher_ = std::jthread([this](const std::stop_token& stop) { flush_later(stop); });
 }
 
-Journal::~Journal() {
-  if (fd_ >= 0) close(fd_);
+Journal::~Journal() { close_file(); }
+
+void Journal::close_file() {
+  if (flusher_.joinable()) {
+    flusher_.request_stop();
+    flusher_.join();
+  }
+  if (fd_ >= 0) close(std::exchange(fd_, -1));
+}
+
+// A second after the first record that is not on the disk, and again for those that come later.
+void Journal::flush_later(const std::stop_token& stop) {
+  std::unique_lock lock(mutex_);
+  while (changed_.wait(lock, stop, [this] { return dirty_; })) {
+    changed_.wait_for(lock, stop, kSyncEvery, [] { return false; });
+    if (stop.stop_requested()) return;
+    dirty_ = false;
+    lock.unlock();
+    int result;
+    do result = fdatasync(fd_);
+    while (result != 0 && errno == EINTR);
+    const int number = errno;
+    lock.lock();
+    if (result != 0) flush_error_ = number;
+  }
+}
+
+void Journal::check() {
+  const std::lock_guard lock(mutex_);
+  if (flush_error_ != 0) fail("flushing to the disk failed", flush_error_);
 }
 
 void Journal::fail(const char* what, int number) const {
@@ -213,26 +243,24 @@ void Journal::fail(const char* what, int number) const {
 }
 
 void Journal::append(const Record& record) {
+  check();
   const auto bytes = encode(record);
   if (!write_all(fd_, bytes)) {
     const int number = errno;
     // a torn record would hide those after it; if it cannot be cut off, nothing may follow
-    if (ftruncate(fd_, static_cast<off_t>(size_)) != 0) close(std::exchange(fd_, -1));
+    if (ftruncate(fd_, static_cast<off_t>(size_)) != 0) close_file();
     fail("writing failed", number);
   }
   size_ += bytes.size();
-  if (std::chrono::steady_clock::now() - synced_ >= kSyncEvery) sync();
-}
-
-void Journal::sync() {
-  while (fdatasync(fd_) != 0) {
-    if (errno != EINTR) fail("flushing to the disk failed", errno);
+  {
+    const std::lock_guard lock(mutex_);
+    dirty_ = true;
   }
-  synced_ = std::chrono::steady_clock::now();
+  changed_.notify_one();
 }
 
 void Journal::remove() {
-  if (fd_ >= 0) close(std::exchange(fd_, -1));
+  close_file();
   unlink(path_.c_str());
 }
 

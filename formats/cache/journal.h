@@ -1,12 +1,15 @@
 // formats/cache/journal.h - finished samples that are not in a segment yet, so that a kill loses
 // none.
 #pragma once
-#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <filesystem>
+#include <mutex>
 #include <span>
+#include <stop_token>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "formats/cache/schema.h"
@@ -24,19 +27,27 @@ class Journal {
   Journal(const Journal&) = delete;
   Journal& operator=(const Journal&) = delete;
 
-  /// Appends one record; the system has all of it when this returns, the disk at most a second's
-  /// worth less. After a ResourceError the file ends with the last whole record.
+  /// Appends one record; the system has all of it when this returns. A thread flushes it to the disk
+  /// within a second, however long the next record takes. After a ResourceError the file ends with
+  /// the last whole record.
   void append(const Record& record);
-  void sync();
+  /// Throws the ResourceError of a flush that failed since.
+  void check();
   /// Deletes the file: its samples are published.
   void remove();
 
  private:
   [[noreturn]] void fail(const char* what, int number) const;
+  void flush_later(const std::stop_token& stop);
+  void close_file();
   std::filesystem::path path_;
   int fd_ = -1;
   uint64_t size_ = 0;
-  std::chrono::steady_clock::time_point synced_;
+  std::mutex mutex_;  // of the two below
+  bool dirty_ = false;
+  int flush_error_ = 0;  // errno
+  std::condition_variable_any changed_;
+  std::jthread flusher_;
 };
 
 bool is_journal_name(std::string_view name);

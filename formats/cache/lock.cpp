@@ -97,7 +97,7 @@ std::string describe(const std::string& text) {
 [[noreturn]] void fail(const fs::path& path, int number) {
   throw ResourceError(
       fmt::format("{}: cannot be made: {}", show(path), std::generic_category().message(number)),
-      "check that the folder is writable");
+      write_failure_hint(number));
 }
 
 // The whole file appears under its name at once. False: the name is taken.

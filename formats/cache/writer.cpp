@@ -57,7 +57,8 @@ std::vector<std::string> names_in(const fs::path& folder) {
     names.push_back(entry->path().filename().native());
   }
   if (error)
-    throw ResourceError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
+    throw ResourceError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()),
+                        write_failure_hint(error.value()));
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -72,8 +73,11 @@ bool is_temporary_name(std::string_view name) {
 
 void remove_if_there(const fs::path& path) {
   if (unlink(path.c_str()) != 0 && errno != ENOENT) {
-    throw ResourceError(fmt::format(
-        "{}: cannot be removed: {}", show(path), std::generic_category().message(errno)));
+    const int number = errno;
+    throw ResourceError(
+        fmt::format(
+            "{}: cannot be removed: {}", show(path), std::generic_category().message(number)),
+        write_failure_hint(number));
   }
 }
 
@@ -222,6 +226,7 @@ struct Writer::State {
 
   void seal() {
     if (pending.empty()) return;
+    journal->check();
     publish_segment({recipe, provenance, utc_now()}, pending);
     pending.clear();
     pending_keys.clear();

@@ -61,8 +61,7 @@ struct Publication {
 ///   for (sample : wanted) if (!writer.contains(key)) writer.add(info, {latents});
 ///   writer.publish(publication);                 // seal, index, manifest
 ///
-/// A sample is safe against SIGKILL when add() returns, and against power loss after the first
-/// add() or seal() a second later. The destructor leaves finished samples in the journal; seal(),
+/// A sample is safe against SIGKILL when add() returns, and against power loss a second later. The destructor leaves finished samples in the journal; seal(),
 /// publish() or the next Writer make a segment of it.
 ///
 /// Throws CacheError: another writer is at work, the folder holds another kind, a published segment

@@ -8,10 +8,12 @@
 //   TORTURE_DO       kill_before, kill_after, kill_half (half of a write), short (half of a write,
 //                    without an error), or an errno as a number
 //   TORTURE_ON       set: an errno is returned from that operation on, not once
-//   TORTURE_PAUSE_US microseconds that the program waits after each write to a journal
+//   TORTURE_PAUSE_US, TORTURE_PAUSE_EVERY  microseconds that the program waits after each n-th write
+//                    to a journal
 //
 // Letters: C file made, W write or pwrite, L ftruncate, S fsync or fdatasync, R rename, H link, U
-// unlink, M mkdir, X close of a file that was opened for writing.
+// unlink, M mkdir, X close of a file that was opened for writing. In the log a small letter is an
+// operation that failed by itself.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -20,6 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -39,7 +42,7 @@ struct State {
   std::recursive_mutex mutex;
   std::string folder, ops, action;
   int log = -1;
-  int64_t at = 0, count = 0, pause_us = 0;
+  int64_t at = 0, count = 0, pause_us = 0, pause_every = 1, journal_writes = 0;
   bool on = false;
   File files[4096];
 };
@@ -62,6 +65,7 @@ State& state() {
     made->action = text_of("TORTURE_DO");
     made->at = atoll(text_of("TORTURE_AT"));
     made->pause_us = atoll(text_of("TORTURE_PAUSE_US"));
+    made->pause_every = std::max<int64_t>(1, atoll(text_of("TORTURE_PAUSE_EVERY")));
     made->on = *text_of("TORTURE_ON") != 0;
     if (*text_of("TORTURE_LOG")) {
       made->log = real<int(const char*, int, ...)>("open")(
@@ -116,6 +120,8 @@ void record(char letter,
   if (write(s.log, out.data(), out.size()) != static_cast<ssize_t>(out.size())) _exit(97);
 }
 
+char small(char letter) { return static_cast<char>(letter - 'A' + 'a'); }
+
 enum class Fate { kGoOn, kFail, kHalf };
 
 [[noreturn]] void die() {
@@ -155,6 +161,8 @@ int opened(const char* name, const char* path, int flags, mode_t mode) {
     state().files[fd] = {path, (flags & O_ACCMODE) != O_RDONLY, (flags & O_APPEND) != 0, 0};
     if (makes) record('C', start, path);
     if (flags & O_TRUNC) record('L', start, path);
+  } else if (makes) {
+    record('c', start, path);
   }
   if (makes) done('C');
   return fd;
@@ -182,12 +190,16 @@ ssize_t written(int fd, const void* data, size_t size, off_t offset, bool at_off
   if (result > 0) {
     record('W', start, file->path, "", at_offset ? offset : file->position, result, data);
     if (!at_offset) file->position += result;
+  } else {
+    record('w', start, file->path);
   }
   if (fate == Fate::kHalf && state().action == "kill_half") die();
   done('W');
-  const bool journal = file->path.find("/.journal-") != std::string::npos;
+  State& s = state();
+  const bool waits = s.pause_us > 0 && file->path.find("/.journal-") != std::string::npos &&
+                     ++s.journal_writes % s.pause_every == 0;
   lock.unlock();
-  if (journal && state().pause_us > 0) usleep(static_cast<useconds_t>(state().pause_us));
+  if (waits) usleep(static_cast<useconds_t>(s.pause_us));
   return result;
 }
 
@@ -203,7 +215,7 @@ int on_descriptor(char letter, int fd, int64_t length, Call call) {
   const int64_t start = now();
   if (fate_of(letter) == Fate::kFail) return -1;
   const int result = call();
-  if (result == 0) record(letter, start, file->path, "", 0, length);
+  record(result == 0 ? letter : small(letter), start, file->path, "", 0, length);
   done(letter);
   return result;
 }
@@ -215,7 +227,7 @@ int on_path(char letter, const char* a, const char* b, Call call) {
   const int64_t start = now();
   if (fate_of(letter) == Fate::kFail) return -1;
   const int result = call();
-  if (result == 0) record(letter, start, a, b);
+  record(result == 0 ? letter : small(letter), start, a, b);
   done(letter);
   return result;
 }
