@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+namespace flux {
+class Xxh3;
+}
+
 namespace flux::cache {
 
 /// What HDF5's filters 2 (shuffle) and 32015 (zstd) make of `data`, whose elements have
@@ -15,9 +19,10 @@ namespace flux::cache {
 std::vector<std::byte> encode_frame(std::span<const std::byte> data, int64_t element_bytes);
 
 /// Decodes exactly out.size() bytes. Returns what is wrong, or an empty text: not one zstd frame,
-/// no checksum, a dictionary, another content size, damaged.
+/// no checksum, a dictionary, another content size, damaged. Adds what it decoded to `hash`, if given.
 std::string decode_frame(std::span<const std::byte> frame,
                          int64_t element_bytes,
-                         std::span<std::byte> out);
+                         std::span<std::byte> out,
+                         Xxh3* hash = nullptr);
 
 }  // namespace flux::cache

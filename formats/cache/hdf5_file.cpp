@@ -513,12 +513,14 @@ OpenDataset open_dataset(
   return out;
 }
 
-std::vector<std::byte> read_chunk(const Hdf5File& owner,
-                                  hid_t dataset,
-                                  const std::string& name,
-                                  size_t rank,
-                                  int64_t row,
-                                  int64_t max_bytes) {
+// Into `buffer`, which grows where it must; returns the chunk's bytes in it.
+std::span<const std::byte> read_chunk(const Hdf5File& owner,
+                                      hid_t dataset,
+                                      const std::string& name,
+                                      size_t rank,
+                                      int64_t row,
+                                      int64_t max_bytes,
+                                      std::vector<std::byte>& buffer) {
   const auto refuse = [&](const std::string& text) {
     owner.refuse(fmt::format("dataset '{}' row {} {}", name, row, text));
   };
@@ -531,12 +533,12 @@ std::vector<std::byte> read_chunk(const Hdf5File& owner,
   if (stored > static_cast<hsize_t>(max_bytes)) {
     refuse(fmt::format("takes {} bytes compressed, at most {} are possible", stored, max_bytes));
   }
-  std::vector<std::byte> bytes(stored);
+  if (buffer.size() < stored) buffer.resize(stored);
   uint32_t mask = 0;
-  if (H5Dread_chunk(dataset, H5P_DEFAULT, offset.data(), &mask, bytes.data()) < 0)
+  if (H5Dread_chunk(dataset, H5P_DEFAULT, offset.data(), &mask, buffer.data()) < 0)
     refuse("cannot be read");
   if (mask != 0) refuse(fmt::format("was stored without filters (mask {})", mask));
-  return bytes;
+  return std::span(buffer).first(stored);
 }
 
 // No frame of so many bytes is larger (ZSTD_compressBound is below this).
@@ -584,9 +586,10 @@ std::vector<std::byte> Hdf5File::table(const std::string& name,
   }
   const int64_t chunk_bytes = chunk_rows * row_bytes;
   std::vector<std::byte> out(static_cast<size_t>(num_chunks * chunk_bytes));
+  std::vector<std::byte> buffer;
   for (int64_t i = 0; i < num_chunks; ++i) {
-    const auto frame =
-        read_chunk(*this, dataset.handle, name, rank, i * chunk_rows, frame_bound(chunk_bytes));
+    const auto frame = read_chunk(
+        *this, dataset.handle, name, rank, i * chunk_rows, frame_bound(chunk_bytes), buffer);
     const auto part = std::span(out).subspan(static_cast<size_t>(i * chunk_bytes),
                                              static_cast<size_t>(chunk_bytes));
     const std::string wrong = decode_frame(frame, element_bytes(element), part);
@@ -623,10 +626,14 @@ std::shared_ptr<Hdf5File::Frames> Hdf5File::open_frames(const std::string& name,
   return out;
 }
 
-std::vector<std::byte> Hdf5File::frame(const Frames& frames, int64_t row, int64_t bytes) const {
+std::span<const std::byte> Hdf5File::frame(const Frames& frames,
+                                           int64_t row,
+                                           int64_t bytes,
+                                           std::vector<std::byte>& buffer) const {
   if (row < 0 || row >= frames.rows)
     throw std::invalid_argument(fmt::format("row {} of {}", row, frames.rows));
-  return read_chunk(*this, frames.dataset, frames.name, frames.rank, row, frame_bound(bytes));
+  return read_chunk(
+      *this, frames.dataset, frames.name, frames.rank, row, frame_bound(bytes), buffer);
 }
 
 }  // namespace flux::cache

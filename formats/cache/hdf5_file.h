@@ -90,8 +90,12 @@ class Hdf5File {
   std::shared_ptr<Frames> open_frames(const std::string& name,
                                       Element element,
                                       std::span<const int64_t> shape) const;
-  /// The compressed chunk of row `row`, which decodes to `bytes`. Thread-safe.
-  std::vector<std::byte> frame(const Frames& frames, int64_t row, int64_t bytes) const;
+  /// The compressed chunk of row `row`, which decodes to `bytes`, in `buffer`, which only grows.
+  /// Thread-safe.
+  std::span<const std::byte> frame(const Frames& frames,
+                                   int64_t row,
+                                   int64_t bytes,
+                                   std::vector<std::byte>& buffer) const;
 
   /// Throws CacheError("PATH: text").
   [[noreturn]] void refuse(const std::string& text, const std::string& hint = {}) const;

@@ -35,7 +35,7 @@ class Segment {
  private:
   void open_latents();
   void open_text();
-  std::vector<std::byte> frame(int64_t row, int which) const;
+  std::span<const std::byte> frame(int64_t row, int which, std::vector<std::byte>& buffer) const;
 
   Hdf5File file_;
   SegmentHeader header_;
