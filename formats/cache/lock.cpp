@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -129,6 +130,20 @@ bool make_lock(const fs::path& path, const std::string& text) {
   return false;
 }
 
+// Two processes may find the same dead owner, and the slower one must not remove the faster one's
+// lock: one at a time looks again. They are on one host, so flock() on the folder is enough; a file
+// system that does not know it leaves the race.
+void remove_dead(const fs::path& folder, const fs::path& path, const std::string& owner) {
+  const int fd = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) fail(folder, errno);
+  while (flock(fd, LOCK_EX) != 0 && errno == EINTR) {
+  }
+  const bool failed = content(path) == owner && unlink(path.c_str()) != 0 && errno != ENOENT;
+  const int number = errno;
+  close(fd);
+  if (failed) fail(path, number);
+}
+
 }  // namespace
 
 WriterLock::WriterLock(const fs::path& folder)
@@ -142,13 +157,7 @@ WriterLock::WriterLock(const fs::path& folder)
           fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
           fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
     }
-    // Two processes may find the same dead owner: who moves the file away looks at what was moved,
-    // and puts back the lock of a process that was faster.
-    const fs::path moved = folder / fmt::format(".writer.lock.tmp-{}", random_name());
-    if (rename(path_.c_str(), moved.c_str()) != 0) continue;
-    if (content(moved) != other && link(moved.c_str(), path_.c_str()) != 0 && errno != EEXIST)
-      fail(path_, errno);
-    unlink(moved.c_str());
+    remove_dead(folder, path_, *other);
   }
   throw CacheError(fmt::format("{}: the writer lock changes hands all the time", show(folder)));
 }
