@@ -205,7 +205,7 @@ def work(tool, numbers):
     complete = files_of(out)
     changed = Recording(tool, "changed data", 1, complete, pause_us=40_000)
     # many samples at once, then none for a while: those must not wait for the next one to be flushed
-    slow = Recording(tool, SLOW, 0, {}, pause_us=3_000_000, pause_every=60)
+    slow = Recording(tool, SLOW, 0, {}, pause_us=2_500_000, pause_every=60)
     killed_at = next(i for i, o in enumerate(empty.operations) if o.letter == "W" and len(o.data) > 0 and
                      o.data.startswith(b"FXCJSMPL") and i > len(empty.operations) // 2)
     disk = Disk(out, {})
