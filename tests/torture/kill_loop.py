@@ -34,8 +34,10 @@ def work(tool, numbers):
         tool.set_version(version)
         where = f"version {version}, after {kills} kills"
         process = tool.start(out)
-        # version 0 begins on an empty folder; the others have less to do
-        end = time.monotonic() + numbers.uniform(0, tool.durations[0] * (1.05 if version == 0 else 0.7))
+        to_do = len(tool.reference(version) - finished) / len(tool.reference(0))
+        expected = tool.idle_seconds + (tool.full_seconds - tool.idle_seconds) * to_do
+        ends_itself = numbers.random() < 0.25  # else what is left to do would only approach nothing
+        end = time.monotonic() + (300 if ends_itself else numbers.uniform(0, expected))
         while process.poll() is None and time.monotonic() < end:
             time.sleep(min(0.005, max(0, end - time.monotonic())))
         count(runs=1)
