@@ -1,0 +1,246 @@
+#include "pipelines/cache/contents.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <system_error>
+
+#include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/text.h"
+#include "formats/cache/header.h"
+#include "formats/cache/journal.h"
+#include "formats/cache/segment_reader.h"
+
+namespace flux::cache {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr uint32_t kPixelsPerLatent = 8;
+
+struct Names {
+  std::vector<std::string> segments, journals;
+  bool others = false;  // files that are not of the format
+  int64_t bytes = 0;    // of those that are
+};
+
+Names names_in_cache(const fs::path& folder) {
+  std::error_code error;
+  if (!fs::is_directory(folder, error)) {
+    throw CacheError(
+        fmt::format("{}: {}",
+                    show(folder),
+                    fs::exists(folder, error) ? "not a folder" : "there is no such folder"),
+        "give the folder that --out of a cache tool named");
+  }
+  Names names;
+  fs::directory_iterator entry(folder, error), end;
+  for (; !error && entry != end; entry.increment(error)) {
+    const std::string name = entry->path().filename().native();
+    const bool ours = is_segment_name(name) || is_journal_name(name) || name == kManifestName ||
+                      name == kIndexName || name == "quarantine.jsonl" || name.starts_with(".");
+    if (is_segment_name(name)) names.segments.push_back(name);
+    if (is_journal_name(name)) names.journals.push_back(name);
+    if (!ours) names.others = true;
+    std::error_code gone;  // a writer may be at work
+    const auto bytes = ours ? fs::file_size(entry->path(), gone) : 0;
+    if (!gone) names.bytes += static_cast<int64_t>(bytes);
+  }
+  if (error)
+    throw CacheError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
+  std::sort(names.segments.begin(), names.segments.end());
+  std::sort(names.journals.begin(), names.journals.end());
+  return names;
+}
+
+class Reader {
+ public:
+  Reader(const fs::path& folder, bool recover) : recover_(recover) { out_.folder = folder; }
+
+  Contents read(const Names& names) {
+    out_.num_bytes = names.bytes;
+    read_manifest_and_index();
+    for (const auto& name : names.segments) read_segment(name);
+    for (const auto& name : names.journals) read_journal(name);
+    if (names.others && !out_.manifest && out_.segments.empty() && out_.journals.empty() &&
+        out_.problems.empty()) {
+      throw CacheError(
+          show(out_.folder) + ": is no cache: it has no manifest, no segment and no journal",
+          "give the folder that --out of a cache tool named");
+    }
+    out_.complete = out_.manifest && out_.index && segments_agree();
+    choose_samples();
+    if (out_.manifest) {
+      const auto& p = out_.manifest->provenance;
+      const auto text = [&](const char* name) { return p.value(name, std::string()); };
+      out_.header = {out_.manifest->recipe,
+                     {text("tool"), text("tool_version"), text("command_line"), text("device")},
+                     text("created")};
+    }
+    return std::move(out_);
+  }
+
+ private:
+  void take_kind(Kind kind, const std::string& file) {
+    if (out_.kind && *out_.kind != kind) {
+      throw CacheError(fmt::format("{}: {} is of kind {}, others are of kind {}",
+                                   show(out_.folder),
+                                   file,
+                                   kind_name(kind),
+                                   kind_name(*out_.kind)),
+                       "one folder holds one cache: move the files of the other kind away");
+    }
+    out_.kind = kind;
+  }
+
+  // What is wrong with a file is told, and the rest is read; a newer schema ends it.
+  template <class Work>
+  bool attempt(const Work& work) {
+    try {
+      work();
+      return true;
+    } catch (const SchemaError&) {
+      throw;
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      out_.problems.push_back(text.substr(0, text.find('\n')));
+      return false;
+    }
+  }
+
+  void read_manifest_and_index() {
+    attempt([&] { out_.manifest = read_manifest_if_there(out_.folder); });
+    if (!out_.manifest) return;
+    take_kind(out_.manifest->recipe.kind, kManifestName);
+    attempt([&] {
+      const auto path = out_.folder / kIndexName;
+      if (xxh3_128_hex(MappedFile(path).bytes()) != out_.manifest->index_xxh3_128)
+        throw CacheError(show(path) + ": is not the manifest's");
+      out_.index = read_index(path, *out_.kind);
+    });
+  }
+
+  void read_segment(const std::string& name) {
+    cancel::check();
+    attempt([&] {
+      const Segment segment(out_.folder / name);
+      take_kind(segment.layout().kind, name);
+      const auto bytes = static_cast<int64_t>(fs::file_size(out_.folder / name));
+      out_.segments.push_back({name, bytes, segment.num_samples(), segment.header()});
+      out_.segment_bytes += bytes;
+      if (segment.header().created >= out_.header.created) out_.header = segment.header();
+      for (const SampleInfo& info : segment.samples()) {
+        for (int which = 0; which < num_tensors(segment.layout().kind); ++which)
+          out_.decoded_bytes += tensor_bytes(segment.layout(), info, which);
+        // of two samples with one key the one whose segment comes first counts
+        if (found_.try_emplace(to_hex(info.key), found_in_segments_.size()).second)
+          found_in_segments_.push_back({info, name, std::nullopt});
+      }
+    });
+  }
+
+  void read_journal(const std::string& name) {
+    cancel::check();
+    attempt([&] {
+      const fs::path path = out_.folder / name;
+      const MappedFile file(path);
+      const JournalContent content = parse_journal(file.bytes(), path);
+      const auto bytes = static_cast<int64_t>(file.bytes().size());
+      out_.journals.push_back({name,
+                               bytes,
+                               static_cast<int64_t>(content.records.size()),
+                               bytes - static_cast<int64_t>(content.valid_bytes)});
+      if (content.valid_bytes == 0) return;
+      take_kind(content.header.recipe.kind, name);
+      if (content.header.created > out_.header.created) out_.header = content.header;
+      for (const Record& record : content.records) {
+        if (!found_.try_emplace(to_hex(record.info.key), SIZE_MAX).second) continue;
+        found_in_journals_.push_back({record.info, name, std::nullopt});
+      }
+    });
+    out_.num_in_journals = static_cast<int64_t>(found_in_journals_.size());
+  }
+
+  bool segments_agree() {
+    bool agree = true;
+    for (const auto& entry : out_.manifest->segments) {
+      const auto found = std::find_if(out_.segments.begin(),
+                                      out_.segments.end(),
+                                      [&](const auto& s) { return s.name == entry.name; });
+      if (found != out_.segments.end() && found->bytes == entry.bytes &&
+          found->num_samples == entry.num_samples) {
+        continue;
+      }
+      agree = false;
+      if (found == out_.segments.end()) {
+        out_.problems.push_back(
+            fmt::format("{}: is not there, or cannot be read", show(out_.folder / entry.name)));
+      } else {
+        out_.problems.push_back(
+            fmt::format("{}: has {} bytes and {} samples, the manifest says {} and {}",
+                        show(out_.folder / entry.name),
+                        found->bytes,
+                        found->num_samples,
+                        entry.bytes,
+                        entry.num_samples));
+      }
+    }
+    return agree;
+  }
+
+  void choose_samples() {
+    if (out_.manifest && out_.index) {
+      std::vector<bool> taken(found_in_segments_.size(), false);
+      for (int64_t i = 0; i < out_.index->num_items(); ++i) {
+        for (const IndexVariant& variant : out_.index->variants(i)) {
+          const auto found = found_.find(to_hex(variant.key));
+          if (found == found_.end() || found->second == SIZE_MAX || taken[found->second]) continue;
+          taken[found->second] = true;
+          auto& sample = found_in_segments_[found->second];
+          if (!(out_.index->item(i).flags & kItemEmptyCaption))
+            sample.path = std::string(out_.index->path(i));
+          out_.samples.push_back(sample);
+        }
+      }
+      out_.num_unwanted = static_cast<int64_t>(found_in_segments_.size() - out_.samples.size());
+    } else {
+      for (auto& sample : found_in_segments_) {
+        if (*out_.kind == Kind::kLatents) sample.path = sample.info.text;
+        out_.samples.push_back(std::move(sample));
+      }
+    }
+    if (!recover_) return;
+    for (auto& sample : found_in_journals_) {
+      if (*out_.kind == Kind::kLatents) sample.path = sample.info.text;
+      out_.samples.push_back(std::move(sample));
+    }
+  }
+
+  bool recover_;
+  Contents out_;
+  std::unordered_map<std::string, size_t> found_;  // key -> position in found_in_segments_
+  std::vector<ListedSample> found_in_segments_, found_in_journals_;
+};
+
+}  // namespace
+
+Contents look_into(const fs::path& folder, bool recover) {
+  // A writer at work seals its journal into a segment now and then: look again if that was now.
+  constexpr int kTries = 5;
+  for (int attempt = 1;; ++attempt) {
+    const Names before = names_in_cache(folder);
+    Contents out = Reader(folder, recover).read(before);
+    const Names after = names_in_cache(folder);
+    if (attempt == kTries ||
+        (before.segments == after.segments && before.journals == after.journals))
+      return out;
+  }
+}
+
+std::string bucket_text(uint32_t height, uint32_t width) {
+  return fmt::format("{}x{}", width * kPixelsPerLatent, height * kPixelsPerLatent);
+}
+
+}  // namespace flux::cache
