@@ -429,6 +429,7 @@ bool Writer::publish(const Publication& publication) {
     AtomicFile index_file(s.folder / kIndexName);
     index_file.write(index_bytes);
     remove_if_there(manifest_path);
+    sync_folder(s.folder);  // else a power cut may leave the new index and the old manifest
     index_file.commit();
   }
   manifest_file.commit();

@@ -196,6 +196,16 @@ INSTANTIATE_TEST_SUITE_P(
                H5Gclose(H5Gcreate2(f, "extra", H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT));
              },
              "'extra' is a group, not a dataset"},
+        Case{"NamedType",
+             [](hid_t f) {
+               const hid_t type = H5Tcopy(H5T_STD_U32LE);
+               H5Tcommit2(f, "extra", type, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+               H5Tclose(type);
+             },
+             "'extra' is a named type, not a dataset"},
+        Case{"LinkToTheRoot",
+             [](hid_t f) { H5Lcreate_hard(f, "/", f, "extra", H5P_DEFAULT, H5P_DEFAULT); },
+             "'extra' is a group, not a dataset"},
         Case{"ExtraDataset",
              [](hid_t f) {
                replace_flags(
@@ -270,6 +280,15 @@ INSTANTIATE_TEST_SUITE_P(
                });
              },
              "dataset 'samples_flags' has the filters [1], expected [2, 32015]"},
+        Case{"UnknownFilter",
+             [](hid_t f) {
+               replace_flags(f, {5}, H5T_STD_U32LE, [](hid_t p) {
+                 const hsize_t five = 5;
+                 H5Pset_chunk(p, 1, &five);
+                 H5Pset_filter(p, 32099, H5Z_FLAG_OPTIONAL, 0, nullptr);
+               });
+             },
+             "dataset 'samples_flags' has the filters [32099], expected [2, 32015]"},
         Case{"NothingStored",
              [](hid_t f) { replace_flags(f, {5}, H5T_STD_U32LE, [](hid_t p) { ours(p, {5}); }); },
              "dataset 'samples_flags' row 0 is not stored"},
@@ -283,6 +302,18 @@ INSTANTIATE_TEST_SUITE_P(
             "OtherContentSize",
             [](hid_t f) { write_chunk(f, "clip", 0, encode_frame(std::vector<std::byte>(99), 1)); },
             "sample 0 tensor 1 decodes to 99 bytes, expected 16"},
+        Case{"HugeContentSize",
+             [](hid_t f) {
+               // RFC 8878: magic, descriptor, and a content size of one byte; then of eight
+               auto frame = encode_frame(std::vector<std::byte>(16), 2);
+               ASSERT_EQ(frame[4], std::byte{0x24});
+               frame[4] = std::byte{0xe4};
+               frame.insert(frame.begin() + 5, 7, std::byte{0});
+               const uint64_t content = uint64_t{1} << 60;
+               std::memcpy(frame.data() + 5, &content, sizeof content);
+               write_chunk(f, "clip", 0, frame);
+             },
+             "sample 0 tensor 1 decodes to 1152921504606846976 bytes, expected 16"},
         Case{"TwoFrames",
              [](hid_t f) {
                auto frame = encode_frame(std::vector<std::byte>(16), 2);
