@@ -37,7 +37,13 @@ std::string memo_key(std::span<const FileStamp> stamps, std::string_view net) {
   return to_hex(sha256(text));
 }
 
-/// {"entries": {key: {"sha256": hex, "used": seconds}}}; empty if there is none or it is damaged.
+/// Of an entry, so that a damaged digit is not somebody's identity.
+std::string memo_check(const std::string& key, const std::string& hex) {
+  return fmt::format("{:016x}", xxh3_64(as_bytes(key + " " + hex)));
+}
+
+/// {"entries": {key: {"check": hex, "sha256": hex, "used": seconds}}}; empty if there is none or it
+/// is damaged.
 nlohmann::json read_memo(const fs::path& path) {
   nlohmann::json memo;
   std::error_code error;
@@ -65,7 +71,9 @@ std::optional<Sha256Digest> remembered(const nlohmann::json& memo, const std::st
   const auto entry = entries.find(key);
   if (entry == entries.end()) return std::nullopt;
   try {
-    return digest_from_hex((*entry)["sha256"].get<std::string>());
+    const auto hex = (*entry)["sha256"].get<std::string>();
+    if (entry->value("check", nlohmann::json()) != memo_check(key, hex)) return std::nullopt;
+    return digest_from_hex(hex);
   } catch (const std::invalid_argument&) {
     return std::nullopt;
   }
@@ -80,7 +88,9 @@ int64_t now_ns() {
 void remember(const fs::path& path, const std::string& key, const Sha256Digest& digest) {
   nlohmann::json memo = read_memo(path);
   auto& entries = memo["entries"];
-  entries[key] = {{"sha256", to_hex(digest)}, {"used", now_ns() / 1'000'000'000}};
+  entries[key] = {{"check", memo_check(key, to_hex(digest))},
+                  {"sha256", to_hex(digest)},
+                  {"used", now_ns() / 1'000'000'000}};
   while (entries.size() > kMaxMemoEntries) {
     auto oldest = entries.begin();
     for (auto it = entries.begin(); it != entries.end(); ++it) {

@@ -221,6 +221,19 @@ TEST_F(WeightsMemo, SurvivesDamage) {
   }
 }
 
+TEST_F(WeightsMemo, NeverAnswersWithADamagedDigit) {
+  const std::string hash = to_hex(remembered_weights_sha256(file.stamps, "flux", file.tensors));
+  const auto path = folder / "cache/flux-stages/hashes.json";
+  const std::string good = read_file(path);
+  for (size_t i = 0; i < good.size(); ++i) {
+    std::string bad = good;
+    bad[i] = bad[i] == '7' ? '8' : '7';
+    folder.write("cache/flux-stages/hashes.json", bad);
+    const std::string found = ask();
+    EXPECT_TRUE(found == hash || found == other) << "byte " << i;
+  }
+}
+
 TEST_F(WeightsMemo, NeedsNoCacheFolder) {
   setenv("XDG_CACHE_HOME", "/proc/nowhere", 1);
   EXPECT_EQ(ask(), other);
