@@ -145,7 +145,27 @@ class Tool:
     def contents(self, out):
         done = subprocess.run([self.build / "torture/cache_contents", out], capture_output=True, text=True, timeout=300)
         require(done.returncode in (0, 1), f"cache_contents ended with {done.returncode}: {done.stdout[-500:]}{done.stderr}")
-        return Contents(done.stdout)
+        found = Contents(done.stdout)
+        if out.exists() and not found.bad:
+            self.compare_inspect(out, found)
+        return found
+
+    def compare_inspect(self, out, found):
+        """flux-cache inspect says of any folder what cache_contents reads in it, and changes nothing."""
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
+        done = subprocess.run([self.build / "bin/flux-cache", "inspect", out, "--json", "--samples", "--recover"],
+                              capture_output=True, text=True, timeout=300)
+        require(done.returncode == 0, f"flux-cache inspect ended with {done.returncode}: {done.stderr}")
+        report = json.loads(done.stdout)
+        listed = {(sample["key"], sample["tensor_xxh3"]) for sample in report["samples"]}
+        # of a complete cache what its items want, else all there is; journals in any case
+        there = found.journal | (found.wanted if found.complete else found.published)
+        require(listed == there and report["num_samples"] == len(there) and
+                report["complete"] == found.complete and not report["problems"],
+                f"flux-cache inspect says num_samples {report['num_samples']}, lists {len(listed)}, complete {report['complete']}, "
+                f"problems {report['problems']}; there are {len(there)}, complete {found.complete}")
+        require(sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before,
+                "flux-cache inspect changed the folder")
 
     def reference(self, version):
         if version not in self.references:
