@@ -7,15 +7,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <mutex>
 #include <system_error>
 #include <utility>
 
 #include "common/core/error.h"
+#include "common/core/lost_file.h"
 #include "common/core/text.h"
 
 namespace flux {
@@ -84,6 +88,52 @@ bool rename_new(const fs::path& from, const fs::path& to) {
   return link(from.c_str(), to.c_str()) == 0 && unlink(from.c_str()) == 0;
 }
 
+// What a signal handler can read of the mapped files; those beyond the table go unnamed.
+struct Mapping {
+  std::atomic<const std::byte*> data{nullptr};  // set last
+  size_t size = 0;
+  char path[1024] = {};
+};
+Mapping g_mappings[64];
+std::mutex g_mappings_mutex;
+char g_program[64] = "";
+
+void remember_mapping(const std::byte* data, size_t size, const std::string& path) {
+  const std::lock_guard lock(g_mappings_mutex);
+  for (Mapping& mapping : g_mappings) {
+    if (mapping.data.load()) continue;
+    mapping.size = size;
+    std::snprintf(mapping.path, sizeof mapping.path, "%s", path.c_str());
+    mapping.data.store(data);
+    return;
+  }
+}
+
+void forget_mapping(const std::byte* data) {
+  const std::lock_guard lock(g_mappings_mutex);
+  for (Mapping& mapping : g_mappings) {
+    if (mapping.data.load() == data) mapping.data.store(nullptr);
+  }
+}
+
+extern "C" void on_bus_error(int, siginfo_t* info, void*) {
+  const auto* address = static_cast<const std::byte*>(info->si_addr);
+  const char* path = nullptr;
+  for (const Mapping& mapping : g_mappings) {
+    const std::byte* data = mapping.data.load();
+    if (data && address >= data && address < data + mapping.size) path = mapping.path;
+  }
+  if (!path) return;  // not a file of ours: it happens again, and ends the process
+  for (const char* part : {static_cast<const char*>(g_program),
+                           ": error: ",
+                           path,
+                           ": reading failed: its disk reports an error, or the file was cut off\n"
+                           "  hint: check the file and run again\n"}) {
+    (void)!::write(STDERR_FILENO, part, std::strlen(part));
+  }
+  _exit(static_cast<int>(ExitCode::kResource));
+}
+
 fs::path folder_of(const fs::path& path) {
   return path.has_parent_path() ? path.parent_path() : fs::path(".");
 }
@@ -133,10 +183,23 @@ MappedFile::MappedFile(const fs::path& path) {
     throw InputError(fmt::format("{}: cannot be mapped: {}", show(path), errno_text(errno)));
   }
   data_ = static_cast<const std::byte*>(mapped);
+  remember_mapping(data_, size_, show(path));
 }
 
 MappedFile::~MappedFile() {
-  if (data_) munmap(const_cast<std::byte*>(data_), size_);
+  if (!data_) return;
+  forget_mapping(data_);
+  munmap(const_cast<std::byte*>(data_), size_);
+}
+
+void report_lost_mappings(std::string_view program) {
+  std::snprintf(
+      g_program, sizeof g_program, "%.*s", static_cast<int>(program.size()), program.data());
+  struct sigaction action {};
+  action.sa_sigaction = on_bus_error;
+  action.sa_flags = SA_SIGINFO | SA_RESETHAND;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGBUS, &action, nullptr);
 }
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {

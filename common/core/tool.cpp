@@ -16,6 +16,7 @@
 #include "common/core/cancel.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
+#include "common/core/lost_file.h"
 #include "common/core/text.h"
 #include "common/core/version.h"
 
@@ -445,6 +446,7 @@ int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
 int run_tool(const char* name, int argc, char** argv, const std::function<ExitCode(Tool&)>& body) {
   log::start(name, log::Level::kInfo);
   cancel::install();
+  report_lost_mappings(name);
   Tool tool(name, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
   return guarded(tool, body);
 }
@@ -456,6 +458,7 @@ int run_tool(const char* name,
              const std::vector<Verb>& verbs) {
   log::start(name, log::Level::kInfo);
   cancel::install();
+  report_lost_mappings(name);
   const std::string word = argc > 1 ? argv[1] : "";
   if (word == "--version") {
     std::fputs(version_text(name).c_str(), stdout);

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "common/core/error.h"
+#include "common/core/lost_file.h"
 #include "tests/support/temporary_folder.h"
 
 namespace flux {
@@ -77,6 +79,22 @@ TEST(MappedFile, ShowsTheBytesAndTakesAnEmptyFile) {
   EXPECT_EQ(file.bytes().size(), 3u);
   EXPECT_EQ(file.bytes()[2], std::byte{'c'});
   EXPECT_TRUE(MappedFile(folder.write("empty", "")).bytes().empty());
+}
+
+TEST(MappedFile, ThatIsCutOffEndsTheProcessWithItsName) {
+  const test::TemporaryFolder folder;
+  const auto path = folder.write("weights", std::string(1 << 20, 'x'));
+  const auto read_lost = [&] {
+    report_lost_mappings("flux-x");
+    const MappedFile file(path);
+    const MappedFile another(folder.write("another", "abc"));
+    fs::resize_file(path, 0);
+    _exit(static_cast<int>(file.bytes()[500'000]));
+  };
+  EXPECT_EXIT(
+      read_lost(),
+      testing::ExitedWithCode(5),
+      "flux-x: error: .*/weights: reading failed: .*\n  hint: check the file and run again");
 }
 
 TEST(PeakRss, IsPlausible) { EXPECT_GT(peak_rss_bytes(), uint64_t{1} << 20); }
