@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 #include <system_error>
 
 #include "common/core/cancel.h"
@@ -190,6 +191,19 @@ class Reader {
     return agree;
   }
 
+  // Segments that a run which did not end has sealed since the manifest was written.
+  std::set<std::string> newer_segments() const {
+    std::set<std::string> names;
+    std::error_code error;  // a file that goes meanwhile has no time, and is looked for again
+    const auto since = fs::last_write_time(out_.folder / kManifestName, error);
+    for (const auto& segment : out_.segments) {
+      const auto written = fs::last_write_time(out_.folder / segment.name, error);
+      if (!error && written > since) names.insert(segment.name);
+    }
+    for (const auto& entry : out_.manifest->segments) names.erase(entry.name);
+    return names;
+  }
+
   void choose_samples() {
     if (out_.manifest && out_.index) {
       std::vector<bool> taken(found_in_segments_.size(), false);
@@ -205,6 +219,15 @@ class Reader {
         }
       }
       out_.num_unwanted = static_cast<int64_t>(found_in_segments_.size() - out_.samples.size());
+      if (recover_) {
+        const auto newer = newer_segments();
+        for (size_t i = 0; i < found_in_segments_.size(); ++i) {
+          auto& sample = found_in_segments_[i];
+          if (taken[i] || !newer.contains(sample.file)) continue;
+          if (*out_.kind == Kind::kLatents) sample.path = sample.info.text;
+          out_.samples.push_back(sample);
+        }
+      }
     } else {
       for (auto& sample : found_in_segments_) {
         if (*out_.kind == Kind::kLatents) sample.path = sample.info.text;

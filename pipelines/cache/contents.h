@@ -46,8 +46,9 @@ struct Contents {
   std::vector<std::string> problems;  // files that cannot be read, and why
   std::vector<SegmentSummary> segments;
   std::vector<JournalSummary> journals;
-  /// With a manifest, the samples it wants; else all of the segments, and with `recover` those of
-  /// the journals too. Each key once.
+  /// With a manifest, the samples it wants; else all of the segments. With `recover` also those of
+  /// the journals, and of segments sealed after the manifest by a run that did not end. Each key
+  /// once.
   std::vector<ListedSample> samples;
   int64_t num_unwanted = 0;     // distinct keys in segments that a manifest does not want
   int64_t num_in_journals = 0;  // distinct keys in journals and in no segment

@@ -28,37 +28,45 @@ def work(tool, numbers):
     for version in range(3):
         tool.reference(version)
     out = tool.folder / "out"
-    finished = set()
+    finished = listed = set()
     kills = version = 0
+    scale = 1.0  # the machine may be less busy than when the uninterrupted run was measured
     while kills < given.kills // 2:
         tool.set_version(version)
         where = f"version {version}, after {kills} kills"
         process = tool.start(out)
         to_do = len(tool.reference(version) - finished) / len(tool.reference(0))
         expected = tool.idle_seconds + (tool.full_seconds - tool.idle_seconds) * to_do
-        ends_itself = numbers.random() < 0.25  # else what is left to do would only approach nothing
-        end = time.monotonic() + (300 if ends_itself else numbers.uniform(0, expected))
+        ends_itself = numbers.random() < 0.2  # else what is left to do would only approach nothing
+        end = time.monotonic() + (300 if ends_itself else numbers.uniform(0, scale * expected))
         while process.poll() is None and time.monotonic() < end:
             time.sleep(min(0.005, max(0, end - time.monotonic())))
         count(runs=1)
         if process.poll() is None and torture.kill(process):
             kills += 1
+            scale = min(1.0, scale * 1.05)
             found = tool.contents(out)
             tool.check(found, where)
             lost = finished - found.samples
             torture.require(not lost, f"{where}: {len(lost)} finished samples are lost")
             count(kills=1, samples=len(found.samples - finished))
-            finished = found.samples
+            unlisted = (listed & tool.reference(version)) - found.listed  # it may have published: others are unwanted then
+            torture.require(not unlisted, f"{where}: flux-cache inspect --recover no longer lists {len(unlisted)} samples")
+            finished, listed = found.samples, found.listed
             continue
+        if not ends_itself:
+            scale = max(0.4, scale * 0.8)
         stdout, stderr = process.communicate()
         torture.require(process.returncode == 0, f"{where}: ended with {process.returncode}:\n{stderr}")
         tool.check_complete(out, where, json.loads(stdout), tool.reference(version), finished)
         count(finished=1)
         version = (version + 1) % 3
-        finished = tool.contents(out).samples
+        found = tool.contents(out)
+        torture.require(found.listed == found.wanted, f"{where}: flux-cache inspect lists more than is wanted")
+        finished, listed = found.samples, found.listed
         if version == 0:
             shutil.rmtree(out)
-            finished = set()
+            finished = listed = set()
     tool.complete(out, "at the end", finished)
 
 

@@ -58,6 +58,7 @@ class Contents:
 
     def __init__(self, lines):
         self.published, self.journal, self.wanted = set(), set(), set()
+        self.listed = set()  # by flux-cache inspect --recover
         self.complete = False
         self.bad = []
         for line in lines.splitlines():
@@ -90,6 +91,7 @@ class Tool:
         self.images, self.models = folder / "images", models
         self.images.mkdir(parents=True)
         (folder / "home").mkdir()
+        self.flags = []  # more of them
         self.version = None
         self.references = {}
         self.full_seconds = self.idle_seconds = 0  # of an uninterrupted run of version 0, and of one that has nothing to do
@@ -113,9 +115,16 @@ class Tool:
                 picture.write_bytes(b"no picture is opened")
             caption.write_text(f"photo {content}\n")
 
+    def spoil_item(self):
+        """Makes the first item of version 0 one that cannot be encoded."""
+        self.set_version(0)
+        self.version = None  # to be written anew
+        file = self.images / ("0000.png" if self.kind == "latents" else "0000.txt")
+        file.write_bytes(file.read_bytes()[:40] + b"caf\xe9")
+
     def command(self, out):
         start = [str(self.build / "bin" / f"flux-cache-{self.kind}"), "--images", str(self.images), "--out", str(out),
-                 "--device", "cpu", "--json"]
+                 "--device", "cpu", "--json", *self.flags]
         if self.kind == "latents":
             return start + ["--resolution", "32x32", "--ae", str(self.models / "ae.safetensors")]
         return start + ["--t5-length", "256", "--t5", str(self.models / "t5.safetensors"),
@@ -158,12 +167,13 @@ class Tool:
         require(done.returncode == 0, f"flux-cache inspect ended with {done.returncode}: {done.stderr}")
         report = json.loads(done.stdout)
         listed = {(sample["key"], sample["tensor_xxh3"]) for sample in report["samples"]}
-        # of a complete cache what its items want, else all there is; journals in any case
-        there = found.journal | (found.wanted if found.complete else found.published)
-        require(listed == there and report["num_samples"] == len(there) and
+        # of a complete cache what its items want, and what a run has made since; else all there is
+        at_least = found.journal | (found.wanted if found.complete else found.published)
+        found.listed = listed
+        require(at_least <= listed <= found.samples and report["num_samples"] == len(listed) and
                 report["complete"] == found.complete and not report["problems"],
                 f"flux-cache inspect says num_samples {report['num_samples']}, lists {len(listed)}, complete {report['complete']}, "
-                f"problems {report['problems']}; there are {len(there)}, complete {found.complete}")
+                f"problems {report['problems']}; at least {len(at_least)} are there, complete {found.complete}")
         require(sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before,
                 "flux-cache inspect changed the folder")
 
