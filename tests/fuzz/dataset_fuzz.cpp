@@ -1,22 +1,21 @@
 // Any bytes as a dataset file and as a caption: refused with an InputError, or read.
 #include <cstdint>
 #include <cstdlib>
-#include <filesystem>
 #include <string_view>
 
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/dataset/dataset.h"
+#include "tests/support/temporary_folder.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace flux;
+  static const test::TemporaryFolder temporary;
   static const auto folder = [] {
     log::start("dataset_fuzz", log::Level::kError);
-    auto path = std::filesystem::temp_directory_path() / ("dataset-fuzz-" + random_name());
-    make_folder(path / "images");
-    write_file_atomic(path / "images/a.png", "x");
-    return path;
+    temporary.write("images/a.png", "x");
+    return temporary.path();
   }();
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   write_file_atomic(folder / "input", text);
