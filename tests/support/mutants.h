@@ -16,6 +16,14 @@
 #include "common/core/file.h"
 #include "common/core/rng.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define FLUX_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#define FLUX_ADDRESS_SANITIZER __has_feature(address_sanitizer)
+#else
+#define FLUX_ADDRESS_SANITIZER 0
+#endif
+
 namespace flux::test {
 
 /// How many random mutants: 1000, or what the environment says in FLUX_MUTANTS (scripts/torture).
@@ -74,7 +82,7 @@ inline Verdicts judge_each(int64_t count, const std::function<Verdict(int64_t)>&
       close(ends[0]);
       const rlimit no_core{0, 0};
       setrlimit(RLIMIT_CORE, &no_core);
-#if !defined(__SANITIZE_ADDRESS__)  // its shadow is terabytes
+#if !FLUX_ADDRESS_SANITIZER  // its shadow is terabytes
       const rlimit memory{rlim_t{4} << 30, rlim_t{4} << 30};
       setrlimit(RLIMIT_AS, &memory);
 #endif
