@@ -17,6 +17,7 @@
 #include <mutex>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "common/core/error.h"
 #include "common/core/lost_file.h"
@@ -297,12 +298,21 @@ bool flush_to_disk(int fd) {
 
 void make_folder(const fs::path& path) {
   std::error_code error;
+  std::vector<fs::path> parents;  // of folders that are made: a power cut must not take them back
+  for (fs::path made = fs::absolute(path, error).lexically_normal();
+       made.has_relative_path() && !fs::exists(made, error);
+       made = made.parent_path()) {
+    parents.push_back(made.parent_path());
+  }
   fs::create_directories(path, error);
   if (error || !fs::is_directory(path)) {
     throw ResourceError(fmt::format("{}: folder cannot be made: {}",
                                     show(path),
                                     error ? error.message() : "something else has this name"),
                         "choose another --out, or make it writable");
+  }
+  for (const auto& parent : parents) {
+    if (access(parent.c_str(), R_OK) == 0) sync_folder(parent);
   }
 }
 

@@ -196,9 +196,31 @@ def examine(tool, recording, time, files, out, where):
     return found
 
 
+def check_new_folders(tool):
+    """Folders that the tool makes are on the disk before anything in them has to be."""
+    above, log = tool.folder / "above", tool.folder / "log"
+    above.mkdir()
+    out = above / "a/b"
+    log.unlink(missing_ok=True)
+    code, _, stderr = tool.run(out, log=log, folder=above)
+    torture.require(code == 0, f"new folders: ended with {code}:\n{stderr}")
+    unflushed, made = set(), 0
+    for operation in torture.read_log(log):
+        parent = str(pathlib.PurePath(operation.path).parent)
+        if operation.letter == "M":
+            unflushed.add(parent)
+            made += 1
+        elif operation.letter == "S":
+            unflushed.discard(operation.path.rstrip("/"))
+        torture.require(not (operation.letter == "W" and unflushed),
+                        f"{operation.path} is written while {unflushed} is not flushed")
+    torture.require(made == 2, f"{made} folders were made")
+
+
 def work(tool, numbers):
     for version in range(2):
         tool.reference(version)
+    check_new_folders(tool)
     out = tool.folder / "out"
     # The encoder's speed is that of a large one, so that the journal's interval matters
     empty = Recording(tool, "an empty folder", 0, {}, pause_us=20_000)

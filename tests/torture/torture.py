@@ -137,7 +137,7 @@ class Tool:
         variables = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
         variables |= {"HOME": str(self.folder / "home"), "LC_ALL": "C", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
         if shim:
-            variables |= {"LD_PRELOAD": str(self.build / "torture/torture_shim.so"), "TORTURE_FOLDER": str(out)}
+            variables |= {"LD_PRELOAD": str(self.build / "torture/torture_shim.so"), "TORTURE_FOLDER": str(shim.pop("folder", out))}
             variables |= {"TORTURE_" + name.upper(): str(value) for name, value in shim.items()}
         return variables
 
