@@ -2,7 +2,7 @@
 """The n-th file operation of a run fails, n = 1, 2, ... until a run succeeds: with no space, an I/O error, or for good from
 there on. A failed write, flush, rename, link or creation ends the run with exit 5 and one message that names the path and
 the error; published files stay whole, nothing finished is lost, and the next run completes. Interrupted calls and short
-writes are gone on with: exit 0. Short form: every third operation for no space, every twelfth for the rest."""
+writes are gone on with: exit 0. Short form: every fourth operation for no space, every sixteenth for the rest."""
 import errno
 import os
 import re
@@ -15,7 +15,7 @@ NUM_ITEMS = 3
 OPERATIONS = "CWLSRHUMX"
 MUST_FAIL = "CWSRM"  # a failed link, unlink or close can have another way around it
 
-given = torture.arguments(__doc__, stride=3)
+given = torture.arguments(__doc__, stride=4)
 total = {"failures": 0, "interruptions": 0, "success": 0}
 lock = threading.Lock()
 
