@@ -1,7 +1,7 @@
 """What reading a sample costs with sd-scripts' files: one npz of latents and one of text a picture.
 
     python cache_read_peer.py make DIR SAMPLES
-    python cache_read_peer.py read DIR SECONDS     one JSON object: samples a second, on the clock and of CPU
+    python cache_read_peer.py read DIR SECONDS     one JSON object: samples a second
 
 The files have the arrays, shapes and types that sd-scripts 48d368f writes for FLUX at 1024x1024 (np.savez, not compressed, float32). `dataset` does
 with them what its dataset class does for each visit of a batch of one: np.load of both files, all arrays of FLUX, copies into tensors, a batch
@@ -10,9 +10,7 @@ dimension by stack, and the small tensors of sizes and weights. `np.load` only r
 import json
 import os
 import random
-import resource
 import sys
-import threading
 import time
 
 import numpy as np
@@ -64,27 +62,41 @@ def visit(folder, i):
     }
 
 
-def cpu_seconds():
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return visit(self.folder, i)
 
 
-def rate(read, folder, count, seconds, num_threads):
-    counts = [0] * num_threads
-    start, cpu = time.monotonic(), cpu_seconds()
+def only(batch):
+    return batch[0]
 
-    def work(t):
-        order = random.Random(t)
-        while time.monotonic() < start + seconds:
-            read(folder, order.randrange(count))
-            counts[t] += 1
 
-    threads = [threading.Thread(target=work, args=(t,)) for t in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {"per_second": sum(counts) / (time.monotonic() - start), "per_cpu_second": sum(counts) / (cpu_seconds() - cpu)}
+def loader_rate(folder, count, seconds, num_workers):
+    """Through DataLoader as sd-scripts makes it: shuffled, `num_workers` processes that persist."""
+    loader = torch.utils.data.DataLoader(Samples(folder, count), batch_size=1, shuffle=True, collate_fn=only, num_workers=num_workers,
+                                         persistent_workers=num_workers > 0)
+    for _ in loader:  # starts the processes
+        pass
+    visits, start = 0, time.monotonic()
+    while time.monotonic() < start + seconds:
+        for _ in loader:
+            visits += 1
+    return {"per_second": visits / (time.monotonic() - start)}
+
+
+def load_rate(folder, count, seconds):
+    """np.load alone, in this thread."""
+    order, visits, start = random.Random(1), 0, time.monotonic()
+    while time.monotonic() < start + seconds:
+        arrays(folder, order.randrange(count))
+        visits += 1
+    return {"per_second": visits / (time.monotonic() - start)}
 
 
 def main(what, folder, number):
@@ -93,13 +105,14 @@ def main(what, folder, number):
         return
     torch.set_num_threads(1)
     names = os.listdir(folder)
-    count = len(names) // 2
+    count, seconds = len(names) // 2, float(number)
     for i in range(count):
         visit(folder, i)  # warm
     print(json.dumps({
-        "dataset": rate(visit, folder, count, float(number), 1),
-        "dataset 2 threads": rate(visit, folder, count, float(number), 2),
-        "np.load": rate(arrays, folder, count, float(number), 1),
+        "in this process": loader_rate(folder, count, seconds, 0),
+        "1 worker": loader_rate(folder, count, seconds, 1),
+        "2 workers": loader_rate(folder, count, seconds, 2),
+        "np.load": load_rate(folder, count, seconds),
         "bytes_a_sample": sum(os.path.getsize(f"{folder}/{name}") for name in names) // count}))
 
 

@@ -2,18 +2,18 @@
 // docs/benchmarks.md. The token table is small and some layers stand for 24: time per layer is what
 // is measured.
 //
-//   t5_bench [bf16|f32] [tokens] [layers] [captions in a batch] [runs]
+//   t5_bench [bf16|f32] [tokens] [layers] [captions in a batch] [runs] [live tokens: masked captions]
 #include <ATen/ATen.h>
-#include <sys/resource.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <string>
 
 #include "common/core/file.h"
 #include "common/models/t5/t5.h"
+#include "common/tensor/device.h"
+#include "tests/bench/bench.h"
 
 namespace {
 
@@ -52,19 +52,10 @@ TensorMap random_weights(const t5::Config& config, at::ScalarType dtype) {
   return weights;
 }
 
-/// User and system time of all threads: on a busy machine steadier than the clock on the wall.
-double cpu_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
+  use_huge_pages();  // as flux-cache-text does
   const std::string precision = argc > 1 ? argv[1] : "bf16";
   const auto number = [&](int i, int64_t fallback) {
     return argc > i ? std::stoll(argv[i]) : fallback;
@@ -76,23 +67,26 @@ int main(int argc, char** argv) {
   const at::ScalarType dtype = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const auto encoder = t5::Encoder::load(random_weights(config, dtype), config, dtype, at::kCPU);
   const at::Tensor ids = at::randint(1, config.vocabulary, {batch, tokens}, at::kLong);
+  const int64_t live = number(6, 0);
+  const at::Tensor mask =
+      live > 0 ? at::arange(tokens).lt(live).expand({batch, tokens}) : at::Tensor();
 
   double best = 1e9, best_cpu = 1e9;
   for (int64_t i = 0; i <= runs; ++i) {  // the first one warms up
-    const double cpu = cpu_seconds();
-    const auto start = std::chrono::steady_clock::now();
-    encoder.encode(ids);
+    const double cpu = bench::cpu_seconds(), start = bench::wall_seconds();
+    encoder.encode(ids, mask);
     if (i == 0) continue;
-    best = std::min(
-        best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    best_cpu = std::min(best_cpu, cpu_seconds() - cpu);
+    best = std::min(best, bench::wall_seconds() - start);
+    best_cpu = std::min(best_cpu, bench::cpu_seconds() - cpu);
   }
   const auto layers = static_cast<double>(config.num_layers * batch);
   std::printf(
-      "t5 %s %lld tokens, batch %lld: %.3f s (%.3f s of CPU) a layer and caption, so %.2f s a "
+      "t5 %s %lld tokens (%lld live), batch %lld: %.3f s (%.3f s of CPU) a layer and caption, so "
+      "%.2f s a "
       "caption of 24 layers; peak RSS %.2f GB\n",
       precision.c_str(),
       static_cast<long long>(tokens),
+      static_cast<long long>(live > 0 ? live : tokens),
       static_cast<long long>(batch),
       best / layers,
       best_cpu / layers,

@@ -52,8 +52,9 @@ struct Layer {
 };
 
 /// The network. Linear layers run in the load dtype, the residual stream, RMS norms and softmax in
-/// float32 (in bfloat16 a residual stream of 24 layers loses what the later layers add). Samples
-/// run one by one, so that the bits of a sample never depend on the batch it is in.
+/// float32 (in bfloat16 a residual stream of 24 layers loses what the later layers add). The bits of
+/// a sample never depend on the batch it is in: attention runs sample by sample, and matrix products
+/// have the same number of rows whatever is in them.
 struct Encoder {
   Config config;
   at::ScalarType dtype;  // of the linear layers
@@ -76,8 +77,8 @@ struct Encoder {
   ///            attends too)
   ///   returns  [B, L, width] float32 on the device of the model, all positions, padding included
   ///
-  /// With a mask only the live positions are computed, which saves their time; rows that are masked
-  /// out are zero. Throws std::invalid_argument: shapes, an id outside the vocabulary, a row with
+  /// With a mask only the live positions are computed, which saves their time, most of it in batches
+  /// of several hundred live tokens; rows that are masked out are zero. Throws std::invalid_argument: shapes, an id outside the vocabulary, a row with
   /// nothing live.
   at::Tensor encode(const at::Tensor& ids, const at::Tensor& mask = {}) const;
 };

@@ -106,6 +106,22 @@ TEST(T5, BitsDoNotDependOnTheBatch) {
   }
 }
 
+TEST(T5, BitsOfMaskedCaptionsDoNotDependOnTheirPlaceAmongSeveralTiles) {
+  const Encoder encoder = load(weights_in(kGolden), at::kBFloat16);
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(6);
+  const std::vector<int64_t> lengths = {
+      90, 200, 1, 130, 77, 60};  // 558 rows: three tiles, with captions across
+  const Tensor ids = at::randint(0, 512, {6, 200}, gen, at::kLong);
+  const Tensor mask = at::arange(200).unsqueeze(0) < at::tensor(lengths).unsqueeze(1);
+  const Tensor together = encoder.encode(ids, mask);
+  const Tensor backwards = encoder.encode(ids.flip(0), mask.flip(0)).flip(0);
+  EXPECT_TRUE(at::equal(together, backwards));
+  for (int64_t i = 0; i < 6; ++i) {
+    const Tensor alone = encoder.encode(ids.narrow(0, i, 1).clone(), mask.narrow(0, i, 1).clone());
+    EXPECT_TRUE(at::equal(alone, together.narrow(0, i, 1))) << i;
+  }
+}
+
 TEST(T5, RefusesIdsOutsideTheVocabulary) {
   const Encoder encoder = load(weights_in(kGolden), at::kFloat);
   EXPECT_THROW(encoder.encode(at::full({1, 4}, 512, at::kLong)), std::invalid_argument);
