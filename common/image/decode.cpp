@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <string>
 
 #include "common/core/text.h"
@@ -86,23 +87,33 @@ void composite(const Raw& raw,
   }
 }
 
-// EXIF 2.3, tag 274: where row 0 and column 0 of the stored picture belong.
-Rgb orient(Rgb image, int orientation) {
-  if (orientation == 1) return image;
-  const auto [width, height] = image.size;
+std::vector<uint8_t> alpha_of(const Raw& raw) {
+  const auto channels = static_cast<size_t>(raw.channels());
+  std::vector<uint8_t> alpha(raw.data.size() / channels);
+  for (size_t i = 0; i < alpha.size(); ++i) alpha[i] = raw.data[i * channels + channels - 1];
+  return alpha;
+}
+
+// EXIF 2.3, tag 274: where row 0 and column 0 of the stored picture belong. Pixels of kChannels.
+template <int kChannels>
+std::vector<uint8_t> orient(std::vector<uint8_t> pixels, Size size, int orientation) {
+  if (orientation == 1) return pixels;
+  const auto [width, height] = size;
   const bool turn = orientation >= 5;
+  const Size turned = turn ? Size{height, width} : size;
   const bool mirror_x =
       orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
   const bool mirror_y =
       orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
-  Rgb out{turn ? Size{height, width} : image.size, std::vector<uint8_t>(image.data.size())};
-  uint8_t* to = out.data.data();
-  for (int64_t y = 0; y < out.size.height; ++y) {
-    for (int64_t x = 0; x < out.size.width; ++x, to += 3) {
+  std::vector<uint8_t> out(pixels.size());
+  uint8_t* to = out.data();
+  for (int64_t y = 0; y < turned.height; ++y) {
+    for (int64_t x = 0; x < turned.width; ++x, to += kChannels) {
       int64_t from_x = turn ? y : x, from_y = turn ? x : y;
       if (mirror_x) from_x = width - 1 - from_x;
       if (mirror_y) from_y = height - 1 - from_y;
-      std::copy_n(&image.data[static_cast<size_t>(3 * (from_y * width + from_x))], 3, to);
+      std::copy_n(
+          &pixels[static_cast<size_t>(kChannels * (from_y * width + from_x))], kChannels, to);
     }
   }
   return out;
@@ -127,14 +138,21 @@ Header read_header(Bytes file) {
   return {raw.size, raw.orientation};
 }
 
-Rgb decode(Bytes file, const DecodeOptions& options) {
+Rgb decode(Bytes file, const DecodeOptions& options) try {
   const bool proper = options.profile == Profile::kDefault;
   const auto raw = decode_any(file, Extent::kAll, options.profile);
+  const bool has_alpha = raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba;
   Rgb image{raw.size, to_rgb(raw, proper)};
+  if (has_alpha && options.alpha) image.alpha = alpha_of(raw), image.straight = !proper;
   if (!proper) return image;
-  if (raw.kind == Raw::Kind::kGreyAlpha || raw.kind == Raw::Kind::kRgba)
-    composite(raw, options.background, image.data);
-  return orient(std::move(image), raw.orientation);
+  if (has_alpha) composite(raw, options.background, image.data);
+  image.data = orient<3>(std::move(image.data), raw.size, raw.orientation);
+  if (!image.alpha.empty())
+    image.alpha = orient<1>(std::move(image.alpha), raw.size, raw.orientation);
+  image.size = Header{raw.size, raw.orientation}.decoded_size(options.profile);
+  return image;
+} catch (const std::bad_alloc&) {
+  throw ResourceError("not enough memory to decode a picture", "use fewer threads");
 }
 
 }  // namespace flux::image

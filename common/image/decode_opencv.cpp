@@ -2,6 +2,7 @@
 #include <opencv2/imgcodecs.hpp>
 
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "common/image/raw.h"
@@ -30,6 +31,7 @@ Raw decode_with_opencv(Bytes file, const char* type, Size size, Profile profile,
         1, static_cast<int>(file.size()), CV_8UC1, const_cast<std::byte*>(file.data()));
     mat = cv::imdecode(bytes, cv::IMREAD_UNCHANGED);
   } catch (const cv::Exception& error) {
+    if (error.code == cv::Error::StsNoMem) throw std::bad_alloc();
     throw InputError(std::string(type) + ": " + error.err);
   }
   if (mat.empty() || mat.cols != size.width || mat.rows != size.height) {

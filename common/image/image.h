@@ -23,12 +23,15 @@ struct Size {
 struct Rgb {
   Size size;
   std::vector<uint8_t> data;
+  std::vector<uint8_t> alpha{};  // [height, width], 255 = opaque; empty: not asked for, or none
+  bool straight = false;         // colours are as stored beside `alpha`, not over a background
 };
 
 struct DecodeOptions {
   Profile profile = Profile::kDefault;
   std::array<uint8_t, 3> background{
       255, 255, 255};  // under transparent pixels, profile default only
+  bool alpha = false;  // also give the alpha plane
 };
 
 /// The largest picture read: 178,956,970 pixels, where Pillow too refuses. Checked before anything
@@ -44,8 +47,11 @@ inline constexpr int64_t kMaxPixels = 178'956'970;
 /// dropped, 16-bit grey clipped at 255, other 16-bit data cut to the high byte, as sd-scripts does
 /// through Pillow.
 ///
+/// The alpha plane is turned, and its 16 bits made 8, as the picture's are; a transparent colour of
+/// a palette or of PNG's tRNS counts as alpha. In both profiles a picture without alpha has none.
+///
 /// Throws InputError with the reason, without a file name: not an image, a type not read,
-/// truncated, corrupt, too large.
+/// truncated, corrupt, too large. Throws ResourceError if memory runs out.
 Rgb decode(std::span<const std::byte> file, const DecodeOptions& options = {});
 
 /// What the head of a file says; nothing is decoded.
@@ -69,8 +75,10 @@ std::string_view interpolation_name(Interpolation interpolation);
 
 /// Scales to `size`. kAuto: nothing if the size is right; area averaging if both sides shrink or
 /// stay; else Lanczos. Lanczos and box are Pillow's (support 3 * max(1, 1/scale), 22-bit
-/// coefficients, horizontal pass first, u8 between the passes), the rest OpenCV's. Throws
-/// std::invalid_argument if a side is below 1.
+/// coefficients, horizontal pass first, u8 between the passes), the rest OpenCV's. If `straight`,
+/// Lanczos and box weight colours by alpha, as Pillow does with RGBA. The result has no alpha.
+/// Throws std::invalid_argument if a side is below 1; InputError if OpenCV cannot do it;
+/// ResourceError if memory runs out.
 Rgb resize(const Rgb& image, Size size, Interpolation interpolation);
 
 /// Where an image goes: scaled to `resized`, then `bucket` cut out at (crop_x, crop_y).
@@ -85,6 +93,15 @@ Rgb place(const Rgb& image,
           const Placement& placement,
           Interpolation interpolation,
           bool flip = false);
+
+/// How much each latent pixel counts in the loss, [bucket height / 8, bucket width / 8] in [0, 1]:
+/// `image.alpha`, which must not be empty, scaled, cut and mirrored as `place` does with the
+/// picture, then the mean of each 8x8 block / 255. Throws std::invalid_argument if there is no alpha
+/// or a side of the bucket is no multiple of 8; else as `place`.
+std::vector<float> alpha_mask(const Rgb& image,
+                              const Placement& placement,
+                              Interpolation interpolation,
+                              bool flip = false);
 
 /// [3, H, W] float in [-1, 1]: (v / 255 - 0.5) / 0.5, each step rounded to float32. `out` has 3 *
 /// width * height elements.

@@ -108,6 +108,85 @@ TEST(DrawnPicture, IsCompositedOverTheBackground) {
   }
 }
 
+constexpr DecodeOptions kWithAlpha{.alpha = true},
+    kKohyaWithAlpha{.profile = Profile::kKohya, .alpha = true};
+
+TEST(AlphaPlane, StandsBesideThePicture) {
+  cv::Mat picture(1, 3, CV_8UC4);
+  picture.at<cv::Vec4b>(0, 0) = {10, 20, 30, 0};  // blue, green, red, alpha
+  picture.at<cv::Vec4b>(0, 1) = {10, 20, 30, 255};
+  picture.at<cv::Vec4b>(0, 2) = {10, 20, 30, 51};
+  for (const char* type : {".png", ".webp"}) {
+    SCOPED_TRACE(type);
+    const auto file = encode(type, picture);
+    for (const auto& options : {kWithAlpha, kKohyaWithAlpha}) {
+      const auto image = decode_text(file, options);
+      EXPECT_EQ(image.alpha, (std::vector<uint8_t>{0, 255, 51}));
+      EXPECT_EQ(image.straight, options.profile == Profile::kKohya);
+      EXPECT_EQ(image.data, decode_text(file, {options.profile}).data);  // which gives no alpha:
+      EXPECT_TRUE(decode_text(file, {options.profile}).alpha.empty());
+    }
+  }
+  for (const char* type : {".png", ".webp", ".jpg", ".bmp", ".tiff"}) {
+    EXPECT_TRUE(decode_text(encode(type, halves(6, 4)), kWithAlpha).alpha.empty()) << type;
+  }
+}
+
+TEST(AlphaPlane, SixteenBitsBecomeEight) {
+  cv::Mat picture(1, 2, CV_16UC4);
+  picture.at<cv::Vec4w>(0, 0) = {0, 0, 0, 65535};
+  picture.at<cv::Vec4w>(0, 1) = {0, 0, 0, 100 * 257 + 200};  // nearest is 101, its high byte 101
+  const auto file = encode(".png", picture);
+  EXPECT_EQ(decode_text(file, kWithAlpha).alpha, (std::vector<uint8_t>{255, 101}));
+  EXPECT_EQ(decode_text(file, kKohyaWithAlpha).alpha, (std::vector<uint8_t>{255, 101}));
+}
+
+std::string png_chunk(const std::string& type_and_data) {
+  uint32_t crc = 0xFFFFFFFF;
+  for (const char c : type_and_data) {
+    crc ^= static_cast<uint8_t>(c);
+    for (int i = 0; i < 8; ++i) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+  }
+  const auto be = [](uint32_t v) {
+    return std::string{static_cast<char>(v >> 24),
+                       static_cast<char>(v >> 16),
+                       static_cast<char>(v >> 8),
+                       static_cast<char>(v)};
+  };
+  return be(static_cast<uint32_t>(type_and_data.size() - 4)) + type_and_data + be(~crc);
+}
+
+/// Puts chunks behind the head of a PNG file.
+std::string with_chunks(const std::string& png, const std::string& chunks) {
+  return png.substr(0, 33) + chunks + png.substr(33);
+}
+
+TEST(AlphaPlane, TransparentColoursAreAlpha) {
+  // 8-bit palette of three colours, of which two have an entry in tRNS; stored deflate block
+  using namespace std::string_literals;
+  const auto palette =
+      "\x89PNG\r\n\x1A\n"s + png_chunk("IHDR\0\0\0\x03\0\0\0\x01\x08\x03\0\0\0"s) +
+      png_chunk("PLTE\x01\x02\x03\x04\x05\x06\x07\x08\x09"s) + png_chunk("tRNS\0\x80"s) +
+      png_chunk("IDAT\x78\x01\x01\x04\0\xFB\xFF\0\0\x01\x02\0\x08\0\x04"s) + png_chunk("IEND");
+  EXPECT_EQ(decode_text(palette, kWithAlpha).alpha, (std::vector<uint8_t>{0, 128, 255}));
+  EXPECT_EQ(decode_text(palette, kKohyaWithAlpha).alpha, (std::vector<uint8_t>{0, 128, 255}));
+  EXPECT_EQ(decode_text(palette, kKohyaWithAlpha).data,
+            (std::vector<uint8_t>{1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  // one transparent colour of RGB: red
+  const auto red = with_chunks(encode(".png", halves(2, 1)), png_chunk("tRNS\0\xFF\0\0\0\0"s));
+  EXPECT_EQ(decode_text(red, kWithAlpha).alpha, (std::vector<uint8_t>{0, 255}));
+}
+
+TEST(AlphaPlane, TurnsWithThePicture) {
+  cv::Mat picture(1, 3, CV_8UC4, cv::Scalar(0, 0, 0, 255));
+  picture.at<cv::Vec4b>(0, 0)[3] = 7;
+  const auto turned = with_chunks(encode(".png", picture), png_chunk("eXIf" + exif(8).substr(6)));
+  const auto image = decode_text(turned, kWithAlpha);
+  EXPECT_EQ(image.size, (Size{1, 3}));
+  EXPECT_EQ(image.alpha, (std::vector<uint8_t>{255, 255, 7}));  // what was left is at the bottom
+  EXPECT_EQ(decode_text(turned, kKohyaWithAlpha).alpha, (std::vector<uint8_t>{7, 255, 255}));
+}
+
 TEST(DrawnPicture, SixteenBitsAreScaledOrClipped) {
   cv::Mat grey(1, 3, CV_16UC1);
   grey.at<uint16_t>(0, 0) = 128, grey.at<uint16_t>(0, 1) = 129 * 257,

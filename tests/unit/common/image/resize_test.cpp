@@ -5,6 +5,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "common/core/error.h"
 #include "common/image/image.h"
 #include "formats/safetensors/reader.h"
 #include "tests/support/shared_data.h"
@@ -140,6 +141,75 @@ TEST(Resize, EqualsTheReferenceOnItsPhotos) {
       EXPECT_EQ(std::memcmp(pixels.data(), t->bytes.data(), t->bytes.size()), 0);
     }
   }
+}
+
+// A ramp whose alpha is another ramp.
+Rgb ramp_with_alpha(int64_t width, int64_t height) {
+  auto image = ramp(width, height);
+  for (int64_t i = 0; i < width * height; ++i)
+    image.alpha.push_back(static_cast<uint8_t>(i * 5 % 256));
+  return image;
+}
+
+TEST(AlphaMask, IsTheMeanOfEachBlock) {  // golden: worked by hand
+  Rgb image{{16, 8}, std::vector<uint8_t>(16 * 8 * 3), std::vector<uint8_t>(16 * 8, 255)};
+  for (size_t y = 0; y < 8; ++y) image.alpha[16 * y] = 0;  // one column of the left block
+  image.alpha[15] = 51;                                    // one pixel of the right
+  const Placement whole{{16, 8}, {16, 8}, 0, 0};
+  const auto left = static_cast<float>(56.0 / 64), right = static_cast<float>(63.2 / 64);
+  EXPECT_EQ(alpha_mask(image, whole, Interpolation::kAuto), (std::vector<float>{left, right}));
+  EXPECT_EQ(alpha_mask(image, whole, Interpolation::kAuto, true),
+            (std::vector<float>{right, left}));
+}
+
+TEST(AlphaMask, FollowsThePicture) {  // property: alpha moves exactly as a grey picture of it does
+  const auto image = ramp_with_alpha(41, 37);
+  Rgb grey{image.size, {}};
+  for (const uint8_t a : image.alpha) grey.data.insert(grey.data.end(), 3, a);
+  for (const auto kind : {Interpolation::kAuto,
+                          Interpolation::kLanczos,
+                          Interpolation::kBox,
+                          Interpolation::kArea,
+                          Interpolation::kLinear,
+                          Interpolation::kCubic,
+                          Interpolation::kNearest}) {
+    for (const Placement& p : {Placement{{41, 37}, {40, 32}, 1, 3},
+                               {{33, 25}, {32, 24}, 1, 0},
+                               {{83, 60}, {64, 56}, 9, 2}}) {
+      const auto mask = alpha_mask(image, p, kind, true);
+      const auto placed = place(grey, p, kind, true);
+      ASSERT_EQ(std::ssize(mask), p.bucket.width / 8 * (p.bucket.height / 8));
+      for (int64_t i = 0; i < std::ssize(mask); ++i) {
+        const int64_t x = i % (p.bucket.width / 8) * 8, y = i / (p.bucket.width / 8) * 8;
+        double sum = 0;
+        for (int64_t j = 0; j < 64; ++j)
+          sum += placed.data[static_cast<size_t>(3 * ((y + j / 8) * p.bucket.width + x + j % 8))];
+        EXPECT_EQ(mask[static_cast<size_t>(i)], static_cast<float>(sum / (255.0 * 64)));
+      }
+    }
+  }
+}
+
+TEST(AlphaMask, NeedsAlphaAndWholeBlocks) {
+  const Placement p{{16, 16}, {16, 16}, 0, 0}, odd{{16, 16}, {16, 12}, 0, 0};
+  EXPECT_THROW(alpha_mask(ramp(16, 16), p, Interpolation::kAuto), std::invalid_argument);
+  EXPECT_THROW(alpha_mask(ramp_with_alpha(16, 16), odd, Interpolation::kAuto),
+               std::invalid_argument);
+}
+
+TEST(Resize, WeightsStraightColoursByAlpha) {  // golden: Pillow 13.0.0, RGBA
+  Rgb image{{2, 1}, {200, 100, 40, 10, 250, 90}, {90, 200}, true};
+  EXPECT_EQ(resize(image, {7, 1}, Interpolation::kLanczos).data,
+            (std::vector<uint8_t>{255, 0,  3,   227, 78, 33,  134, 152, 56,  70, 204,
+                                  75,  28, 234, 85,  4,  253, 91,  0,   255, 95}));
+  image.straight = false;
+  EXPECT_EQ(resize(image, {7, 1}, Interpolation::kLanczos).data,
+            resize({image.size, image.data}, {7, 1}, Interpolation::kLanczos).data);
+}
+
+TEST(Resize, ResultAboveTheLimitIsAnInputError) {
+  const Rgb image{{100, 100}, std::vector<uint8_t>(30000)};
+  EXPECT_THROW(resize(image, {20000, 20000}, Interpolation::kArea), InputError);
 }
 
 }  // namespace
