@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
+#include <map>
 #include <numeric>
 
 namespace flux {
@@ -110,6 +112,13 @@ std::optional<std::string> nearest_name(std::string_view name,
   return best;
 }
 
+std::string shortened(std::string_view text, size_t max_bytes) {
+  if (text.size() <= max_bytes) return std::string(text);
+  size_t end = max_bytes;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return std::string(text.substr(0, end)) + "...";
+}
+
 std::string lower_ascii(std::string_view text) {
   std::string out(text);
   for (char& c : out) {
@@ -144,6 +153,27 @@ std::string show_bytes(uint64_t bytes) {
     ++unit;
   }
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, kUnits[unit]);
+}
+
+std::optional<int64_t> parse_bytes(std::string_view text) {
+  text = trim(text);
+  double number = 0;
+  const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{} || !(number >= 0)) return std::nullopt;
+  const std::string unit = lower_ascii(trim(text.substr(static_cast<size_t>(stop - text.data()))));
+  static const std::map<std::string, double> kUnits{{"", 1},
+                                                    {"b", 1},
+                                                    {"kb", 1e3},
+                                                    {"mb", 1e6},
+                                                    {"gb", 1e9},
+                                                    {"tb", 1e12},
+                                                    {"kib", 0x1p10},
+                                                    {"mib", 0x1p20},
+                                                    {"gib", 0x1p30},
+                                                    {"tib", 0x1p40}};
+  const auto found = kUnits.find(unit);
+  if (found == kUnits.end() || !(number * found->second <= 0x1p62)) return std::nullopt;
+  return static_cast<int64_t>(number * found->second);
 }
 
 std::string show_seconds(double seconds) {

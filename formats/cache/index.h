@@ -19,11 +19,14 @@ inline constexpr uint32_t kItemEmptyCaption = 1;
 inline constexpr uint32_t kItemRegularization = 2;
 inline constexpr uint32_t kItemValidation = 4;
 
+/// As the segment of a variant: it belongs to another part of a cache that is made in parts.
+inline constexpr uint32_t kOtherShard = 0xFFFFFFFF;
+
 /// Where one encoded form of an item is. Latents: the plain and, with flip_aug, the mirrored one.
 /// Text: caption variants.
 struct IndexVariant {
   Sha256Digest key{};
-  uint32_t segment = 0;            // position in the manifest's list of segments
+  uint32_t segment = 0;            // position in the manifest's list of segments, or kOtherShard
   uint32_t row = 0;                // sample of that segment
   uint32_t height = 0, width = 0;  // latent rows and columns; 0 for text
   uint32_t flags = 0;              // kSampleFlipped

@@ -129,6 +129,7 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
   }
   s.index = read_index(folder / kIndexName, kind);
   for (const auto& variant : s.index.variants()) {
+    if (variant.segment == kOtherShard && s.manifest.shard.count > 1) continue;
     if (variant.segment >= s.manifest.segments.size()) {
       s.refuse(kIndexName,
                fmt::format("names segment {} of {}", variant.segment, s.manifest.segments.size()));

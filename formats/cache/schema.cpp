@@ -109,6 +109,12 @@ Layout layout_of(Kind kind, const nlohmann::json& parameters) {
   return layout;
 }
 
+int64_t shard_of(const Sha256Digest& key, int64_t count) {
+  uint64_t number = 0;
+  for (size_t i = 0; i < 8; ++i) number = number << 8 | std::to_integer<uint64_t>(key[i]);
+  return static_cast<int64_t>(number % static_cast<uint64_t>(count));
+}
+
 Sha256Digest sample_key(const nlohmann::json& fields) { return sha256(canonical_json(fields)); }
 
 int num_tensors(Kind kind) { return kind == Kind::kLatents ? 1 : 2; }

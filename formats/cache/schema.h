@@ -76,6 +76,10 @@ struct Provenance {
 /// device or a batch size.
 Sha256Digest sample_key(const nlohmann::json& fields);
 
+/// The part of a cache that a sample belongs to where a cache is made in `count` parts: its key's
+/// first 8 bytes as a big-endian number, modulo `count`.
+int64_t shard_of(const Sha256Digest& key, int64_t count);
+
 inline constexpr uint32_t kSampleFlipped = 1;  // latents of the image mirrored left to right
 
 /// One sample's row in the tables of a segment.

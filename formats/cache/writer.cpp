@@ -71,6 +71,10 @@ bool is_temporary_name(std::string_view name) {
           name.starts_with(".writer.lock"));
 }
 
+std::string repair_hint(const fs::path& folder) {
+  return fmt::format("flux-cache repair {}, then run the caching tool again", show(folder));
+}
+
 void remove_if_there(const fs::path& path) {
   if (unlink(path.c_str()) != 0 && errno != ENOENT) {
     const int number = errno;
@@ -96,6 +100,7 @@ struct Writer::State {
   fs::path folder;
   Recipe recipe;
   Provenance provenance;
+  WriterOptions options;
   Layout layout;
   std::unique_ptr<WriterLock> lock;
   std::optional<Manifest> previous;
@@ -163,8 +168,7 @@ struct Writer::State {
       } catch (const SchemaError&) {
         throw;
       } catch (const CacheError& error) {
-        throw CacheError(error.what(),
-                         "remove that file and run again: what was in it is encoded again");
+        throw CacheError(error.what(), repair_hint(folder));
       }
       refuse_kind(segment->path(), segment->layout().kind);
       SegmentFile file{
@@ -172,6 +176,16 @@ struct Writer::State {
       const auto entry = known.find(name);
       if (entry != known.end() && entry->second->bytes == file.bytes)
         file.xxh3_128 = entry->second->xxh3_128;
+      if (options.verify_segments && entry != known.end()) {
+        const auto found = xxh3_128_hex(MappedFile(folder / name).bytes());
+        if (found != entry->second->xxh3_128) {
+          throw CacheError(fmt::format("{}: damaged: XXH3-128 {}, the manifest says {}",
+                                       show(folder / name),
+                                       found,
+                                       entry->second->xxh3_128),
+                           repair_hint(folder));
+        }
+      }
       register_segment(std::move(file), segment->samples());
     }
   }
@@ -224,6 +238,15 @@ struct Writer::State {
     return places.contains(key) || pending_keys.contains(key);
   }
 
+  bool wants(const Sha256Digest& key) const {
+    return shard_of(key, options.shard.count) == options.shard.index;
+  }
+
+  void add_changes(const SampleInfo& now,
+                   std::span<const IndexVariant> before,
+                   std::map<std::string, std::optional<Segment>>& open,
+                   std::map<std::string, int64_t>& changed_by) const;
+
   void seal() {
     if (pending.empty()) return;
     journal->check();
@@ -250,12 +273,55 @@ struct Writer::State {
   }
 };
 
-Writer::Writer(const fs::path& folder, const Recipe& recipe, const Provenance& provenance)
+// The old sample is the form of the item that is most like the new one: by flags, else the first.
+void Writer::State::add_changes(const SampleInfo& now,
+                                std::span<const IndexVariant> before,
+                                std::map<std::string, std::optional<Segment>>& open,
+                                std::map<std::string, int64_t>& changed_by) const {
+  const auto alike = std::ranges::find(before, now.flags, &IndexVariant::flags);
+  const IndexVariant& old = alike == before.end() ? before.front() : *alike;
+  if (old.segment >= previous->segments.size()) return;  // in another shard
+  const std::string& name = previous->segments[old.segment].name;
+  auto& segment = open[name];
+  try {
+    if (!segment) segment.emplace(folder / name);
+  } catch (const CacheError&) {
+    return;  // gone: what changed cannot be told
+  }
+  if (old.row >= segment->samples().size()) return;
+  const SampleInfo& was = segment->samples()[old.row];
+  const auto differs = [&](const char* field, bool yes) { changed_by[field] += yes; };
+  if (recipe.kind == Kind::kText) {
+    differs("caption", was.text != now.text);
+  } else {
+    differs("source_sha256", was.source_sha256 != now.source_sha256);
+    differs("bucket", was.height != now.height || was.width != now.width);
+    differs("resized", was.resized_hw != now.resized_hw);
+    differs("crop_top_left", was.crop_top_left != now.crop_top_left);
+    differs("flags", was.flags != now.flags);
+  }
+  const Recipe& then = segment->header().recipe;
+  for (const auto& [what, a, b] : {std::tuple{"parameters", &recipe.parameters, &then.parameters},
+                                   {"weights", &recipe.weights, &then.weights},
+                                   {"tokenizers", &recipe.tokenizers, &then.tokenizers}}) {
+    for (const auto& [field, value] : a->items()) {
+      differs(fmt::format("{}.{}", what, field).c_str(),
+              b->value(field, nlohmann::json()) != value);
+    }
+  }
+  std::erase_if(changed_by, [](const auto& entry) { return entry.second == 0; });
+}
+
+Writer::Writer(const fs::path& folder,
+               const Recipe& recipe,
+               const Provenance& provenance,
+               const WriterOptions& options)
     : state_(std::make_unique<State>()) {
   State& s = *state_;
   s.folder = folder;
   s.recipe = recipe;
   s.provenance = provenance;
+  s.options = options;
   s.layout = check_recipe(recipe);
   make_folder(folder);
   s.lock = std::make_unique<WriterLock>(folder);
@@ -274,7 +340,22 @@ int64_t Writer::num_recovered() const { return state_->num_recovered; }
 const std::optional<Manifest>& Writer::previous() const { return state_->previous; }
 bool Writer::contains(const Sha256Digest& key) const { return state_->contains(key); }
 
-Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::json& plan) const {
+bool Writer::wants(const Sha256Digest& key) const { return state_->wants(key); }
+
+int64_t Writer::num_bytes() const {
+  // measured: HDF5's own structures of a segment, and a row of every table
+  constexpr int64_t kSegmentBytes = 16 << 10, kRowBytes = 256;
+  const State& s = *state_;
+  int64_t bytes = s.pending_bytes;
+  for (const auto& segment : s.segments) bytes += segment.bytes;
+  if (!s.pending.empty())
+    bytes += kSegmentBytes + kRowBytes * static_cast<int64_t>(s.pending.size());
+  return bytes;
+}
+
+Comparison Writer::compare(std::span<const WantedItem> items,
+                           const nlohmann::json& plan,
+                           const std::function<SampleInfo(const Sha256Digest&)>& expected) const {
   const State& s = *state_;
   enum class Fate { kKept, kNew, kChanged };
   std::unordered_map<Sha256Digest, int64_t, DigestHash>
@@ -282,9 +363,12 @@ Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::js
   for (int64_t i = 0; i < s.previous_index.num_items(); ++i)
     before[s.previous_index.item(i).item] = i;
   std::unordered_map<Sha256Digest, Fate, DigestHash> fates;
+  std::map<std::string, std::optional<Segment>> open;
+  Comparison out;
   for (const auto& item : items) {
     const auto found = before.find(item.item);
     for (const auto& variant : item.variants) {
+      if (!s.wants(variant.key)) continue;
       if (s.contains(variant.key)) {
         fates[variant.key] = Fate::kKept;
         continue;
@@ -295,10 +379,14 @@ Comparison Writer::compare(std::span<const WantedItem> items, const nlohmann::js
           had_others = had_others && old.key != variant.key;
       }
       Fate& fate = fates.try_emplace(variant.key, Fate::kNew).first->second;
-      if (had_others) fate = Fate::kChanged;
+      if (!had_others || fate == Fate::kChanged) continue;
+      fate = Fate::kChanged;
+      if (expected) {
+        s.add_changes(
+            expected(variant.key), s.previous_index.variants(found->second), open, out.changed_by);
+      }
     }
   }
-  Comparison out;
   for (const auto& [key, fate] : fates) {
     if (fate == Fate::kKept) ++out.kept;
     if (fate == Fate::kNew) ++out.new_samples;
@@ -349,6 +437,7 @@ bool Writer::publish(const Publication& publication) {
   std::set<Sha256Digest> keys;
   for (const auto& item : publication.items) {
     for (const auto& variant : item.variants) {
+      if (!s.wants(variant.key)) continue;
       const auto place = s.places.find(variant.key);
       if (place == s.places.end()) {
         throw std::invalid_argument(fmt::format(
@@ -376,6 +465,16 @@ bool Writer::publish(const Publication& publication) {
   for (const auto& item : publication.items) {
     std::vector<IndexVariant> variants;
     for (const auto& variant : item.variants) {
+      if (!s.wants(variant.key)) {
+        variants.push_back({variant.key,
+                            kOtherShard,
+                            0,
+                            variant.height,
+                            variant.width,
+                            variant.flags,
+                            variant.weight});
+        continue;
+      }
       const auto& place = s.places.at(variant.key);
       variants.push_back({variant.key,
                           number.at(place.segment),
@@ -397,7 +496,7 @@ bool Writer::publish(const Publication& publication) {
     item.path = printable(item.path);
     item.reason = printable(item.reason);
   }
-  manifest.shard = publication.shard;
+  manifest.shard = s.options.shard;
   manifest.provenance = {{"tool", printable(s.provenance.tool)},
                          {"tool_version", printable(s.provenance.tool_version)},
                          {"command_line", printable(s.provenance.command_line)},

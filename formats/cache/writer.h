@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -21,7 +23,8 @@ namespace flux::cache {
 struct WantedVariant {
   Sha256Digest key{};
   double weight = 1;
-  uint32_t flags = 0;  // kSampleFlipped
+  uint32_t flags = 0;              // kSampleFlipped
+  uint32_t height = 0, width = 0;  // rows and columns of the latents; 0 for text
 };
 
 /// One item of the data set and what must be there for it, at least one variant.
@@ -39,6 +42,10 @@ struct Comparison {
   int64_t new_samples = 0;  // absent, and no item that wants it was in the last manifest
   int64_t changed = 0;      // absent, and an item that wants it was there with other samples
   int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
+  /// Of the changed samples: what differs from the one that their item had -> how many.
+  /// "source_sha256", "bucket", "resized", "crop_top_left", "flags", "caption", or a field of the
+  /// recipe ("parameters.precision"). A sample counts for each of its fields.
+  std::map<std::string, int64_t> changed_by;
   /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution:
   /// 512x512, was 1024x1024".
   std::vector<std::string> changed_fields;
@@ -49,10 +56,16 @@ struct Publication {
   nlohmann::json plan = nlohmann::json::object();
   std::string plan_digest;
   std::vector<Quarantined> quarantined;
-  Shard shard;
   nlohmann::json stage_seconds = nlohmann::json::object();  // stage name -> seconds
   nlohmann::json notes =
       nlohmann::json::object();  // more members of the manifest's provenance, never compared
+};
+
+struct WriterOptions {
+  /// Only samples of this part are wanted; the index names the others as kOtherShard.
+  Shard shard;
+  /// Checks the XXH3-128 of every segment that the last manifest names.
+  bool verify_segments = false;
 };
 
 /// One writer a folder (lock file), used from one thread.
@@ -69,7 +82,10 @@ struct Publication {
 /// Published segments stay intact.
 class Writer {
  public:
-  Writer(const std::filesystem::path& folder, const Recipe& recipe, const Provenance& provenance);
+  Writer(const std::filesystem::path& folder,
+         const Recipe& recipe,
+         const Provenance& provenance,
+         const WriterOptions& options = {});
   ~Writer();
   Writer(const Writer&) = delete;
   Writer& operator=(const Writer&) = delete;
@@ -81,7 +97,15 @@ class Writer {
 
   /// Whether a sample with this key is in the folder (published, or added since, sealed or not).
   bool contains(const Sha256Digest& key) const;
-  Comparison compare(std::span<const WantedItem> items, const nlohmann::json& plan = nullptr) const;
+  /// Whether this writer's part of the cache is to hold that sample.
+  bool wants(const Sha256Digest& key) const;
+  /// Of all segments, and of what is not sealed yet with an allowance for its tables.
+  int64_t num_bytes() const;
+  /// `expected` tells what a sample that is not in the folder will say about itself; without it
+  /// changed_by stays empty.
+  Comparison compare(std::span<const WantedItem> items,
+                     const nlohmann::json& plan = nullptr,
+                     const std::function<SampleInfo(const Sha256Digest&)>& expected = {}) const;
 
   /// `tensors`: latents [channels, height, width], or T5 [L, X] and CLIP [V], little-endian, of the
   /// recipe's dtype. Adding a key that is there already does nothing. Throws std::invalid_argument

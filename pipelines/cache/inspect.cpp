@@ -112,14 +112,6 @@ Json truncation_json(const Truncation& truncation) {
   return out;
 }
 
-// Cut at a character, with "..." if it was.
-std::string shortened(std::string_view text) {
-  if (text.size() <= kShownCaption) return printable(text);
-  size_t end = kShownCaption;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
-  return printable(text.substr(0, end)) + "...";
-}
-
 void append_object(std::string& out, const char* title, const Json& object) {
   if (object.empty()) return;
   out += fmt::format("{}\n", title);
@@ -184,7 +176,7 @@ void append_text_tables(std::string& out, const Contents& c) {
     out += fmt::format("  {:>9}  {:>11}  {}\n",
                        t5_total(sample->info),
                        clip_total(sample->info),
-                       shortened(sample->info.text));
+                       printable(shortened(sample->info.text, kShownCaption)));
   }
 }
 

@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <chrono>
 #include <new>
 #include <thread>
 
@@ -16,25 +15,10 @@
 #include "common/tensor/tensor.h"
 #include "pipelines/latents/ordered.h"
 #include "pipelines/latents/read.h"
-#include "pipelines/stage/finish.h"
+#include "pipelines/stage/halving.h"
 
 namespace flux::latents {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-/// Adds the time of a scope to a counter.
-class Stopwatch {
- public:
-  explicit Stopwatch(double& seconds) : seconds_(seconds), start_(Clock::now()) {}
-  ~Stopwatch() { seconds_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-
- private:
-  double& seconds_;
-  Clock::time_point start_;
-};
 
 /// [3, H, W] floats, or why there are none.
 struct Pixels {
@@ -44,12 +28,19 @@ struct Pixels {
 
 Pixels load_pixels(const std::filesystem::path& file,
                    const Sample& sample,
-                   const image::DecodeOptions& options) {
+                   const image::DecodeOptions& options,
+                   stage::StageTime& decode_time,
+                   stage::StageTime& resize_time) {
   try {
-    const auto bytes = read_picture(file);
-    if (sha256(bytes) != sample.source_sha256) throw InputError("changed while it was being read");
-    const auto picture = image::decode(as_bytes(bytes), options);
+    const auto picture = [&] {
+      const stage::StageTime::Scope busy(decode_time);
+      const auto bytes = read_picture(file);
+      if (sha256(bytes) != sample.source_sha256)
+        throw InputError("changed while it was being read");
+      return image::decode(as_bytes(bytes), options);
+    }();
     if (picture.size != sample.original) throw InputError("its head and its pixels differ in size");
+    const stage::StageTime::Scope busy(resize_time);
     const auto placed = image::place(picture, sample.placement, sample.interpolation, sample.flip);
     Pixels pixels;
     pixels.values.resize(placed.data.size());
@@ -61,6 +52,15 @@ Pixels load_pixels(const std::filesystem::path& file,
     throw ResourceError("no memory to decode " + show(file));
   }
 }
+
+vae::Posterior encode_batch(const vae::Encoder& encoder,
+                            const std::vector<at::Tensor>& pixels,
+                            at::Device device) {
+  auto posterior = encoder.encode(at::stack(pixels).to(device));
+  return {posterior.mean.cpu(), posterior.logvar.cpu()};
+}
+
+}  // namespace
 
 cache::SampleInfo info_of(const Sample& s, const std::string& path) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
@@ -75,15 +75,6 @@ cache::SampleInfo info_of(const Sample& s, const std::string& path) {
   info.crop_top_left = {u32(s.placement.crop_y), u32(s.placement.crop_x)};
   return info;
 }
-
-vae::Posterior encode_batch(const vae::Encoder& encoder,
-                            const std::vector<at::Tensor>& pixels,
-                            at::Device device) {
-  auto posterior = encoder.encode(at::stack(pixels).to(device));
-  return {posterior.mean.cpu(), posterior.logvar.cpu()};
-}
-
-}  // namespace
 
 at::Tensor stored_latents(const vae::Posterior& posterior,
                           int64_t index,
@@ -104,7 +95,8 @@ Encoded encode_samples(const dataset::Resolved& resolved,
                        const vae::Encoder& encoder,
                        at::Device device,
                        const Options& options,
-                       cache::Writer& writer) {
+                       stage::StageTimes& times,
+                       stage::Sink& sink) {
   // Buckets one after the other, so that batches are full; within one in the order of the data set.
   std::stable_sort(samples.begin(), samples.end(), [](const Sample& a, const Sample& b) {
     return a.placement.bucket < b.placement.bucket;
@@ -115,26 +107,29 @@ Encoded encode_samples(const dataset::Resolved& resolved,
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
   const int num_threads =
       static_cast<int>(device.is_cpu() ? std::max(1u, cores / 4) : std::clamp(cores, 2u, 16u));
+  stage::StageTime &decode_time = times.add("decode", num_threads),
+                   &resize_time = times.add("resize", num_threads),
+                   &encode_time = times.add("encode");
   const auto count = static_cast<int64_t>(samples.size());
+  int64_t batch_size = options.encode.batch_size;
   Encoded out;
   Progress progress("encoding", "images", count);
-  Ordered<Pixels> pictures(
-      count, num_threads, 2 * num_threads + options.encode.batch_size, [&](int64_t i) {
-        const auto& sample = samples[static_cast<size_t>(i)];
-        return load_pixels(resolved.images[sample.image].file, sample, decoding);
-      });
+  Ordered<Pixels> pictures(count, num_threads, 2 * num_threads + batch_size, [&](int64_t i) {
+    const auto& sample = samples[static_cast<size_t>(i)];
+    return load_pixels(
+        resolved.images[sample.image].file, sample, decoding, decode_time, resize_time);
+  });
 
   const auto fail = [&](const Sample& sample, const std::string& reason) {
     out.failures.push_back({sample.key, reason});
   };
   for (int64_t next = 0; next < count;) {
-    stage::stop_if_asked(writer, "images");
+    sink.stop_if_asked();
     std::vector<const Sample*> batch;
     std::vector<at::Tensor> pixels;
     const auto bucket = samples[static_cast<size_t>(next)].placement.bucket;
-    while (next < count && static_cast<int64_t>(batch.size()) < options.encode.batch_size &&
+    while (next < count && static_cast<int64_t>(batch.size()) < batch_size &&
            samples[static_cast<size_t>(next)].placement.bucket == bucket) {
-      const Stopwatch watch(out.wait_seconds);
       const auto& sample = samples[static_cast<size_t>(next++)];
       const auto picture = pictures.take();
       if (!picture.reason.empty()) {
@@ -145,28 +140,39 @@ Encoded encode_samples(const dataset::Resolved& resolved,
       pixels.push_back(from_values<float>(
           picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
     }
-    if (batch.empty()) continue;
-    vae::Posterior posterior;
-    {
-      const Stopwatch watch(out.encode_seconds);
-      posterior = encode_batch(encoder, pixels, device);
-    }
-    const Stopwatch watch(out.write_seconds);
-    for (size_t i = 0; i < batch.size(); ++i) {
-      const Sample& sample = *batch[i];
-      const auto latents = stored_latents(
-          posterior, static_cast<int64_t>(i), options.store, options.seed, sample.key);
-      const auto stored = to_dtype(latents, dtype).contiguous();
-      if (!at::isfinite(stored).all().item<bool>()) {
-        fail(sample, "its latents are not finite");
-        continue;
+    stage::encode_in_batches(std::ssize(batch), batch_size, [&](int64_t begin, int64_t part) {
+      const auto at = [&](const auto& list) { return list.begin() + begin; };
+      vae::Posterior posterior;
+      std::vector<at::Tensor> stored;
+      {
+        const stage::StageTime::Scope busy(encode_time);
+        posterior = encode_batch(encoder, {at(pixels), at(pixels) + part}, device);
+        for (int64_t i = 0; i < part; ++i) {
+          stored.push_back(to_dtype(stored_latents(posterior,
+                                                   i,
+                                                   options.store,
+                                                   options.seed,
+                                                   batch[static_cast<size_t>(begin + i)]->key),
+                                    dtype)
+                               .contiguous());
+        }
       }
-      const auto bytes = host_bytes(stored);
-      writer.add(info_of(sample, resolved.images[sample.image].name), {{bytes}});
-      ++out.num_samples;
-    }
-    progress.update(next);
+      for (int64_t i = 0; i < part; ++i) {
+        const Sample& sample = *batch[static_cast<size_t>(begin + i)];
+        const at::Tensor& latents = stored[static_cast<size_t>(i)];
+        if (!at::isfinite(latents).all().item<bool>()) {
+          fail(sample, "its latents are not finite");
+          continue;
+        }
+        const auto bytes = host_bytes(latents);
+        sink.add(
+            {info_of(sample, resolved.images[sample.image].name), {{bytes.begin(), bytes.end()}}});
+        ++out.num_samples;
+      }
+    });
+    progress.update(next, "limited by " + times.limit());
   }
+  sink.flush();
   return out;
 }
 

@@ -17,6 +17,8 @@
 #include "pipelines/latents/encode.h"
 #include "pipelines/latents/scan.h"
 #include "pipelines/stage/finish.h"
+#include "pipelines/stage/reproduce.h"
+#include "pipelines/stage/write_queue.h"
 
 namespace flux::latents {
 namespace {
@@ -67,39 +69,27 @@ cache::Recipe make_recipe(const Options& options,
   return recipe;
 }
 
-// Takes out the items that need a sample that could not be made.
-void quarantine(const std::vector<Failure>& failures,
-                const dataset::Resolved& resolved,
-                Scan& wanted) {
-  std::map<Sha256Digest, const std::string*> reasons;
-  for (const auto& f : failures) reasons[f.key] = &f.reason;
-  std::map<Sha256Digest, size_t> order;
-  for (size_t i = 0; i < resolved.images.size(); ++i) order[resolved.images[i].item] = i;
-  std::erase_if(wanted.items, [&](const cache::WantedItem& item) {
-    for (const auto& v : item.variants) {
-      const auto reason = reasons.find(v.key);
-      if (reason == reasons.end()) continue;
-      wanted.quarantined.push_back(
-          stage::leave_out(item.item, item.subset, item.path, *reason->second));
-      return true;
-    }
-    return false;
-  });
-  std::sort(wanted.quarantined.begin(),
-            wanted.quarantined.end(),
-            [&](const auto& a, const auto& b) { return order.at(a.item) < order.at(b.item); });
+// Bytes that `samples` will have in the cache.
+int64_t predicted_bytes(const std::vector<Sample>& samples, const Options& options) {
+  const int64_t channels = options.store == Store::kSample ? 16 : 32;
+  double bytes = 0;
+  for (const auto& s : samples)
+    bytes += static_cast<double>(s.placement.bucket.height / 8 * (s.placement.bucket.width / 8));
+  bytes *= static_cast<double>(channels * dtype_bits(options.encode.dtype) / 8) *
+           stage::compressed_share(options.encode.dtype);
+  return static_cast<int64_t>(bytes) + 256 * std::ssize(samples);
 }
 
 }  // namespace
 
 stage::Report run(const Options& options) {
   const double start = stage::monotonic_seconds();
+  const auto device = resolve_device(options.encode.device);
+  const auto provenance = stage::begin("flux-cache-latents", options.command_line, device);
   const auto resolved = stage::resolve(options.data, options.width, options.height);
   use_huge_pages();
-  const auto device = resolve_device(options.encode.device);
   const auto weights = read_weights_of(options);
-  const auto precision = stage::choose_precision(
-      options.encode, stage::previous_manifest(options.encode.out), stage::Precision::kF32);
+  const auto precision = stage::choose_precision(options.encode, stage::Precision::kF32);
 
   KeyParameters keys;
   keys.profile = resolved.profile;
@@ -109,41 +99,81 @@ stage::Report run(const Options& options) {
   keys.dtype = cache::dtype_word(options.encode.dtype);
   keys.store = options.store == Store::kSample ? "sample" : "mean_logvar";
   keys.seed = options.seed;
-  cache::Writer writer(options.encode.out,
-                       make_recipe(options, resolved, keys),
-                       stage::begin("flux-cache-latents", options.command_line, device));
+  const auto recipe = make_recipe(options, resolved, keys);
 
-  auto wanted = scan(resolved, keys, options.encode.rehash);
-  cache::Publication publication;
-  publication.plan = dataset::plan_json(resolved);
-  publication.plan_digest = to_hex(dataset::plan_digest(publication.plan));
-  stage::Report report;
-  report.noun = "images";
-  stage::announce(writer, writer.compare(wanted.items, publication.plan), report);
-  std::erase_if(wanted.samples, [&](const Sample& s) { return writer.contains(s.key); });
-  publication.stage_seconds["scan"] = stage::monotonic_seconds() - start;
-
-  Encoded encoded;
-  if (!wanted.samples.empty()) {
+  stage::StageTimes times;
+  const auto encode = [&](std::vector<Sample> samples, stage::Sink& sink) {
     const auto type = precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
-    encoded = with_memory_errors(
+    return with_memory_errors(
         "not enough memory to encode images",
-        "use a smaller --resolution or --batch-size, --precision bf16, or --device cpu",
+        "use a smaller --resolution, --precision bf16, or --device cpu",
         [&] {
           const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
           return encode_samples(
-              resolved, std::move(wanted.samples), encoder, device, options, writer);
+              resolved, std::move(samples), encoder, device, options, times, sink);
         });
+  };
+  stage::Report report;
+  report.noun = "images";
+  if (options.encode.reproduce > 0) {
+    stage::Reproduction reproduction(options.encode.out, recipe);
+    auto samples = scan(resolved, keys, options.encode.rehash).samples;
+    std::vector<Sha256Digest> wanted;
+    for (const auto& s : samples) wanted.push_back(s.key);
+    const auto chosen = reproduction.choose(wanted, options.encode.reproduce);
+    std::erase_if(samples,
+                  [&](const Sample& s) { return !std::ranges::binary_search(chosen, s.key); });
+    const auto encoded = encode(std::move(samples), reproduction);
+    report.drift = reproduction.drift(encoded.failures);
+    report.exit_code = report.drift->within() ? ExitCode::kOk : ExitCode::kDiffers;
+    return report;
   }
-  report.encoded = encoded.num_samples;
-  report.changed = std::min(report.changed, report.encoded);
-  quarantine(encoded.failures, resolved, wanted);
 
+  cache::Writer writer(options.encode.out,
+                       recipe,
+                       provenance,
+                       {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
+  auto wanted = scan(resolved, keys, options.encode.rehash);
+  std::unordered_map<std::string_view, const Sample*> by_key;  // a digest's bytes
+  const auto name_of = [](const Sha256Digest& key) {
+    return std::string_view(reinterpret_cast<const char*>(key.data()), key.size());
+  };
+  for (const auto& s : wanted.samples) by_key.emplace(name_of(s.key), &s);
+
+  cache::Publication publication;
   publication.items = std::move(wanted.items);
   publication.quarantined = std::move(wanted.quarantined);
-  publication.stage_seconds["wait_for_pictures"] = encoded.wait_seconds;
-  publication.stage_seconds["encode"] = encoded.encode_seconds;
-  publication.stage_seconds["write"] = encoded.write_seconds;
+  publication.plan = dataset::plan_json(resolved);
+  publication.plan_digest = to_hex(dataset::plan_digest(publication.plan));
+  stage::announce(writer,
+                  writer.compare(publication.items,
+                                 publication.plan,
+                                 [&](const Sha256Digest& key) {
+                                   const Sample& s = *by_key.at(name_of(key));
+                                   return info_of(s, resolved.images[s.image].name);
+                                 }),
+                  report);
+  std::erase_if(wanted.samples,
+                [&](const Sample& s) { return !writer.wants(s.key) || writer.contains(s.key); });
+  publication.stage_seconds["scan"] = stage::monotonic_seconds() - start;
+
+  if (!wanted.samples.empty()) {
+    stage::predict(writer,
+                   options.encode.out,
+                   std::ssize(wanted.samples),
+                   predicted_bytes(wanted.samples, options),
+                   options.encode.max_bytes);
+    stage::WriteQueue queue(writer,
+                            cache::layout_of(recipe.kind, recipe.parameters),
+                            times,
+                            report.noun,
+                            options.encode.max_bytes);
+    const auto encoded = encode(std::move(wanted.samples), queue);
+    report.encoded = encoded.num_samples;
+    report.changed = std::min(report.changed, report.encoded);
+    stage::quarantine(encoded.failures, publication);
+  }
+  stage::add_times(times, publication);
   stage::finish(writer, publication, options.encode.max_failed, start, report);
   return report;
 }

@@ -176,7 +176,11 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
       sample.flip = flip;
       sample.key = sample_key(sample, parameters);
       item.variants.push_back(
-          {sample.key, subset.flip_aug ? 0.5 : 1.0, flip ? cache::kSampleFlipped : 0u});
+          {sample.key,
+           subset.flip_aug ? 0.5 : 1.0,
+           flip ? cache::kSampleFlipped : 0u,
+           static_cast<uint32_t>(sample.placement.bucket.height / 8),
+           static_cast<uint32_t>(sample.placement.bucket.width / 8)});
       if (seen.insert(sample.key).second) out.samples.push_back(sample);
     }
     out.items.push_back(std::move(item));

@@ -3,7 +3,11 @@
 #include <c10/core/Device.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
+#include <map>
+#include <system_error>
+#include <tuple>
 
 #include "common/core/cancel.h"
 #include "common/core/log.h"
@@ -30,6 +34,24 @@ cache::Quarantined leave_out(const Sha256Digest& item,
   return {item, subset, path, reason};
 }
 
+void quarantine(const std::vector<Failure>& failures, cache::Publication& publication) {
+  std::map<Sha256Digest, const std::string*> reasons;
+  for (const Failure& failure : failures) reasons[failure.key] = &failure.reason;
+  std::erase_if(publication.items, [&](const cache::WantedItem& item) {
+    for (const auto& variant : item.variants) {
+      const auto reason = reasons.find(variant.key);
+      if (reason == reasons.end()) continue;
+      publication.quarantined.push_back(
+          leave_out(item.item, item.subset, item.path, *reason->second));
+      return true;
+    }
+    return false;
+  });
+  std::ranges::sort(publication.quarantined, {}, [](const cache::Quarantined& item) {
+    return std::tuple(item.subset, item.path);
+  });
+}
+
 void announce(const cache::Writer& writer, const cache::Comparison& comparison, Report& report) {
   report.encoded = comparison.new_samples + comparison.changed;
   report.kept = comparison.kept;
@@ -40,8 +62,12 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
               writer.num_recovered(),
               report.noun);
   }
+  report.changed_by = comparison.changed_by;
+  report.changed_fields = comparison.changed_fields;
   for (const std::string& field : comparison.changed_fields)
     log::info("changed since the last run: {}", field);
+  for (const auto& [field, count] : comparison.changed_by)
+    log::info("changed {}: {} with another {}", report.noun, count, field);
   log::info("to encode: {} {} (new={} changed={}) kept={} unwanted={}",
             report.encoded,
             report.noun,
@@ -81,6 +107,47 @@ void finish(cache::Writer& writer,
     log::info("the cache is as it was; its manifest keeps its time");
   }
   report.seconds = monotonic_seconds() - start_seconds;
+}
+
+void add_times(const StageTimes& times, cache::Publication& publication) {
+  publication.stage_seconds.update(times.seconds());
+  if (const auto limit = times.limit(); !limit.empty()) {
+    publication.notes["limit"] = limit;
+    log::info(
+        "the stage that limits is {}; busy seconds {}", limit, publication.stage_seconds.dump());
+  }
+}
+
+double compressed_share(DType dtype) {
+  switch (dtype) {
+    case DType::kBF16:
+      return 0.68;
+    case DType::kF16:
+      return 0.86;
+    default:
+      return 0.84;
+  }
+}
+
+void predict(const cache::Writer& writer,
+             const std::filesystem::path& folder,
+             int64_t num_samples,
+             int64_t bytes,
+             int64_t max_bytes) {
+  const auto shown = [](int64_t count) { return show_bytes(static_cast<uint64_t>(count)); };
+  const int64_t whole = writer.num_bytes() + bytes;
+  log::info(
+      "predicted: about {} for {} samples, {} in all", shown(bytes), num_samples, shown(whole));
+  if (max_bytes > 0 && whole > max_bytes)
+    log::warn("--max-bytes {} will not suffice: this run stops before it is done",
+              shown(max_bytes));
+  std::error_code error;
+  const auto space = std::filesystem::space(folder, error);
+  if (!error && static_cast<uint64_t>(bytes) > space.available)
+    log::warn("{}: {} are free there, {} are needed",
+              show(folder),
+              show_bytes(space.available),
+              shown(bytes));
 }
 
 double monotonic_seconds() {

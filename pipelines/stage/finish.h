@@ -1,12 +1,16 @@
 // pipelines/stage/finish.h - how both encoding stages talk about a run and end it.
 #pragma once
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "common/tensor/fwd.h"
 #include "formats/cache/writer.h"
 #include "pipelines/stage/report.h"
+#include "pipelines/stage/sink.h"
+#include "pipelines/stage/times.h"
 
 namespace flux::stage {
 
@@ -22,6 +26,10 @@ cache::Quarantined leave_out(const Sha256Digest& item,
                              const std::string& path,
                              std::string_view message);
 
+/// Moves the items that need a sample that could not be made to the quarantined ones, which are then
+/// in the order of the data set.
+void quarantine(const std::vector<Failure>& failures, cache::Publication& publication);
+
 /// Takes the counts into `report` and logs them: what was recovered from a killed run, which
 /// parameters have changed since the last one, how many samples are new, changed, kept and
 /// unwanted.
@@ -30,6 +38,20 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
 /// If a signal has come: seals what is finished, logs that it is kept, and throws Interrupted (exit
 /// 129, 130 or 143).
 void stop_if_asked(cache::Writer& writer, std::string_view noun);
+
+/// What is predicted to be written: `num_samples` samples of `bytes` in all; logged, with a warning if
+/// the disk or --max-bytes has no room for it.
+void predict(const cache::Writer& writer,
+             const std::filesystem::path& folder,
+             int64_t num_samples,
+             int64_t bytes,
+             int64_t max_bytes);
+/// Share of a tensor's bytes that is left after compression, measured on latents and embeddings:
+/// bf16 0.68, f16 0.86, f32 0.84.
+double compressed_share(DType dtype);
+
+/// Stage times and the stage that limited the run, for the manifest.
+void add_times(const StageTimes& times, cache::Publication& publication);
 
 /// The last step: publishes, or with more than `max_failed` quarantined items withdraws the
 /// manifest and sets exit code 6; says which of them it was. Sets report.failed and, from

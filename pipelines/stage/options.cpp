@@ -2,8 +2,14 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
+#include <system_error>
+
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/journal.h"
+#include "formats/cache/segment_reader.h"
 
 namespace flux::stage {
 
@@ -95,29 +101,94 @@ void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto) {
             options.max_failed,
             "N",
             "bad items above which no manifest is written (exit 6)");
-  tool.flag("rehash", options.rehash, "hash files again instead of trusting their times and sizes");
+  tool.flag("max-bytes",
+            "SIZE",
+            "stop before the cache's files have more bytes (500MB, 20GiB; exit 5)",
+            "",
+            [&options](const std::string& text) {
+              const auto bytes = parse_bytes(text);
+              if (!bytes || *bytes <= 0)
+                throw UsageError("'" + printable(text) + "' is not a size such as 500MB or 20GiB");
+              options.max_bytes = *bytes;
+            });
+  tool.flag("shard",
+            "I/N",
+            "part I (from 0) of N, for machines side by side; flux-cache merge joins them",
+            "0/1",
+            [&options](const std::string& text) { options.shard = parse_shard(text); });
+  tool.flag("reproduce",
+            options.reproduce,
+            "N",
+            "encode N random samples of the finished cache again and compare; writes nothing");
+  tool.flag("rehash",
+            options.rehash,
+            "hash files again instead of trusting their times and sizes, and check the segments'");
 }
 
 void check(const EncodeOptions& options) {
   if (options.out.empty()) throw UsageError("--out DIR is required");
-}
-
-std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder) {
-  try {
-    return cache::read_manifest_if_there(folder);
-  } catch (const CacheError&) {
-    return std::nullopt;
+  if (options.reproduce == 0) return;
+  for (const auto& [flag, given] : {std::pair{"--max-bytes", options.max_bytes != 0},
+                                    {"--shard", options.shard != cache::Shard{}},
+                                    {"--max-failed", options.max_failed != 0}}) {
+    if (given) {
+      throw UsageError(std::string(flag) + " has no effect with --reproduce, which writes nothing",
+                       "leave one of them out");
+    }
   }
 }
 
-Precision choose_precision(const EncodeOptions& options,
-                           const std::optional<cache::Manifest>& previous,
-                           Precision otherwise) {
+cache::Shard parse_shard(const std::string& text) {
+  constexpr int64_t kMaxShards = 65536;
+  const auto parts = split(text, '/');
+  cache::Shard shard{-1, -1};
+  const auto read = [](const std::string& part, int64_t& value) {
+    const char* const end = part.data() + part.size();
+    const auto [stop, error] = std::from_chars(part.data(), end, value);
+    return error == std::errc{} && stop == end;
+  };
+  if (parts.size() != 2 || !read(parts[0], shard.index) || !read(parts[1], shard.count) ||
+      shard.index < 0 || shard.index >= shard.count || shard.count > kMaxShards) {
+    throw UsageError(
+        fmt::format("'{}' is not a part such as 0/8: I/N with I from 0 to N - 1 and N up to {}",
+                    printable(text),
+                    kMaxShards));
+  }
+  return shard;
+}
+
+namespace {
+
+// The parameters of what is in the folder. What cannot be read is the writer's matter.
+nlohmann::json parameters_of(const std::filesystem::path& folder) {
+  try {
+    if (const auto manifest = cache::read_manifest_if_there(folder))
+      return manifest->recipe.parameters;
+  } catch (const Error&) {
+  }
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end;
+       entry.increment(error)) {
+    try {
+      const auto name = entry->path().filename().native();
+      if (cache::is_segment_name(name))
+        return cache::Segment(entry->path()).header().recipe.parameters;
+      if (!cache::is_journal_name(name)) continue;
+      const MappedFile file(entry->path());
+      const auto content = cache::parse_journal(file.bytes(), entry->path());
+      if (content.valid_bytes > 0) return content.header.recipe.parameters;
+    } catch (const Error&) {
+    }
+  }
+  return nlohmann::json::object();
+}
+
+}  // namespace
+
+Precision choose_precision(const EncodeOptions& options, Precision otherwise) {
   if (options.precision) return *options.precision;
-  if (!previous) return otherwise;
-  const auto found = previous->recipe.parameters.find("precision");
-  if (found == previous->recipe.parameters.end()) return otherwise;
-  return *found == "bf16" ? Precision::kBF16 : *found == "f32" ? Precision::kF32 : otherwise;
+  const auto known = parameters_of(options.out).value("precision", nlohmann::json());
+  return known == "bf16" ? Precision::kBF16 : known == "f32" ? Precision::kF32 : otherwise;
 }
 
 }  // namespace flux::stage

@@ -50,19 +50,20 @@ struct EncodeOptions {
   DeviceChoice device = DeviceChoice::kAuto;
   int64_t batch_size = 1;
   int64_t max_failed = 0;
+  int64_t max_bytes = 0;  // of the folder's cache files; 0 = no limit
+  cache::Shard shard;     // 0 of 1 = everything
+  int64_t reproduce = 0;  // samples to encode again and compare, instead of filling the cache
   bool rehash = false;
 };
 /// --out, --dtype, --precision (with `auto` if asked for), --device, --batch-size, --max-failed,
-/// --rehash.
+/// --max-bytes, --shard, --reproduce, --rehash.
 void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto);
-/// Throws UsageError if --out is missing.
+/// Throws UsageError: --out is missing, or a flag has no effect beside --reproduce.
 void check(const EncodeOptions& options);
-/// The manifest in a folder, if there is one that can be read: one that cannot is the writer's
-/// matter.
-std::optional<cache::Manifest> previous_manifest(const std::filesystem::path& folder);
-/// What was asked for, else what the manifest in the folder says, else `otherwise`.
-Precision choose_precision(const EncodeOptions& options,
-                           const std::optional<cache::Manifest>& previous,
-                           Precision otherwise);
+/// "3/8" -> {3, 8}. Throws UsageError unless 0 <= i < n <= 65536.
+cache::Shard parse_shard(const std::string& text);
+/// What was asked for, else what the folder has: of its manifest, or of what an interrupted run
+/// left; else `otherwise`.
+Precision choose_precision(const EncodeOptions& options, Precision otherwise);
 
 }  // namespace flux::stage

@@ -17,6 +17,7 @@ double rate(const Report& report) {
 }  // namespace
 
 std::string Report::line() const {
+  if (drift) return drift->line();
   if (encoded == 0) {
     return fmt::format("nothing encoded: kept {} {}, unwanted {}, failed {} in {}",
                        kept,
@@ -39,9 +40,13 @@ std::string Report::line() const {
 }
 
 nlohmann::json Report::json() const {
+  if (drift) return drift->json();
   return {{"encoded", encoded},
-          {"kept", kept},
+          {"new", encoded - changed},
           {"changed", changed},
+          {"changed_by", changed_by},
+          {"changed_fields", changed_fields},
+          {"kept", kept},
           {"unwanted", unwanted},
           {"failed", failed},
           {"seconds", seconds},

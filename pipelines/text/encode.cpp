@@ -9,13 +9,13 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
-#include "common/core/cancel.h"
 #include "common/core/error.h"
+#include "common/core/log.h"
 #include "common/core/progress.h"
+#include "common/core/text.h"
 #include "common/tensor/memory_errors.h"
 #include "common/tensor/tensor.h"
-#include "pipelines/stage/finish.h"
-#include "pipelines/text/write.h"
+#include "pipelines/stage/halving.h"
 
 namespace flux::text {
 namespace {
@@ -63,10 +63,6 @@ std::optional<std::vector<std::byte>> stored(const at::Tensor& row, DType dtype)
   return std::vector<std::byte>(bytes.begin(), bytes.end());
 }
 
-std::span<const Job> batch_at(std::span<const Job> jobs, size_t begin, int64_t batch_size) {
-  return jobs.subspan(begin, std::min(jobs.size() - begin, static_cast<size_t>(batch_size)));
-}
-
 /// CLIP's half of a caption; without bytes if it is not finite.
 struct Pooled {
   std::optional<std::vector<std::byte>> bytes;
@@ -78,15 +74,25 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
                                 stage::Precision precision,
                                 c10::Device device,
                                 const Options& options,
-                                cache::Writer& writer) {
-  const auto model =
-      clip::TextModel::load(files.weights, files.config, torch_type(precision), device);
+                                stage::StageTimes& times,
+                                stage::StageTime& tokenize_time,
+                                stage::Sink& sink) {
+  stage::StageTime& clip_time = times.add("clip");
+  const auto model = [&] {
+    const stage::StageTime::Scope busy(clip_time);
+    return clip::TextModel::load(files.weights, files.config, torch_type(precision), device);
+  }();
   std::vector<Pooled> out;
   Progress progress("encoding with CLIP", "captions", std::ssize(jobs));
-  while (out.size() < jobs.size()) {
-    stage::stop_if_asked(writer, "captions");
-    const auto batch = batch_at(jobs, out.size(), options.encode.batch_size);
-    const Tokens tokens = tokenize(files.tokenizer, batch, files.config.num_positions);
+  int64_t batch_size = options.encode.batch_size;
+  stage::encode_in_batches(std::ssize(jobs), batch_size, [&](int64_t begin, int64_t count) {
+    sink.stop_if_asked();
+    const auto batch = jobs.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+    const Tokens tokens = [&] {
+      const stage::StageTime::Scope busy(tokenize_time);
+      return tokenize(files.tokenizer, batch, files.config.num_positions);
+    }();
+    const stage::StageTime::Scope busy(clip_time);
     const at::Tensor pooled = model.encode(tokens.ids).pooled;  // [B, V]
     for (size_t i = 0; i < batch.size(); ++i) {
       out.push_back({stored(pooled[static_cast<int64_t>(i)], options.encode.dtype),
@@ -94,7 +100,7 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
                      static_cast<uint32_t>(tokens.rows[i].num_lost_tokens)});
     }
     progress.update(std::ssize(out));
-  }
+  });
   return out;
 }
 
@@ -104,47 +110,65 @@ void encode_t5(std::span<const Job> jobs,
                stage::Precision precision,
                c10::Device device,
                const Options& options,
-               cache::Writer& writer,
-               const cache::Layout& layout,
+               stage::StageTimes& times,
+               stage::StageTime& tokenize_time,
+               stage::Sink& sink,
                Encoded& out) {
-  const auto model =
-      t5::Encoder::load(std::move(files.weights), files.config, torch_type(precision), device);
-  CacheQueue queue(writer, layout);
+  stage::StageTime& t5_time = times.add("t5");
+  const auto model = [&] {
+    const stage::StageTime::Scope busy(t5_time);
+    return t5::Encoder::load(std::move(files.weights), files.config, torch_type(precision), device);
+  }();
   Progress progress("encoding with T5", "captions", std::ssize(jobs));
-  for (size_t begin = 0; begin < jobs.size();) {
-    const auto batch = batch_at(jobs, begin, options.encode.batch_size);
-    const Tokens tokens = tokenize(files.tokenizer, batch, options.t5_length_tokens);
-    const at::Tensor rows = model.encode(
-        tokens.ids, options.pad_policy == PadPolicy::kMasked ? tokens.live : at::Tensor());
-    std::vector<EncodedCaption> captions;
+  // Short captions share matrix products: alone they would read T5's weights for few rows each.
+  constexpr int64_t kMaskedCaptions = 8;
+  int64_t batch_size = options.pad_policy == PadPolicy::kMasked
+                           ? std::max(options.encode.batch_size, kMaskedCaptions)
+                           : options.encode.batch_size;
+  stage::encode_in_batches(std::ssize(jobs), batch_size, [&](int64_t begin, int64_t count) {
+    sink.stop_if_asked();
+    const auto batch = jobs.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+    const Tokens tokens = [&] {
+      const stage::StageTime::Scope busy(tokenize_time);
+      return tokenize(files.tokenizer, batch, options.t5_length_tokens);
+    }();
+    std::vector<std::optional<std::vector<std::byte>>> prompts;  // [L, X] each
+    {
+      const stage::StageTime::Scope busy(t5_time);
+      const at::Tensor rows = model.encode(
+          tokens.ids, options.pad_policy == PadPolicy::kMasked ? tokens.live : at::Tensor());
+      for (int64_t i = 0; i < count; ++i) prompts.push_back(stored(rows[i], options.encode.dtype));
+    }
     for (size_t i = 0; i < batch.size(); ++i) {
-      Pooled& clip = pooled[begin + i];
-      auto prompt = stored(rows[static_cast<int64_t>(i)], options.encode.dtype);  // [L, X]
-      if (!prompt || !clip.bytes) {
+      Pooled& clip = pooled[static_cast<size_t>(begin) + i];
+      if (!prompts[i] || !clip.bytes) {
         out.failures.push_back(
-            {batch[i].key, fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
+            {batch[i].key,
+             fmt::format("its {} embedding is not finite", prompts[i] ? "CLIP" : "T5")});
         continue;
       }
-      cache::SampleInfo info;
-      info.key = batch[i].key;
-      info.source_sha256 = sha256(batch[i].caption);
-      info.text = batch[i].caption;
+      cache::SampleInfo info = info_of(batch[i]);
       info.t5_tokens = static_cast<uint32_t>(tokens.rows[i].num_live_tokens);
       info.t5_lost = static_cast<uint32_t>(tokens.rows[i].num_lost_tokens);
       info.clip_tokens = clip.num_tokens;
       info.clip_lost = clip.num_lost;
-      captions.push_back({std::move(info), std::move(*prompt), std::move(*clip.bytes)});
+      sink.add({std::move(info), {std::move(*prompts[i]), std::move(*clip.bytes)}});
+      ++out.num_samples;
     }
-    queue.add(std::move(captions));
-    begin += batch.size();
-    progress.update(static_cast<int64_t>(begin));
-    if (cancel::requested()) queue.flush();
-    stage::stop_if_asked(writer, "captions");
-  }
-  queue.flush();
+    progress.update(begin + count, "limited by " + times.limit());
+  });
+  sink.flush();
 }
 
 }  // namespace
+
+cache::SampleInfo info_of(const Job& job) {
+  cache::SampleInfo info;
+  info.key = job.key;
+  info.source_sha256 = sha256(job.caption);
+  info.text = job.caption;
+  return info;
+}
 
 Encoded encode_captions(std::span<const Job> jobs,
                         ClipFiles clip,
@@ -152,57 +176,102 @@ Encoded encode_captions(std::span<const Job> jobs,
                         stage::Precision precision,
                         c10::Device device,
                         const Options& options,
-                        cache::Writer& writer,
-                        const cache::Layout& layout) {
+                        stage::StageTimes& times,
+                        stage::Sink& sink) {
   Encoded out;
-  double start = stage::monotonic_seconds();
+  stage::StageTime& tokenize_time = times.add("tokenize");
   auto pooled = with_memory("CLIP", [&] {
-    return encode_clip(jobs, std::move(clip), precision, device, options, writer);
+    return encode_clip(
+        jobs, std::move(clip), precision, device, options, times, tokenize_time, sink);
   });
-  out.clip_seconds = stage::monotonic_seconds() - start;
-  start = stage::monotonic_seconds();
   with_memory("T5", [&] {
-    encode_t5(
-        jobs, std::move(pooled), std::move(t5), precision, device, options, writer, layout, out);
+    encode_t5(jobs,
+              std::move(pooled),
+              std::move(t5),
+              precision,
+              device,
+              options,
+              times,
+              tokenize_time,
+              sink,
+              out);
   });
-  out.t5_seconds = stage::monotonic_seconds() - start;
   return out;
 }
 
-Truncation count_truncation(std::span<const std::string> captions,
-                            const ClipFiles& clip,
-                            const T5Files& t5,
-                            int64_t t5_length_tokens) {
-  Truncation out;
-  const auto count =
-      [](int64_t tokens, int64_t limit, int64_t& num_captions, int64_t& lost, int64_t& longest) {
-        longest = std::max(longest, tokens);
-        if (tokens <= limit) return;
-        ++num_captions;
-        lost += tokens - limit;
-      };
+std::vector<CaptionTokens> count_tokens(std::span<const std::string> captions,
+                                        const ClipFiles& clip,
+                                        const T5Files& t5) {
+  std::vector<CaptionTokens> out;
   for (const std::string& caption : captions) {
-    count(std::ssize(t5.tokenizer.encode(caption)),
-          t5_length_tokens,
-          out.t5_captions,
-          out.t5_tokens_lost,
-          out.t5_longest);
-    count(std::ssize(clip.tokenizer.encode(caption)),
-          clip.config.num_positions,
-          out.clip_captions,
-          out.clip_tokens_lost,
-          out.clip_longest);
+    out.push_back(
+        {std::ssize(t5.tokenizer.encode(caption)), std::ssize(clip.tokenizer.encode(caption))});
   }
   return out;
 }
 
-nlohmann::json Truncation::json() const {
-  return {{"t5_captions", t5_captions},
-          {"t5_tokens_lost", t5_tokens_lost},
-          {"t5_longest", t5_longest},
-          {"clip_captions", clip_captions},
-          {"clip_tokens_lost", clip_tokens_lost},
-          {"clip_longest", clip_longest}};
+nlohmann::json truncation_json(std::span<const std::string> captions,
+                               std::span<const CaptionTokens> tokens) {
+  constexpr size_t kNumWorst = 10, kShownBytes = 200;
+  const auto lost = [](int64_t count, int64_t limit) {
+    return std::max<int64_t>(count - limit, 0);
+  };
+  nlohmann::json out = nlohmann::json::object();
+  for (const auto& [name, count, limit] : {std::tuple{"clip_77", &CaptionTokens::clip, int64_t{77}},
+                                           {"t5_256", &CaptionTokens::t5, int64_t{256}},
+                                           {"t5_512", &CaptionTokens::t5, int64_t{512}}}) {
+    int64_t too_long = 0, used_tokens = 0, lost_tokens = 0;
+    for (const CaptionTokens& caption : tokens) {
+      too_long += caption.*count > limit;
+      used_tokens += std::min(caption.*count, limit);
+      lost_tokens += lost(caption.*count, limit);
+    }
+    out[name] = {
+        {"captions", too_long}, {"tokens_used", used_tokens}, {"tokens_lost", lost_tokens}};
+  }
+  std::vector<size_t> worst;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i].clip > 77 || tokens[i].t5 > 256) worst.push_back(i);
+  }
+  std::ranges::stable_sort(worst, [&](size_t a, size_t b) {
+    return std::pair(tokens[a].t5, tokens[a].clip) > std::pair(tokens[b].t5, tokens[b].clip);
+  });
+  worst.resize(std::min(worst.size(), kNumWorst));
+  out["worst"] = nlohmann::json::array();
+  for (const size_t i : worst) {
+    out["worst"].push_back({{"caption", printable(shortened(captions[i], kShownBytes))},
+                            {"t5_tokens", tokens[i].t5},
+                            {"t5_lost_256", lost(tokens[i].t5, 256)},
+                            {"t5_lost_512", lost(tokens[i].t5, 512)},
+                            {"clip_tokens", tokens[i].clip},
+                            {"clip_lost_77", lost(tokens[i].clip, 77)}});
+  }
+  return out;
+}
+
+void log_truncation(const nlohmann::json& truncation, int64_t t5_length) {
+  const auto& t5 = truncation[t5_length == 256 ? "t5_256" : "t5_512"];
+  const auto& clip = truncation["clip_77"];
+  if (t5["captions"] > 0) {
+    log::warn("{} captions have more than {} T5 tokens: {} tokens are cut off",
+              t5["captions"].dump(),
+              t5_length,
+              t5["tokens_lost"].dump());
+  }
+  if (clip["captions"] > 0) {
+    log::info("{} captions have more than 77 CLIP tokens: {} tokens are cut off there; T5 reads on",
+              clip["captions"].dump(),
+              clip["tokens_lost"].dump());
+  }
+  for (const auto& caption : truncation["worst"]) {
+    const std::string lost = t5_length == 256 ? "t5_lost_256" : "t5_lost_512";
+    log::info("cut off: T5 {} of {}, CLIP {} of {} tokens: {}",
+              caption[lost].dump(),
+              caption["t5_tokens"].dump(),
+              caption["clip_lost_77"].dump(),
+              caption["clip_tokens"].dump(),
+              shortened(caption["caption"].get<std::string>(), 60));
+  }
 }
 
 }  // namespace flux::text

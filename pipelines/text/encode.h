@@ -1,4 +1,4 @@
-// pipelines/text/encode.h - captions through CLIP, then through T5, into the cache.
+// pipelines/text/encode.h - captions through CLIP, then through T5.
 #pragma once
 #include <c10/core/Device.h>
 
@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "formats/cache/writer.h"
+#include "pipelines/stage/sink.h"
+#include "pipelines/stage/times.h"
 #include "pipelines/text/nets.h"
 #include "pipelines/text/options.h"
 
@@ -19,40 +20,40 @@ struct Job {
   Sha256Digest key{};
   std::string caption;
 };
-/// A caption whose embeddings are not finite.
-struct Failure {
-  Sha256Digest key{};
-  std::string reason;
-};
+/// What is known of a caption before its tokens are.
+cache::SampleInfo info_of(const Job& job);
+
+/// What both nets did with the jobs.
 struct Encoded {
-  std::vector<Failure> failures;
-  double clip_seconds = 0, t5_seconds = 0;  // loading included
+  int64_t num_samples = 0;
+  std::vector<stage::Failure> failures;  // embeddings that are not finite
 };
 
-/// Encodes `jobs` and adds them to the cache. CLIP's weights are released before T5's are loaded:
-/// both arguments are used up. The bits of a caption depend neither on the others nor on the batch
-/// size. Throws Interrupted after sealing what is finished; ResourceError if memory runs out or a
-/// write fails.
+/// Encodes `jobs` and hands them to `sink`. CLIP's weights are released before T5's are loaded: both
+/// arguments are used up. The bits of a caption depend neither on the others nor on the batch size.
+/// Throws what `sink` throws; OutOfMemory if memory does not suffice for one caption.
 Encoded encode_captions(std::span<const Job> jobs,
                         ClipFiles clip,
                         T5Files t5,
                         stage::Precision precision,
                         c10::Device device,
                         const Options& options,
-                        cache::Writer& writer,
-                        const cache::Layout& layout);
+                        stage::StageTimes& times,
+                        stage::Sink& sink);
 
-/// How much of the captions is longer than what the nets read.
-struct Truncation {
-  int64_t t5_captions = 0, t5_tokens_lost = 0,
-          t5_longest = 0;  // longest: tokens with the end token
-  int64_t clip_captions = 0, clip_tokens_lost = 0, clip_longest = 0;
-
-  nlohmann::json json() const;
+/// Tokens of one caption, with the end tokens.
+struct CaptionTokens {
+  int64_t t5 = 0, clip = 0;
 };
-Truncation count_truncation(std::span<const std::string> captions,
-                            const ClipFiles& clip,
-                            const T5Files& t5,
-                            int64_t t5_length_tokens);
+std::vector<CaptionTokens> count_tokens(std::span<const std::string> captions,
+                                        const ClipFiles& clip,
+                                        const T5Files& t5);
+
+/// How much of the captions is longer than what the nets read, and the ten that lose most:
+/// captions, tokens used and lost at CLIP's 77 and at T5's 256 and 512.
+nlohmann::json truncation_json(std::span<const std::string> captions,
+                               std::span<const CaptionTokens> tokens);
+/// The same for the log: one line a limit that cuts something off at `t5_length`, and the worst.
+void log_truncation(const nlohmann::json& truncation, int64_t t5_length);
 
 }  // namespace flux::text

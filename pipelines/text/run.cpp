@@ -14,6 +14,8 @@
 #include "common/tensor/device.h"
 #include "formats/cache/writer.h"
 #include "pipelines/stage/finish.h"
+#include "pipelines/stage/reproduce.h"
+#include "pipelines/stage/write_queue.h"
 #include "pipelines/text/encode.h"
 #include "pipelines/text/nets.h"
 #include "pipelines/text/read.h"
@@ -56,51 +58,30 @@ Sha256Digest caption_key(const std::string& caption, const cache::Recipe& recipe
   return cache::sample_key(fields);
 }
 
-std::vector<cache::WantedItem> items_of(const Wanted& wanted,
-                                        const std::vector<Sha256Digest>& keys) {
+std::vector<cache::WantedItem> items_of(const Wanted& wanted, const std::vector<Job>& jobs) {
   std::vector<cache::WantedItem> items;
   for (const Item& item : wanted.items) {
     cache::WantedItem out{item.item, item.subset, item.repeats, item.flags, item.path, {}};
-    for (const Use& use : item.uses) out.variants.push_back({keys[use.caption], use.weight, 0});
+    for (const Use& use : item.uses) out.variants.push_back({jobs[use.caption].key, use.weight});
     items.push_back(std::move(out));
   }
   return items;
 }
 
-// Moves the items that need a caption that could not be made from `items` to `quarantined`.
-void quarantine(const std::vector<Failure>& failures,
-                std::vector<cache::WantedItem>& items,
-                std::vector<cache::Quarantined>& quarantined) {
-  std::map<Sha256Digest, std::string> reasons;
-  for (const Failure& failure : failures) reasons[failure.key] = failure.reason;
-  std::erase_if(items, [&](const cache::WantedItem& item) {
-    for (const auto& variant : item.variants) {
-      const auto reason = reasons.find(variant.key);
-      if (reason == reasons.end()) continue;
-      quarantined.push_back(stage::leave_out(item.item, item.subset, item.path, reason->second));
-      return true;
-    }
-    return false;
-  });
-}
-
-void log_truncation(const Truncation& t, const Options& options, int64_t clip_length) {
-  if (t.t5_captions > 0) {
-    log::warn("{} captions have more than {} T5 tokens (the longest {}): {} tokens are cut off",
-              t.t5_captions,
-              options.t5_length_tokens,
-              t.t5_longest,
-              t.t5_tokens_lost);
+// Bytes that the captions will have in the cache. Masked rows behind the last token are zero, and
+// take nothing.
+int64_t predicted_bytes(std::span<const CaptionTokens> tokens,
+                        const cache::Layout& layout,
+                        PadPolicy policy) {
+  double values = 0;
+  for (const CaptionTokens& caption : tokens) {
+    const int64_t rows =
+        policy == PadPolicy::kFull ? layout.t5_length : std::min(caption.t5, layout.t5_length);
+    values += static_cast<double>(rows * layout.t5_width + layout.clip_width);
   }
-  if (t.clip_captions > 0) {
-    log::info(
-        "{} captions have more than {} CLIP tokens (the longest {}): {} tokens are cut off there; "
-        "T5 reads on",
-        t.clip_captions,
-        clip_length,
-        t.clip_longest,
-        t.clip_tokens_lost);
-  }
+  return static_cast<int64_t>(values * static_cast<double>(dtype_bits(layout.dtype)) / 8 *
+                              stage::compressed_share(layout.dtype)) +
+         512 * std::ssize(tokens);
 }
 
 }  // namespace
@@ -116,49 +97,76 @@ stage::Report run(const Options& options) {
   T5Files t5 = read_t5(options);
 
   const auto otherwise = device.is_cuda() ? stage::Precision::kBF16 : stage::Precision::kF32;
-  const auto precision = stage::choose_precision(
-      options.encode, stage::previous_manifest(options.encode.out), otherwise);
+  const auto precision = stage::choose_precision(options.encode, otherwise);
   const cache::Recipe recipe = make_recipe(options, clip, t5, precision);
-  std::vector<Sha256Digest> keys;
-  for (const std::string& caption : wanted.captions) keys.push_back(caption_key(caption, recipe));
+  const cache::Layout layout = cache::layout_of(recipe.kind, recipe.parameters);
+  std::vector<Job> all;
+  for (const std::string& caption : wanted.captions)
+    all.push_back({caption_key(caption, recipe), caption});
+
+  stage::StageTimes times;
+  stage::Report report;
+  report.noun = "captions";
+  if (options.encode.reproduce > 0) {
+    stage::Reproduction reproduction(options.encode.out, recipe);
+    std::vector<Sha256Digest> keys;
+    for (const Job& job : all) keys.push_back(job.key);
+    const auto chosen = reproduction.choose(keys, options.encode.reproduce);
+    std::erase_if(all,
+                  [&](const Job& job) { return !std::ranges::binary_search(chosen, job.key); });
+    const Encoded encoded = encode_captions(
+        all, std::move(clip), std::move(t5), precision, device, options, times, reproduction);
+    report.drift = reproduction.drift(encoded.failures);
+    report.exit_code = report.drift->within() ? ExitCode::kOk : ExitCode::kDiffers;
+    return report;
+  }
 
   cache::Publication publication;
-  publication.items = items_of(wanted, keys);
+  publication.items = items_of(wanted, all);
   publication.plan = wanted.plan;
   publication.plan_digest = to_hex(dataset::plan_digest(wanted.plan));
   publication.quarantined = std::move(wanted.quarantined);
 
-  cache::Writer writer(options.encode.out, recipe, provenance);
-  stage::Report report;
-  report.noun = "captions";
-  stage::announce(writer, writer.compare(publication.items, publication.plan), report);
+  cache::Writer writer(options.encode.out,
+                       recipe,
+                       provenance,
+                       {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
+  std::map<Sha256Digest, const Job*> by_key;
+  for (const Job& job : all) by_key[job.key] = &job;
+  stage::announce(writer,
+                  writer.compare(publication.items,
+                                 publication.plan,
+                                 [&](const Sha256Digest& key) { return info_of(*by_key.at(key)); }),
+                  report);
   std::vector<Job> jobs;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    if (!writer.contains(keys[i])) jobs.push_back({keys[i], wanted.captions[i]});
+  std::vector<std::string> texts;
+  for (const Job& job : all) {
+    if (!writer.wants(job.key) || writer.contains(job.key)) continue;
+    jobs.push_back(job);
+    texts.push_back(job.caption);
   }
   if (!jobs.empty()) {
-    const Truncation truncation =
-        count_truncation(wanted.captions, clip, t5, options.t5_length_tokens);
-    log_truncation(truncation, options, clip.config.num_positions);
-    publication.notes = {{"truncated", truncation.json()}};
-    const double prepared = stage::monotonic_seconds();
-    const Encoded encoded = encode_captions(jobs,
-                                            std::move(clip),
-                                            std::move(t5),
-                                            precision,
-                                            device,
-                                            options,
-                                            writer,
-                                            cache::layout_of(recipe.kind, recipe.parameters));
-    publication.stage_seconds = {
-        {"prepare", prepared - start}, {"clip", encoded.clip_seconds}, {"t5", encoded.t5_seconds}};
-    quarantine(encoded.failures, publication.items, publication.quarantined);
-    report.encoded -= std::ssize(encoded.failures);
+    const auto truncation =
+        truncation_json(wanted.captions, count_tokens(wanted.captions, clip, t5));
+    log_truncation(truncation, options.t5_length_tokens);
+    publication.notes["truncated"] = truncation;
+    stage::predict(writer,
+                   options.encode.out,
+                   std::ssize(jobs),
+                   predicted_bytes(count_tokens(texts, clip, t5), layout, options.pad_policy),
+                   options.encode.max_bytes);
+    publication.stage_seconds["prepare"] = stage::monotonic_seconds() - start;
+    stage::WriteQueue queue(writer, layout, times, report.noun, options.encode.max_bytes);
+    const Encoded encoded = encode_captions(
+        jobs, std::move(clip), std::move(t5), precision, device, options, times, queue);
+    stage::quarantine(encoded.failures, publication);
+    report.encoded = encoded.num_samples;
     report.changed = std::min(report.changed, report.encoded);
   } else if (const auto& previous = writer.previous()) {
     if (const auto it = previous->provenance.find("truncated"); it != previous->provenance.end())
       publication.notes["truncated"] = *it;
   }
+  stage::add_times(times, publication);
   stage::finish(writer, publication, options.encode.max_failed, start, report);
   return report;
 }

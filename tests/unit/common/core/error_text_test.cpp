@@ -58,5 +58,20 @@ TEST(ShowNumbers, ReadsWell) {
   EXPECT_EQ(join_some(std::vector<std::string>{"a", "b", "c"}, 2), "a, b and 1 more");
 }
 
+TEST(Text, ReadsSizes) {
+  EXPECT_EQ(parse_bytes("20GiB"), int64_t{20} << 30);
+  EXPECT_EQ(parse_bytes("1.5 kb"), 1500);
+  EXPECT_EQ(parse_bytes("500MB"), 500'000'000);
+  EXPECT_EQ(parse_bytes("4096"), 4096);
+  for (const char* bad : {"", "GB", "-1", "1 GiG", "nan", "inf", "1e30TB", "1GB x"})
+    EXPECT_EQ(parse_bytes(bad), std::nullopt) << bad;
+}
+
+TEST(Text, IsCutBetweenCharacters) {
+  EXPECT_EQ(shortened("abc", 3), "abc");
+  EXPECT_EQ(shortened("abcd", 3), "abc...");
+  EXPECT_EQ(shortened("a\u00e9b", 2), "a...");  // the second byte of a letter
+}
+
 }  // namespace
 }  // namespace flux

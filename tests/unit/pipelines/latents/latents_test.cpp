@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <set>
+#include <thread>
 
 #include "common/core/cancel.h"
 #include "common/core/error.h"
@@ -18,6 +22,8 @@
 #include "pipelines/latents/options.h"
 #include "pipelines/latents/run.h"
 #include "pipelines/latents/scan.h"
+#include "pipelines/stage/halving.h"
+#include "pipelines/stage/times.h"
 #include "tests/support/temporary_folder.h"
 
 namespace flux::latents {
@@ -115,6 +121,109 @@ TEST_F(Latents, EditedImageIsEncodedAlone) {
   EXPECT_EQ(report.unwanted, 1);
   EXPECT_NE(latents(1), before);
   EXPECT_EQ(latents(0), other);
+}
+
+TEST_F(Latents, WhatChangedIsNamed) {
+  three_photos();
+  run(options);
+  folder.write("photos/b.bmp", picture(90, 60, 22));
+  auto report = run(options);
+  EXPECT_EQ(report.changed_by, (nlohmann::json{{"source_sha256", 1}}));
+  options.encode.dtype = DType::kF32;
+  report = run(options);
+  EXPECT_EQ(report.encoded, 3);
+  EXPECT_EQ(report.changed_by, (nlohmann::json{{"parameters.dtype", 3}}));
+  write_autoencoder(folder / "ae.safetensors", 2);
+  EXPECT_EQ(run(options).changed_by, (nlohmann::json{{"weights.ae", 3}}));
+  options.width = options.height = 96;
+  report = run(options);
+  EXPECT_EQ(report.changed_by.at("bucket"), 3);
+  EXPECT_EQ(report.changed_by.at("parameters.resolution"), 3);
+}
+
+TEST_F(Latents, PartsHoldEverySampleOnce) {
+  for (int i = 0; i < 8; ++i)
+    folder.write("photos/" + std::to_string(i) + ".bmp", picture(64, 64, 10 + i));
+  std::set<Sha256Digest> keys;
+  for (int64_t part = 0; part < 3; ++part) {
+    options.encode.out = folder / ("part" + std::to_string(part));
+    options.encode.shard = {part, 3};
+    run(options);
+    const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+    EXPECT_EQ(cache.index().num_items(), 8);
+    for (const auto& variant : cache.index().variants()) {
+      EXPECT_EQ(variant.segment == cache::kOtherShard, cache::shard_of(variant.key, 3) != part);
+      EXPECT_EQ(variant.height, 8u);
+      if (variant.segment == cache::kOtherShard) continue;
+      EXPECT_TRUE(keys.insert(variant.key).second);
+    }
+  }
+  EXPECT_EQ(keys.size(), 8u);
+}
+
+TEST_F(Latents, StopsBeforeTooManyBytesAndGoesOn) {
+  three_photos();
+  options.encode.max_bytes = 22'000;
+  EXPECT_THROW(run(options), ResourceError);
+  EXPECT_FALSE(fs::exists(manifest()));
+  options.encode.max_bytes = 0;
+  const auto report = run(options);
+  EXPECT_EQ(report.encoded + report.kept, 3);
+  EXPECT_GE(report.kept, 1);
+}
+
+TEST_F(Latents, ReproduceMeasuresDriftAndWritesNothing) {
+  three_photos();
+  options.encode.reproduce = 2;
+  EXPECT_THROW(run(options), CacheError);  // no cache yet
+  options.encode.reproduce = 0;
+  run(options);
+  const auto time = fs::last_write_time(manifest());
+  options.encode.reproduce = 100;  // all
+  auto report = run(options);
+  ASSERT_TRUE(report.drift);
+  EXPECT_EQ(report.drift->num_equal, 3);
+  EXPECT_EQ(report.exit_code, ExitCode::kOk);
+  EXPECT_EQ(fs::last_write_time(manifest()), time);
+  EXPECT_FALSE(fs::exists(options.encode.out / ".writer.lock"));
+
+  // a cache that other weights made, but that says these did
+  write_autoencoder(folder / "ae.safetensors", 2);
+  EXPECT_THROW(run(options), CacheError);
+}
+
+TEST(Halving, TriesSmallerBatchesUntilOneFits) {
+  std::vector<int64_t> tried, done;
+  int64_t batch_size = 8;
+  const auto encode = [&](int64_t limit) {
+    return [&, limit](int64_t begin, int64_t count) {
+      tried.push_back(count);
+      if (count > limit) throw c10::OutOfMemoryError({__func__, __FILE__, 1}, "no memory");
+      for (int64_t i = 0; i < count; ++i) done.push_back(begin + i);
+    };
+  };
+  stage::encode_in_batches(11, batch_size, encode(3));
+  EXPECT_EQ(batch_size, 2);
+  EXPECT_EQ(tried, (std::vector<int64_t>{8, 4, 2, 2, 2, 2, 2, 1}));
+  std::vector<int64_t> all(11);
+  std::iota(all.begin(), all.end(), 0);
+  EXPECT_EQ(done, all);
+  EXPECT_THROW(stage::encode_in_batches(3, batch_size, encode(0)), OutOfMemory);
+  EXPECT_EQ(batch_size, 1);
+}
+
+TEST(StageTimes, NameTheStageWhoseThreadsAreBusiest) {
+  stage::StageTimes times;
+  EXPECT_EQ(times.limit(), "");
+  auto &many = times.add("decode", 4), &one = times.add("encode");
+  const auto work = [](stage::StageTime& stage, int milliseconds) {
+    const stage::StageTime::Scope busy(stage);
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  };
+  work(many, 40);
+  work(one, 20);
+  EXPECT_EQ(times.limit(), "encode");  // 20 ms of one thread, 10 ms of each of the four
+  EXPECT_GE(times.seconds().at("decode").get<double>(), 0.04);
 }
 
 TEST_F(Latents, RenamedFolderOrCopyEncodesNothing) {

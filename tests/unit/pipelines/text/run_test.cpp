@@ -278,9 +278,57 @@ TEST_F(TextPipeline, CountsWhatIsCutOff) {
   EXPECT_EQ(info.clip_tokens, 77u);
   EXPECT_EQ(info.clip_lost, 302u - 77u);
   const auto truncated = cache.manifest().provenance.at("truncated");
-  EXPECT_EQ(truncated.at("t5_captions"), 1);
-  EXPECT_EQ(truncated.at("t5_tokens_lost"), 45);
-  EXPECT_EQ(truncated.at("clip_captions"), 1);
+  EXPECT_EQ(truncated.at("t5_256"),
+            (nlohmann::json{{"captions", 1}, {"tokens_used", 256 + 4}, {"tokens_lost", 45}}));
+  EXPECT_EQ(truncated.at("t5_512").at("tokens_lost"), 0);
+  EXPECT_EQ(truncated.at("clip_77").at("tokens_lost"), 302 - 77);
+  ASSERT_EQ(truncated.at("worst").size(), 1u);
+  EXPECT_EQ(truncated.at("worst")[0].at("t5_tokens"), 301);
+  EXPECT_EQ(truncated.at("worst")[0].at("t5_lost_256"), 45);
+  EXPECT_EQ(truncated.at("worst")[0].at("clip_lost_77"), 302 - 77);
+}
+
+TEST_F(TextPipeline, AnEditedCaptionIsNamedAsTheReason) {
+  image("a", "a red circle"), image("b", "a blue square");
+  text::run(options);
+  image("a", "a green circle");
+  const auto report = text::run(options);
+  EXPECT_EQ(report.encoded, 1);
+  EXPECT_EQ(report.changed_by, (nlohmann::json{{"caption", 1}}));
+  EXPECT_TRUE(report.changed_fields.empty());
+  options.t5_length_tokens = 256;
+  const auto shorter = text::run(options);
+  EXPECT_EQ(shorter.encoded, 2);
+  EXPECT_EQ(shorter.changed_by, (nlohmann::json{{"parameters.t5_length", 2}}));
+  ASSERT_EQ(shorter.changed_fields.size(), 1u);
+  EXPECT_NE(shorter.changed_fields[0].find("parameters.t5_length"), std::string::npos);
+}
+
+TEST_F(TextPipeline, PartsHoldEveryCaptionOnce) {
+  for (int i = 0; i < 9; ++i) image("i" + std::to_string(i), "photo " + std::to_string(i));
+  int64_t sum = 0;
+  for (int64_t part = 0; part < 3; ++part) {
+    options.encode.out = folder / ("part" + std::to_string(part));
+    options.encode.shard = {part, 3};
+    sum += text::run(options).encoded;
+    EXPECT_EQ(text::run(options).encoded, 0);
+    const auto manifest = cache::read_manifest(options.encode.out);
+    EXPECT_EQ(manifest.shard, options.encode.shard);
+    EXPECT_EQ(manifest.num_items, 9);
+  }
+  EXPECT_EQ(sum, 9);
+}
+
+TEST_F(TextPipeline, ReproducesItsOwnBits) {
+  for (int i = 0; i < 5; ++i) image("i" + std::to_string(i), "photo " + std::to_string(i));
+  text::run(options);
+  options.encode.reproduce = 3;
+  options.encode.batch_size = 2;
+  const auto report = text::run(options);
+  ASSERT_TRUE(report.drift);
+  EXPECT_EQ(report.drift->num_samples, 3);
+  EXPECT_EQ(report.drift->num_equal, 3);
+  EXPECT_EQ(report.exit_code, ExitCode::kOk);
 }
 
 TEST_F(TextPipeline, AFolderKeepsItsPrecision) {
