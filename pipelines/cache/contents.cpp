@@ -137,7 +137,7 @@ class Reader {
           out_.decoded_bytes += tensor_bytes(segment.layout(), info, which);
         // of two samples with one key the one whose segment comes first counts
         if (found_.try_emplace(to_hex(info.key), found_in_segments_.size()).second)
-          found_in_segments_.push_back({info, name, std::nullopt});
+          found_in_segments_.push_back({info, name, &info - segment.samples().data()});
       }
     });
   }
@@ -158,7 +158,7 @@ class Reader {
       if (content.header.created > out_.header.created) out_.header = content.header;
       for (const Record& record : content.records) {
         if (!found_.try_emplace(to_hex(record.info.key), SIZE_MAX).second) continue;
-        found_in_journals_.push_back({record.info, name, std::nullopt});
+        found_in_journals_.push_back({record.info, name});
       }
     });
     out_.num_in_journals = static_cast<int64_t>(found_in_journals_.size());

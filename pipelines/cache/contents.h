@@ -19,9 +19,10 @@ namespace flux::cache {
 struct ListedSample {
   SampleInfo info;
   std::string file;  // segment or journal that holds it
+  int64_t row = -1;  // sample of that segment; -1 in a journal
   /// Latents: the path of the first item that wants it, else the path it was encoded from. Text:
   /// the path of the first item that wants it, if there is one.
-  std::optional<std::string> path;
+  std::optional<std::string> path = std::nullopt;
 };
 
 struct SegmentSummary {
@@ -58,8 +59,9 @@ struct Contents {
   SegmentHeader header;       // of the manifest, else of the newest segment or journal
 };
 
-/// `recover` counts and lists what journals hold. Throws CacheError: no such folder, nothing of a
-/// cache among other files, files of both kinds, a schema that this build does not read.
+/// `recover` counts and lists what journals hold. A file of the other kind than the manifest, or the
+/// first file without one, is a problem. Throws CacheError: no such folder, nothing of a cache among
+/// other files, a schema that this build does not read.
 Contents look_into(const std::filesystem::path& folder, bool recover);
 
 /// "512x768": width x height in pixels of the latents' picture.
