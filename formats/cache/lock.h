@@ -1,7 +1,10 @@
-// formats/cache/lock.h - one writer a folder, and no lock left behind by a dead one.
+// formats/cache/lock.h - one writer a folder, any number of readers, and no lock that outlives its
+// process.
 #pragma once
 #include <filesystem>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace flux::cache {
 
@@ -22,5 +25,28 @@ class WriterLock {
   std::filesystem::path path_;
   std::string owner_;  // what is in the file
 };
+
+/// The file `.reader-<16 hex digits>.lock`, with the same content: flux-cache gc removes nothing
+/// while its process lives. Take it before the manifest is read, and hold it as long as segments are.
+class ReaderLock {
+ public:
+  /// Never fails: a folder that cannot be written is read without a lock, see held().
+  explicit ReaderLock(const std::filesystem::path& folder);
+  ~ReaderLock();
+  ReaderLock(const ReaderLock&) = delete;
+  ReaderLock& operator=(const ReaderLock&) = delete;
+
+  bool held() const { return !owner_.empty(); }
+
+ private:
+  std::filesystem::path path_;
+  std::string owner_;  // what is in the file; empty: there is none
+};
+
+bool is_reader_lock_name(std::string_view name);
+/// Throws CacheError naming the owner of the first reader's lock whose process lives or cannot be
+/// judged (another host, another process namespace, an unreadable file). Returns the locks of dead
+/// processes, sorted.
+std::vector<std::filesystem::path> require_no_readers(const std::filesystem::path& folder);
 
 }  // namespace flux::cache
