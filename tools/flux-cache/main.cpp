@@ -3,21 +3,41 @@
 #include <nlohmann/json.hpp>
 
 #include "common/core/tool.h"
+#include "pipelines/cache/diff.h"
 #include "pipelines/cache/inspect.h"
 
 namespace {
 
-flux::ExitCode inspect(flux::Tool& tool) {
+using flux::ExitCode;
+
+// A report: several lines, escaped already; or one object.
+void show_report(const flux::Tool& tool, const std::string& text, const nlohmann::json& object) {
+  if (tool.json())
+    tool.summary("", object);
+  else
+    std::puts(text.c_str());
+}
+
+ExitCode inspect(flux::Tool& tool) {
   flux::cache::InspectOptions opts;
   flux::cache::add_flags(opts, tool);
-  if (!tool.parse()) return flux::ExitCode::kOk;
+  if (!tool.parse()) return ExitCode::kOk;
   flux::cache::check(opts);
   const auto contents = flux::cache::look_into(opts.folders[0], opts.recover);
-  if (tool.json())
-    tool.summary("", flux::cache::inspect_json(contents, opts));
-  else
-    std::puts(flux::cache::inspect_text(contents, opts).c_str());  // several lines, escaped already
-  return flux::ExitCode::kOk;
+  show_report(
+      tool, flux::cache::inspect_text(contents, opts), flux::cache::inspect_json(contents, opts));
+  return ExitCode::kOk;
+}
+
+ExitCode diff(flux::Tool& tool) {
+  flux::cache::DiffOptions opts;
+  flux::cache::add_flags(opts, tool);
+  if (!tool.parse()) return ExitCode::kOk;
+  flux::cache::check(opts);
+  const auto found = flux::cache::diff(flux::cache::look_into(opts.folders[0], false),
+                                       flux::cache::look_into(opts.folders[1], false));
+  show_report(tool, flux::cache::diff_text(found), flux::cache::diff_json(found));
+  return found.equal() ? ExitCode::kOk : ExitCode::kDiffers;
 }
 
 }  // namespace
@@ -27,5 +47,6 @@ int main(int argc, char** argv) {
                         argc,
                         argv,
                         "looks into caches, checks, mends, merges, copies and exports them",
-                        {{"inspect", "what a cache holds and who made it", inspect}});
+                        {{"inspect", "what a cache holds and who made it", inspect},
+                         {"diff", "in what two caches differ", diff}});
 }
