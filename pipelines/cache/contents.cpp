@@ -133,7 +133,7 @@ class Reader {
       out_.segment_bytes += bytes;
       if (segment.header().created >= out_.header.created) out_.header = segment.header();
       for (const SampleInfo& info : segment.samples()) {
-        for (int which = 0; which < num_tensors(segment.layout().kind); ++which)
+        for (int which = 0; which < num_tensors(segment.layout(), info); ++which)
           out_.decoded_bytes += tensor_bytes(segment.layout(), info, which);
         // of two samples with one key the one whose segment comes first counts
         if (found_.try_emplace(to_hex(info.key), found_in_segments_.size()).second)
