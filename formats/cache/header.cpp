@@ -9,12 +9,15 @@
 
 namespace flux::cache {
 
-void write_header(Hdf5Image& image, Kind kind, std::string_view content) {
+void write_header(Hdf5Image& image,
+                  Kind kind,
+                  std::string_view content,
+                  std::string_view features) {
   image.attribute("format", kFormat);
   image.attribute("schema_version", kSchemaVersion);
   image.attribute("kind", kind_name(kind));
   image.attribute("content", content);
-  image.attribute("required_features", "");
+  image.attribute("required_features", features);
   image.attribute("optional_features", "");
 }
 
@@ -41,7 +44,7 @@ Kind read_header(const Hdf5File& file,
       schema_problem(file.number_attribute("schema_version"), text("tool"), text("tool_version"));
   if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(file.path()), problem));
   for (const auto& feature : split(file.text_attribute("required_features"), ',')) {
-    if (!feature.empty()) {
+    if (!feature.empty() && !(feature == kMasksFeature && content == kSegmentContent)) {
       throw SchemaError(fmt::format("{}: needs the feature '{}', which this build does not know",
                                     show(file.path()),
                                     printable(feature)));

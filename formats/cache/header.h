@@ -21,7 +21,10 @@ struct SchemaError : CacheError {
                    "make the cache again with this version, or use a newer one of these tools") {}
 };
 
-void write_header(Hdf5Image& image, Kind kind, std::string_view content);
+void write_header(Hdf5Image& image,
+                  Kind kind,
+                  std::string_view content,
+                  std::string_view features = "");
 
 /// Checks, in this order: format, schema version, required features, anything odd in the file,
 /// unknown attributes (beyond `more`), content. Returns the kind. Throws CacheError.

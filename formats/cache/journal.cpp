@@ -126,8 +126,9 @@ std::optional<Record> decode_record(std::span<const std::byte> body, const Layou
   visit_numbers(out.info, [&](auto& value) { value = in.number<std::decay_t<decltype(value)>>(); });
   const auto text = in.field();
   out.info.text.assign(reinterpret_cast<const char*>(text.data()), text.size());
-  if (in.number<uint64_t>() != static_cast<uint64_t>(num_tensors(layout.kind))) return std::nullopt;
-  for (int i = 0; i < num_tensors(layout.kind); ++i) {
+  const int num_frames = num_tensors(layout, out.info);
+  if (in.number<uint64_t>() != static_cast<uint64_t>(num_frames)) return std::nullopt;
+  for (int i = 0; i < num_frames; ++i) {
     const auto frame = in.field();
     out.frames.emplace_back(frame.begin(), frame.end());
   }
@@ -135,8 +136,9 @@ std::optional<Record> decode_record(std::span<const std::byte> body, const Layou
   // refused here too
   const SampleInfo& info = out.info;
   const bool fits = layout.kind == Kind::kText
-                        ? info.t5_tokens <= layout.t5_length
-                        : info.height >= 1 && info.height <= kMaxLatentSide && info.width >= 1 &&
+                        ? info.t5_tokens <= layout.t5_length && info.flags == 0
+                        : (info.flags & ~kSampleFlags) == 0 && info.height >= 1 &&
+                              info.height <= kMaxLatentSide && info.width >= 1 &&
                               info.width <= kMaxLatentSide;
   if (!in.finished() || !fits || text.size() > static_cast<size_t>(kMaxTextBytes))
     return std::nullopt;

@@ -109,7 +109,7 @@ json to_json(const Manifest& manifest) {
   }
   return {{"format", kFormat},
           {"schema_version", kSchemaVersion},
-          {"required_features", json::array()},
+          {"required_features", manifest.required_features},
           {"kind", kind_name(manifest.recipe.kind)},
           {"complete", true},
           {"parameters", manifest.recipe.parameters},
@@ -188,6 +188,7 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
       schema_problem(fields.count("schema_version"), from("tool"), from("tool_version"));
   if (!problem.empty()) throw SchemaError(fmt::format("{}: {}", show(path), problem));
   for (const auto& feature : fields.list("required_features")) {
+    if (feature == kMasksFeature) continue;
     throw SchemaError(fmt::format(
         "{}: needs the feature {}, which this build does not know", show(path), shown(feature)));
   }
@@ -200,6 +201,7 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
   }
 
   Manifest out;
+  if (!fields.list("required_features").empty()) out.required_features = {kMasksFeature};
   const std::string kind = fields.text("kind");
   if (kind != "latents" && kind != "text")
     fields.refuse("kind", fmt::format("is {}, expected latents or text", shown(kind)));

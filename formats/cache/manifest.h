@@ -39,6 +39,7 @@ struct Shard {
 };
 
 struct Manifest {
+  std::vector<std::string> required_features;  // kMasksFeature, or none
   Recipe recipe;
   nlohmann::json plan =
       nlohmann::json::object();        // the resolved data set; common/dataset knows what is in it

@@ -85,12 +85,13 @@ struct Cache::State {
     }
     const SampleInfo& sample = segment.samples()[variant.row];
     if (sample.key != variant.key || sample.height != variant.height ||
-        sample.width != variant.width) {
+        sample.width != variant.width || sample.flags != variant.flags) {
+      const auto shown = [](const auto& s) {
+        return fmt::format("{} ({} x {}, flags {})", to_hex(s.key), s.height, s.width, s.flags);
+      };
       refuse(segment.path().filename(),
-             fmt::format("sample {} is {}, the index says {}",
-                         variant.row,
-                         to_hex(sample.key),
-                         to_hex(variant.key)));
+             fmt::format(
+                 "sample {} is {}, the index says {}", variant.row, shown(sample), shown(variant)));
     }
     return sample;
   }

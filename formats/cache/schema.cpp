@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "common/core/error.h"
@@ -117,11 +118,28 @@ int64_t shard_of(const Sha256Digest& key, int64_t count) {
 
 Sha256Digest sample_key(const nlohmann::json& fields) { return sha256(canonical_json(fields)); }
 
-int num_tensors(Kind kind) { return kind == Kind::kLatents ? 1 : 2; }
+int num_tensors(const Layout& layout, const SampleInfo& info) {
+  return layout.kind == Kind::kLatents && !(info.flags & kSampleMasked) ? 1 : 2;
+}
+
+DType tensor_dtype(const Layout& layout, int which) {
+  return layout.kind == Kind::kLatents && which == 1 ? DType::kF32 : layout.dtype;
+}
+
+std::string mask_problem(std::span<const std::byte> mask) {
+  for (size_t at = 0; at + sizeof(float) <= mask.size(); at += sizeof(float)) {
+    float value;
+    std::memcpy(&value, mask.data() + at, sizeof value);
+    if (!(value >= 0 && value <= 1))
+      return fmt::format("is a mask with the value {}, expected 0 to 1", value);
+  }
+  return {};
+}
 
 int64_t tensor_bytes(const Layout& layout, const SampleInfo& info, int which) {
-  const int64_t element = dtype_bits(layout.dtype) / 8;
-  if (layout.kind == Kind::kLatents) return layout.channels * info.height * info.width * element;
+  const int64_t element = dtype_bits(tensor_dtype(layout, which)) / 8;
+  if (layout.kind == Kind::kLatents)
+    return (which == 0 ? layout.channels : 1) * info.height * info.width * element;
   return which == 0 ? layout.t5_length * layout.t5_width * element : layout.clip_width * element;
 }
 
@@ -131,7 +149,7 @@ Record prepare(const Layout& layout,
   const auto require = [](bool holds, const std::string& text) {
     if (!holds) throw std::invalid_argument("cache sample: " + text);
   };
-  require(tensors.size() == static_cast<size_t>(num_tensors(layout.kind)),
+  require(tensors.size() == static_cast<size_t>(num_tensors(layout, info)),
           "wrong number of tensors");
   require(info.text.size() <= static_cast<size_t>(kMaxTextBytes), "text longer than 1 MiB");
   if (layout.kind == Kind::kLatents) {
@@ -139,10 +157,11 @@ Record prepare(const Layout& layout,
                 info.width <= kMaxLatentSide,
             fmt::format("latents of {} x {}", info.height, info.width));
   } else {
+    require(info.flags == 0, "text with flags");
     require(info.t5_tokens <= layout.t5_length,
             fmt::format("{} live T5 tokens of {}", info.t5_tokens, layout.t5_length));
   }
-  const int64_t element_bytes = dtype_bits(layout.dtype) / 8;
+  require((info.flags & ~kSampleFlags) == 0, fmt::format("flags {}", info.flags));
   Record record{info, {}};
   Xxh3 hash;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -150,8 +169,13 @@ Record prepare(const Layout& layout,
     require(expected <= kMaxTensorBytes, fmt::format("a tensor of {} bytes", expected));
     require(tensors[i].size() == static_cast<size_t>(expected),
             fmt::format("tensor {} has {} bytes, expected {}", i, tensors[i].size(), expected));
+    if (layout.kind == Kind::kLatents && i == 1) {
+      const std::string wrong = mask_problem(tensors[i]);
+      require(wrong.empty(), "tensor 1 " + wrong);
+    }
     hash.add(tensors[i]);
-    record.frames.push_back(encode_frame(tensors[i], element_bytes));
+    record.frames.push_back(
+        encode_frame(tensors[i], dtype_bits(tensor_dtype(layout, static_cast<int>(i))) / 8));
   }
   record.info.tensor_xxh3 = hash.digest();
   return record;

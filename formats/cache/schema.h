@@ -81,6 +81,10 @@ Sha256Digest sample_key(const nlohmann::json& fields);
 int64_t shard_of(const Sha256Digest& key, int64_t count);
 
 inline constexpr uint32_t kSampleFlipped = 1;  // latents of the image mirrored left to right
+inline constexpr uint32_t kSampleMasked = 2;   // latents with a loss mask: a second tensor
+inline constexpr uint32_t kSampleFlags = kSampleFlipped | kSampleMasked;  // all that are known
+/// The required feature of segments and caches with masks.
+inline constexpr char kMasksFeature[] = "masks";
 
 /// One sample's row in the tables of a segment.
 struct SampleInfo {
@@ -91,7 +95,7 @@ struct SampleInfo {
   /// Latents: path relative to the subset's folder (informative). Text: the caption as encoded. Any
   /// bytes.
   std::string text;
-  uint32_t flags = 0;  // kSampleFlipped
+  uint32_t flags = 0;  // kSampleFlipped, kSampleMasked
 
   // latents; sizes in pixels but for height and width
   uint32_t height = 0, width = 0;           // rows and columns of the latents: the bucket / 8
@@ -107,14 +111,18 @@ struct SampleInfo {
   bool operator==(const SampleInfo&) const = default;
 };
 
-/// Bytes of one decoded tensor: `which` 0 = latents or T5, 1 = CLIP. Latents use info's height and
-/// width.
+/// Bytes of one decoded tensor: `which` 0 = latents or T5, 1 = mask or CLIP. Latents and masks use
+/// info's height and width.
 int64_t tensor_bytes(const Layout& layout, const SampleInfo& info, int which);
 /// Exactly `digits` lower-case hex digits.
 bool is_hex(std::string_view text, size_t digits);
 
-/// How many tensors a sample has: 1 for latents, 2 for text.
-int num_tensors(Kind kind);
+/// How many tensors a sample has: 1 for latents, 2 with a mask; 2 for text.
+int num_tensors(const Layout& layout, const SampleInfo& info);
+/// Of one tensor: the layout's, but f32 for a mask.
+DType tensor_dtype(const Layout& layout, int which);
+/// The values of a mask, f32: what is wrong with them, or an empty text if all are in [0, 1].
+std::string mask_problem(std::span<const std::byte> mask);
 
 /// A sample ready to be stored: its tensors compressed.
 struct Record {

@@ -72,6 +72,18 @@ Segment::Segment(const std::filesystem::path& path) : file_(path) {
       file_, "samples_tensor_xxh3", rows, [](SampleInfo& s, uint64_t v) { s.tensor_xxh3 = v; });
   read_column<uint32_t>(
       file_, "samples_flags", rows, [](SampleInfo& s, uint32_t v) { s.flags = v; });
+  const uint32_t known = recipe.kind == Kind::kLatents ? kSampleFlags : 0;
+  bool masks = false;
+  for (size_t i = 0; i < samples_.size(); ++i) {
+    if (samples_[i].flags & ~known)
+      file_.refuse(
+          fmt::format("sample {} has the flags {}, known are {}", i, samples_[i].flags, known));
+    masks = masks || samples_[i].flags & kSampleMasked;
+  }
+  if (masks != (file_.text_attribute("required_features") == kMasksFeature)) {
+    file_.refuse(masks ? "has samples with masks, but does not require the feature 'masks'"
+                       : "requires the feature 'masks', but no sample has one");
+  }
   if (recipe.kind == Kind::kLatents)
     open_latents();
   else
@@ -98,9 +110,11 @@ void Segment::open_latents() {
 
   // every row of every bucket's dataset is one sample's, and there is no other dataset
   std::map<Pair, std::set<uint32_t>> buckets;
+  std::set<Pair> masked;  // buckets with a mask
   for (size_t i = 0; i < samples_.size(); ++i) {
     SampleInfo& sample = samples_[i];
     sample.text = paths.at(i);
+    if (sample.flags & kSampleMasked) masked.insert({sample.height, sample.width});
     if (sample.height < 1 || sample.height > kMaxLatentSide || sample.width < 1 ||
         sample.width > kMaxLatentSide || tensor_bytes(layout_, sample, 0) > kMaxTensorBytes) {
       file_.refuse(
@@ -110,7 +124,7 @@ void Segment::open_latents() {
       file_.refuse(fmt::format("sample {} has the row {} of another sample", i, row_of[i]));
     }
   }
-  std::map<Pair, std::shared_ptr<Hdf5File::Frames>> frames;
+  std::map<Pair, std::shared_ptr<Hdf5File::Frames>> frames, masks;
   for (const auto& [bucket, used] : buckets) {
     const auto num_rows = static_cast<int64_t>(used.size());
     if (*used.rbegin() >= num_rows) {
@@ -124,14 +138,21 @@ void Segment::open_latents() {
         file_.open_frames(fmt::format("latents_{}x{}", bucket[0], bucket[1]),
                           element_of(layout_.dtype),
                           std::array<int64_t, 4>{num_rows, layout_.channels, bucket[0], bucket[1]});
+    if (!masked.contains(bucket)) continue;
+    masks[bucket] = file_.open_frames(fmt::format("masks_{}x{}", bucket[0], bucket[1]),
+                                      Element::kF32,
+                                      std::array<int64_t, 3>{num_rows, bucket[0], bucket[1]});
   }
   for (size_t i = 0; i < samples_.size(); ++i) {
-    places_[i] = {{frames.at({samples_[i].height, samples_[i].width}), row_of[i]}};
+    const Pair bucket{samples_[i].height, samples_[i].width};
+    places_[i] = {{frames.at(bucket), row_of[i]}};
+    if (samples_[i].flags & kSampleMasked) places_[i].push_back({masks.at(bucket), row_of[i]});
   }
   constexpr size_t kTables = 11;
-  if (file_.datasets().size() != kTables + buckets.size()) {
-    file_.refuse(fmt::format(
-        "has {} datasets, {} belong to it", file_.datasets().size(), kTables + buckets.size()));
+  const size_t expected = kTables + buckets.size() + masked.size();
+  if (file_.datasets().size() != expected) {
+    file_.refuse(
+        fmt::format("has {} datasets, {} belong to it", file_.datasets().size(), expected));
   }
 }
 
@@ -184,7 +205,8 @@ std::span<const std::byte> Segment::frame(int64_t row,
 
 void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) const {
   if (row < 0 || row >= num_samples() ||
-      tensors.size() != static_cast<size_t>(num_tensors(layout_.kind))) {
+      tensors.size() !=
+          static_cast<size_t>(num_tensors(layout_, samples_[static_cast<size_t>(row)]))) {
     throw std::invalid_argument(
         fmt::format("sample {} of {} into {} tensors", row, num_samples(), tensors.size()));
   }
@@ -192,15 +214,16 @@ void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) c
   Xxh3 hash;
   // kept, since fresh pages cost as much as reading
   thread_local std::vector<std::byte> buffer;
-  for (int i = 0; i < num_tensors(layout_.kind); ++i) {
+  for (int i = 0; i < num_tensors(layout_, sample); ++i) {
     const auto out = tensors[static_cast<size_t>(i)];
     const int64_t expected = tensor_bytes(layout_, sample, i);
     if (out.size() != static_cast<size_t>(expected)) {
       throw std::invalid_argument(
           fmt::format("tensor {} has {} bytes, the buffer {}", i, expected, out.size()));
     }
-    const std::string wrong =
-        decode_frame(frame(row, i, buffer), dtype_bits(layout_.dtype) / 8, out, &hash);
+    std::string wrong =
+        decode_frame(frame(row, i, buffer), dtype_bits(tensor_dtype(layout_, i)) / 8, out, &hash);
+    if (wrong.empty() && layout_.kind == Kind::kLatents && i == 1) wrong = mask_problem(out);
     if (!wrong.empty()) file_.refuse(fmt::format("sample {} tensor {} {}", row, i, wrong));
   }
   if (hash.digest() != sample.tensor_xxh3) {
@@ -215,7 +238,7 @@ std::vector<std::vector<std::byte>> Segment::read(int64_t row) const {
   if (row < 0 || row >= num_samples())
     throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
   std::vector<std::vector<std::byte>> out;
-  for (int i = 0; i < num_tensors(layout_.kind); ++i) {
+  for (int i = 0; i < num_tensors(layout_, samples_[static_cast<size_t>(row)]); ++i) {
     out.emplace_back(
         static_cast<size_t>(tensor_bytes(layout_, samples_[static_cast<size_t>(row)], i)));
   }
@@ -228,7 +251,7 @@ Record Segment::record(int64_t row) const {
   if (row < 0 || row >= num_samples())
     throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
   Record out{samples_[static_cast<size_t>(row)], {}};
-  for (int i = 0; i < num_tensors(layout_.kind); ++i) {
+  for (int i = 0; i < num_tensors(layout_, out.info); ++i) {
     std::vector<std::byte> buffer;
     buffer.resize(frame(row, i, buffer).size());
     out.frames.push_back(std::move(buffer));

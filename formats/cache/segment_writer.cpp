@@ -9,6 +9,7 @@
 
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/codec.h"
 #include "formats/cache/hdf5_file.h"
 #include "formats/cache/header.h"
 #include "formats/cache/manifest.h"
@@ -35,7 +36,9 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header,
   const auto num_samples = static_cast<int64_t>(records.size());
 
   Hdf5Image image;
-  write_header(image, recipe.kind, kSegmentContent);
+  const bool masks = std::ranges::any_of(
+      records, [](const Record& record) { return (record.info.flags & kSampleMasked) != 0; });
+  write_header(image, recipe.kind, kSegmentContent, masks ? kMasksFeature : "");
   image.attribute("num_samples", num_samples);
   image.attribute("parameters", canonical_json(recipe.parameters));
   image.attribute("weights", canonical_json(recipe.weights));
@@ -58,12 +61,25 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header,
   column("flags", [](const SampleInfo& s) { return s.flags; });
 
   if (recipe.kind == Kind::kLatents) {
-    std::map<std::array<uint32_t, 2>, Frames> buckets;
+    std::map<std::array<uint32_t, 2>, Frames> buckets, masks_of;
     std::map<const Record*, uint32_t> rows;
     for (const Record& record : records) {
-      Frames& frames = buckets[{record.info.height, record.info.width}];
+      const std::array bucket{record.info.height, record.info.width};
+      Frames& frames = buckets[bucket];
       rows[&record] = static_cast<uint32_t>(frames.size());
       frames.push_back(record.frames[0]);
+      if (record.info.flags & kSampleMasked) masks_of[bucket];
+    }
+    std::map<std::array<uint32_t, 2>, std::vector<std::byte>> ones;  // of samples without a mask
+    for (auto& [bucket, frames] : masks_of) {
+      const std::vector<float> one(size_t{bucket[0]} * bucket[1], 1.0f);
+      ones[bucket] = encode_frame(std::as_bytes(std::span(one)), sizeof(float));
+    }
+    for (const Record& record : records) {
+      const std::array bucket{record.info.height, record.info.width};
+      if (!masks_of.contains(bucket)) continue;
+      const bool masked = record.info.flags & kSampleMasked;
+      masks_of[bucket].push_back(masked ? record.frames[1] : ones[bucket]);
     }
     column("bucket", [](const SampleInfo& s) { return std::array{s.height, s.width}; });
     write_column(
@@ -79,6 +95,13 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header,
                    element,
                    std::array<int64_t, 4>{
                        static_cast<int64_t>(frames.size()), layout.channels, height, width},
+                   frames);
+    }
+    for (const auto& [bucket, frames] : masks_of) {
+      const auto [height, width] = bucket;
+      image.frames(fmt::format("masks_{}x{}", height, width),
+                   Element::kF32,
+                   std::array<int64_t, 3>{static_cast<int64_t>(frames.size()), height, width},
                    frames);
     }
   } else {

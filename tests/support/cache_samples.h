@@ -63,7 +63,7 @@ inline SampleData sample(const cache::Layout& layout, uint64_t i) {
     info.clip_tokens = 7, info.clip_lost = 1;
   }
   const RandomStream random(7, Purpose::kNoise, i);
-  for (int which = 0; which < cache::num_tensors(layout.kind); ++which) {
+  for (int which = 0; which < cache::num_tensors(layout, info); ++which) {
     std::vector<float> values(static_cast<size_t>(cache::tensor_bytes(layout, info, which) * 8 /
                                                   dtype_bits(layout.dtype)));
     random.fill_normal(values);

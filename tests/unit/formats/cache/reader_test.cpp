@@ -135,7 +135,7 @@ TEST(CacheWriter, SaysWhatToDoAboutADamagedSegment) {
   folder.write("seg-0123456789abcdef.h5", "damaged");
   EXPECT_THAT(
       refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
-      HasSubstr("hint: remove that file and run again"));
+      HasSubstr("hint: flux-cache repair"));
 }
 
 TEST(Join, NamesTheFieldAndBothValues) {
@@ -189,8 +189,8 @@ TEST(Manifest, IsRefusedByName) {
       says([](json& m) { m["schema_version"] = 3; }),
       HasSubstr(
           "m.json: schema 3, this build reads 1 to 1\n  written by cache_test 0.0.0\n  hint: "));
-  EXPECT_THAT(says([](json& m) { m["required_features"] = {"masks"}; }),
-              HasSubstr("needs the feature \"masks\", which this build does not know"));
+  EXPECT_THAT(says([](json& m) { m["required_features"] = {"magic"}; }),
+              HasSubstr("needs the feature \"magic\", which this build does not know"));
   EXPECT_THAT(says([](json& m) { m.erase("plan"); }), HasSubstr("'plan' is absent"));
   EXPECT_THAT(says([](json& m) { m["complete"] = false; }),
               HasSubstr("'complete' is false, expected true"));
