@@ -73,8 +73,10 @@ Interpolation interpolation_from_name(std::string_view name);
 /// One word each: "auto", "lanczos", "box", "area", "linear", "cubic", "nearest".
 std::string_view interpolation_name(Interpolation interpolation);
 
-/// Scales to `size`. kAuto: nothing if the size is right; area averaging if both sides shrink or
-/// stay; else Lanczos. Lanczos and box are Pillow's (support 3 * max(1, 1/scale), 22-bit
+/// What kAuto stands for: area averaging if both sides shrink or stay, else Lanczos.
+Interpolation choose_interpolation(Interpolation interpolation, Size from, Size to);
+
+/// Scales to `size`; nothing is done if the size is right. Lanczos and box are Pillow's (support 3 * max(1, 1/scale), 22-bit
 /// coefficients, horizontal pass first, u8 between the passes), the rest OpenCV's. If `straight`,
 /// Lanczos and box weight colours by alpha, as Pillow does with RGBA. The result has no alpha.
 /// Throws std::invalid_argument if a side is below 1; InputError if OpenCV cannot do it;

@@ -164,12 +164,6 @@ std::vector<uint8_t> cut(Pixels<kChannels> image, const Placement& p) {
   return out;
 }
 
-Interpolation choose(Interpolation kind, Size from, Size to) {
-  if (kind != Interpolation::kAuto) return kind;
-  return from.width >= to.width && from.height >= to.height ? Interpolation::kArea
-                                                            : Interpolation::kLanczos;
-}
-
 bool is_pillows(Interpolation kind) {
   return kind == Interpolation::kLanczos || kind == Interpolation::kBox;
 }
@@ -179,7 +173,7 @@ std::vector<uint8_t> resize_window(Pixels<kChannels> image,
                                    const Placement& p,
                                    Interpolation kind) {
   if (p.resized == image.size) return cut(image, p);
-  kind = choose(kind, image.size, p.resized);
+  kind = choose_interpolation(kind, image.size, p.resized);
   if (is_pillows(kind)) return resample(image, p, kind);
   const int filter = kind == Interpolation::kLinear    ? cv::INTER_LINEAR
                      : kind == Interpolation::kCubic   ? cv::INTER_CUBIC
@@ -253,6 +247,12 @@ std::string_view interpolation_name(Interpolation interpolation) {
   return kNames[static_cast<int>(interpolation)];
 }
 
+Interpolation choose_interpolation(Interpolation kind, Size from, Size to) {
+  if (kind != Interpolation::kAuto) return kind;
+  return from.width >= to.width && from.height >= to.height ? Interpolation::kArea
+                                                            : Interpolation::kLanczos;
+}
+
 Rgb resize(const Rgb& image, Size size, Interpolation interpolation) {
   return place(image, {size, size, 0, 0}, interpolation);
 }
@@ -262,7 +262,7 @@ Rgb place(const Rgb& image,
           Interpolation interpolation,
           bool flip) try {
   check(placement);
-  const auto kind = choose(interpolation, image.size, placement.resized);
+  const auto kind = choose_interpolation(interpolation, image.size, placement.resized);
   const bool weighted = image.straight && is_pillows(kind) && placement.resized != image.size;
   Rgb out{placement.bucket,
           weighted ? resize_weighted(image, placement, kind)

@@ -8,21 +8,13 @@
 #include <system_error>
 
 #include "common/core/error.h"
-#include "common/core/file.h"
 #include "common/core/text.h"
 #include "common/tensor/weight_file.h"
+#include "pipelines/check/lines.h"
 
 namespace flux::check {
 namespace fs = std::filesystem;
 namespace {
-
-constexpr uint64_t kMaxJsonBytes = 64 << 20;
-
-nlohmann::json read_json(const fs::path& path) {
-  auto json = nlohmann::json::parse(read_file(path, kMaxJsonBytes), nullptr, false);
-  if (!json.is_object()) throw InputError(fmt::format("{}: not a JSON object", show(path)));
-  return json;
-}
 
 /// Collects the folders with case.json; `seen` holds the real paths visited, against cycles of
 /// links.
@@ -48,12 +40,12 @@ Case Case::read(const fs::path& folder) {
   Case c;
   c.folder = folder;
   c.title = show(folder);
-  c.json = read_json(folder / "case.json");
+  c.json = read_object(folder / "case.json");
   if (!c.json.contains("kind") || !c.json["kind"].is_string()) {
     throw InputError(fmt::format("{}: no kind", show(folder / "case.json")));
   }
   c.kind = c.json["kind"];
-  c.config = c.has("config.json") ? read_json(folder / "config.json") : nlohmann::json::object();
+  c.config = c.has("config.json") ? read_object(folder / "config.json") : nlohmann::json::object();
   return c;
 }
 
@@ -177,18 +169,30 @@ void Case::summary(const TensorMap& vectors,
   }
 }
 
-std::vector<fs::path> find_cases(const fs::path& root) {
-  std::error_code error;
-  if (!fs::is_directory(root, error))
-    throw InputError(fmt::format("{}: no such folder", show(root)),
-                     "give a folder with reference cases");
-  std::set<fs::path> seen;
-  std::vector<fs::path> found;
-  find_below(root, seen, found);
-  if (found.empty())
-    throw InputError(fmt::format("{}: no case.json below this folder", show(root)),
-                     "give a folder with reference cases");
-  return found;
+std::vector<fs::path> find_cases(const std::vector<std::string>& roots) {
+  constexpr const char* kHint = "give folders with reference cases, or a case.json";
+  std::set<fs::path> known;  // real paths, so that a case named twice runs once
+  std::vector<fs::path> all;
+  for (const fs::path root : roots) {
+    std::error_code error;
+    const auto status = fs::status(root, error);
+    if (!fs::exists(status)) throw InputError(fmt::format("{}: no such folder", show(root)), kHint);
+    std::vector<fs::path> found;
+    if (fs::is_directory(status)) {
+      std::set<fs::path> seen;
+      find_below(root, seen, found);
+      if (found.empty())
+        throw InputError(fmt::format("{}: no case.json below this folder", show(root)), kHint);
+    } else if (root.filename() == "case.json") {
+      found.push_back(root.has_parent_path() ? root.parent_path() : fs::path("."));
+    } else {
+      throw InputError(fmt::format("{}: a file, not a folder", show(root)), kHint);
+    }
+    for (fs::path& folder : found) {
+      if (known.insert(fs::canonical(folder)).second) all.push_back(std::move(folder));
+    }
+  }
+  return all;
 }
 
 }  // namespace flux::check

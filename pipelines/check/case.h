@@ -72,9 +72,10 @@ struct Case {
                bool by_largest) const;
 };
 
-/// Folders with case.json at or below `root`, sorted. Follows symbolic links, each folder once.
-/// Throws InputError: no such folder, or no case in it.
-std::vector<std::filesystem::path> find_cases(const std::filesystem::path& root);
+/// The folders with case.json that `roots` name: each root a folder, at or below which they are
+/// found, sorted, or a case.json itself. Follows symbolic links; each folder is there once. Throws
+/// InputError: no such folder, another file, no case below a folder.
+std::vector<std::filesystem::path> find_cases(const std::vector<std::string>& roots);
 
 // What runs each kind.
 void check_ops(const Case& c);
@@ -87,6 +88,14 @@ void check_train(const Case& c);
 void check_timesteps(const Case& c);
 void check_euler(const Case& c);
 void check_tokenizers(const Case& c);
+void check_buckets(const Case& c);
+void check_captions(const Case& c);
+void check_images(const Case& c);
+void check_resize(const Case& c);
+void check_plans(const Case& c);
 void check_hostile_safetensors(const Case& c);
+void check_hostile_images(const Case& c);
+void check_hostile_captions(const Case& c);
+void check_hostile_hdf5(const Case& c);
 
 }  // namespace flux::check

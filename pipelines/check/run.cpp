@@ -30,7 +30,15 @@ constexpr Kind kKinds[] = {
     {"timesteps", check_timesteps},
     {"euler", check_euler},
     {"tokenizers", check_tokenizers},
+    {"data-buckets", check_buckets},
+    {"data-captions", check_captions},
+    {"data-images", check_images},
+    {"data-resize", check_resize},
+    {"data-plans", check_plans},
     {"hostile-safetensors", check_hostile_safetensors},
+    {"hostile-images", check_hostile_images},
+    {"hostile-captions", check_hostile_captions},
+    {"hostile-hdf5", check_hostile_hdf5},
 };
 
 bool has_bf16_limits(const Case& c) {
@@ -75,10 +83,7 @@ void run_case(const std::filesystem::path& folder,
 }  // namespace
 
 Report run(const Options& options, Report::Print print) {
-  std::vector<std::filesystem::path> folders;
-  for (const std::string& root : options.folders) {
-    for (auto& folder : find_cases(root)) folders.push_back(std::move(folder));
-  }
+  const auto folders = find_cases(options.folders);
   const c10::Device device = resolve_device(options.device);
   // The vectors were made with one thread, and AdamW makes steps of the sign of a near-zero
   // gradient, which another order of its sum can turn: the verdict is that of the arithmetic, the

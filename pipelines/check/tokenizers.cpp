@@ -1,8 +1,6 @@
-// Kinds tokenizers and hostile-safetensors: exact verdicts, without networks.
+// Kind tokenizers: ids, exactly.
 #include <fmt/format.h>
 
-#include <cstring>
-#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -15,55 +13,12 @@
 #include "common/core/text.h"
 #include "common/tokenizers/clip_bpe.h"
 #include "common/tokenizers/t5_unigram.h"
-#include "formats/safetensors/reader.h"
 #include "pipelines/check/case.h"
+#include "pipelines/check/lines.h"
 
 namespace flux::check {
 namespace fs = std::filesystem;
 namespace {
-
-constexpr uint64_t kMaxLinesBytes = 256 << 20;
-
-/// Counts the lines of a file that agree in one field, and keeps the first that do not.
-class Tally {
- public:
-  void add(bool same, const nlohmann::json& line, const std::string& why = {}) {
-    ++num_lines_;
-    if (same) return;
-    ++num_wrong_;
-    if (examples_.size() < 3)
-      examples_.push_back(fmt::format(
-          "id {}{}", line.value("id", nlohmann::json()).dump(), why.empty() ? "" : " " + why));
-  }
-  void report(Report& report, const std::string& name) const {
-    std::string note = fmt::format("{} of {} lines equal", num_lines_ - num_wrong_, num_lines_);
-    if (num_wrong_ > 0) note += fmt::format("; not: {}", fmt::join(examples_, ", "));
-    report.verdict(name, num_wrong_ == 0, note);
-  }
-
- private:
-  int64_t num_lines_ = 0, num_wrong_ = 0;
-  std::vector<std::string> examples_;
-};
-
-void for_each_line(const Case& c,
-                   const std::string& file,
-                   const std::function<void(const nlohmann::json& line)>& take) {
-  const std::string text = read_file(c.folder / file, kMaxLinesBytes);
-  size_t number = 0;
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find('\n', at), text.size());
-    ++number;
-    const std::string_view line = std::string_view(text).substr(at, end - at);
-    at = end + 1;
-    if (trim(line).empty()) continue;
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (!json.is_object())
-      throw InputError(
-          fmt::format("{}: line {} is not a JSON object", show(c.folder / file), number));
-    take(json);
-  }
-}
 
 /// First 16 hex digits of the SHA-256 over the ids as little-endian int32.
 std::string short_hash(const std::vector<int32_t>& ids) {
@@ -178,36 +133,6 @@ void check_tokenizers(const Case& c) {
     if (!c.has(file)) continue;
     if (!vocabularies) vocabularies = load(c);
     check(c, *vocabularies);
-  }
-}
-
-void check_hostile_safetensors(const Case& c) {
-  const fs::path path = c.required("index", "index.json");
-  const auto index = nlohmann::json::parse(read_file(path, kMaxLinesBytes), nullptr, false);
-  if (!index.is_object() || !index.contains("safetensors") || !index["safetensors"].is_array()) {
-    throw InputError(fmt::format("{}: no list 'safetensors'", show(path)));
-  }
-  for (const auto& entry : index["safetensors"]) {
-    const fs::path file = path.parent_path() / entry.at("file").get<std::string>();
-    const std::string expect = entry.at("expect"), name = file.filename().native();
-    if (!c.has(name) || !fs::equivalent(file, c.folder / name))
-      continue;  // a case may hold a part of the files
-    std::string reason;
-    try {
-      safetensors::File::open(file);
-    } catch (const InputError& error) {
-      reason = error.what();
-      reason = reason.substr(0, reason.find('\n'));
-    }
-    const bool refused = !reason.empty();
-    const bool ok = expect == "policy" || refused == (expect == "refuse");
-    c.report->verdict(
-        name,
-        ok,
-        fmt::format(
-            "{}, {}",
-            expect,
-            refused ? reason.substr(std::min(reason.size(), show(file).size() + 2)) : "accepted"));
   }
 }
 
