@@ -5,6 +5,7 @@
 #include "common/core/tool.h"
 #include "pipelines/cache/diff.h"
 #include "pipelines/cache/inspect.h"
+#include "pipelines/cache/stats.h"
 
 namespace {
 
@@ -40,13 +41,25 @@ ExitCode diff(flux::Tool& tool) {
   return found.equal() ? ExitCode::kOk : ExitCode::kDiffers;
 }
 
+ExitCode stats(flux::Tool& tool) {
+  flux::cache::StatsOptions opts;
+  flux::cache::add_flags(opts, tool);
+  if (!tool.parse()) return ExitCode::kOk;
+  flux::cache::check(opts);
+  const auto found = flux::cache::stats(flux::cache::look_into(opts.folders[0], false));
+  show_report(tool, flux::cache::stats_text(found), flux::cache::stats_json(found));
+  return ExitCode::kOk;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  return flux::run_tool("flux-cache",
-                        argc,
-                        argv,
-                        "looks into caches, checks, mends, merges, copies and exports them",
-                        {{"inspect", "what a cache holds and who made it", inspect},
-                         {"diff", "in what two caches differ", diff}});
+  return flux::run_tool(
+      "flux-cache",
+      argc,
+      argv,
+      "looks into caches, checks, mends, merges, copies and exports them",
+      {{"inspect", "what a cache holds and who made it", inspect},
+       {"diff", "in what two caches differ", diff},
+       {"stats", "what the values look like, and how fast they are read", stats}});
 }
