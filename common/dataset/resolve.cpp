@@ -286,7 +286,6 @@ void refuse_uncacheable(const Resolved& resolved) {
     if (s.color_aug) refuse("color_aug", pixels, "set color_aug = false");
     if (s.random_crop) refuse("random_crop", pixels, "set random_crop = false; crops are central");
     if (s.face_crop) refuse("face_crop_aug_range", pixels, "remove it");
-    if (s.alpha_mask) refuse("alpha_mask", "masked loss is not supported yet", "remove it");
     if (s.custom_attributes) refuse("custom_attributes", "not supported", "remove it");
     if (s.captions.token_warmup_step > 0) {
       refuse("token_warmup_step",

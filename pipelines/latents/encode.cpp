@@ -20,17 +20,18 @@
 namespace flux::latents {
 namespace {
 
-/// [3, H, W] floats, or why there are none.
+/// [3, H, W] floats and the loss mask [H / 8, W / 8] if the sample has one, or why there are none.
 struct Pixels {
-  std::vector<float> values;
+  std::vector<float> values, mask;
   std::string reason;
 };
 
 Pixels load_pixels(const std::filesystem::path& file,
                    const Sample& sample,
-                   const image::DecodeOptions& options,
+                   image::DecodeOptions options,
                    stage::StageTime& decode_time,
                    stage::StageTime& resize_time) {
+  options.alpha = sample.mask;
   try {
     const auto picture = [&] {
       const stage::StageTime::Scope busy(decode_time);
@@ -45,9 +46,16 @@ Pixels load_pixels(const std::filesystem::path& file,
     Pixels pixels;
     pixels.values.resize(placed.data.size());
     image::to_pixels(placed, pixels.values);
+    if (sample.mask && !picture.alpha.empty()) {
+      pixels.mask =
+          image::alpha_mask(picture, sample.placement, sample.interpolation, sample.flip);
+    } else if (sample.mask) {  // all of an opaque picture counts
+      const auto& bucket = sample.placement.bucket;
+      pixels.mask.assign(static_cast<size_t>(bucket.height / 8 * (bucket.width / 8)), 1.0f);
+    }
     return pixels;
   } catch (const InputError& error) {
-    return {{}, one_line(error.what())};
+    return {{}, {}, one_line(error.what())};
   } catch (const std::bad_alloc&) {
     throw ResourceError("no memory to decode " + show(file));
   }
@@ -68,7 +76,7 @@ cache::SampleInfo info_of(const Sample& s, const std::string& path) {
   info.key = s.key;
   info.source_sha256 = s.source_sha256;
   info.text = path;
-  info.flags = s.flip ? cache::kSampleFlipped : 0;
+  info.flags = s.flags();
   info.height = u32(s.placement.bucket.height / 8), info.width = u32(s.placement.bucket.width / 8);
   info.original_hw = {u32(s.original.height), u32(s.original.width)};
   info.resized_hw = {u32(s.placement.resized.height), u32(s.placement.resized.width)};
@@ -127,11 +135,12 @@ Encoded encode_samples(const dataset::Resolved& resolved,
     sink.stop_if_asked();
     std::vector<const Sample*> batch;
     std::vector<at::Tensor> pixels;
+    std::vector<std::vector<float>> masks;
     const auto bucket = samples[static_cast<size_t>(next)].placement.bucket;
     while (next < count && static_cast<int64_t>(batch.size()) < batch_size &&
            samples[static_cast<size_t>(next)].placement.bucket == bucket) {
       const auto& sample = samples[static_cast<size_t>(next++)];
-      const auto picture = pictures.take();
+      auto picture = pictures.take();
       if (!picture.reason.empty()) {
         fail(sample, picture.reason);
         continue;
@@ -139,6 +148,7 @@ Encoded encode_samples(const dataset::Resolved& resolved,
       batch.push_back(&sample);
       pixels.push_back(from_values<float>(
           picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
+      masks.push_back(std::move(picture.mask));
     }
     stage::encode_in_batches(std::ssize(batch), batch_size, [&](int64_t begin, int64_t part) {
       const auto at = [&](const auto& list) { return list.begin() + begin; };
@@ -165,8 +175,13 @@ Encoded encode_samples(const dataset::Resolved& resolved,
           continue;
         }
         const auto bytes = host_bytes(latents);
-        sink.add(
-            {info_of(sample, resolved.images[sample.image].name), {{bytes.begin(), bytes.end()}}});
+        stage::EncodedSample encoded{info_of(sample, resolved.images[sample.image].name),
+                                     {{bytes.begin(), bytes.end()}}};
+        if (sample.mask) {
+          const auto mask = std::as_bytes(std::span(masks[static_cast<size_t>(begin + i)]));
+          encoded.tensors.emplace_back(mask.begin(), mask.end());
+        }
+        sink.add(std::move(encoded));
         ++out.num_samples;
       }
     });

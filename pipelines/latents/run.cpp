@@ -88,7 +88,7 @@ stage::Report run(const Options& options) {
   const auto provenance = stage::begin("flux-cache-latents", options.command_line, device);
   const auto resolved = stage::resolve(options.data, options.width, options.height);
   use_huge_pages();
-  const auto weights = read_weights_of(options);
+  auto weights = read_weights_of(options);
   const auto precision = stage::choose_precision(options.encode, stage::Precision::kF32);
 
   KeyParameters keys;
@@ -109,6 +109,7 @@ stage::Report run(const Options& options) {
         "use a smaller --resolution, --precision bf16, or --device cpu",
         [&] {
           const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
+          weights.encoder.clear();  // the mapped file counts as memory of this process
           return encode_samples(
               resolved, std::move(samples), encoder, device, options, times, sink);
         });

@@ -114,6 +114,10 @@ std::string background_text(const KeyParameters& p) {
   return fmt::format("#{:02x}{:02x}{:02x}", p.background[0], p.background[1], p.background[2]);
 }
 
+uint32_t Sample::flags() const {
+  return (flip ? cache::kSampleFlipped : 0u) | (mask ? cache::kSampleMasked : 0u);
+}
+
 Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
   nlohmann::json key{{"kind", "latents"},
                      {"revision", kSemanticsRevision},
@@ -129,6 +133,7 @@ Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
                      {"dtype", p.dtype},
                      {"store", p.store}};
   if (p.store == "sample") key["seed"] = p.seed;
+  if (s.mask) key["alpha_mask"] = true;
   if (s.interpolation != image::Interpolation::kAuto)
     key["interpolation"] = image::interpolation_name(s.interpolation);
   return sha256(cache::canonical_json(key));
@@ -158,6 +163,7 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
     sample.image = i;
     sample.original = found[i].picture->header.decoded_size(resolved.profile);
     sample.interpolation = image::interpolation_from_name(subset.pixels.interpolation);
+    sample.mask = subset.alpha_mask;
     try {
       sample.placement = buckets.at(image.subset).place(sample.original);
     } catch (const InputError& error) {
@@ -178,7 +184,7 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
       item.variants.push_back(
           {sample.key,
            subset.flip_aug ? 0.5 : 1.0,
-           flip ? cache::kSampleFlipped : 0u,
+           sample.flags(),
            static_cast<uint32_t>(sample.placement.bucket.height / 8),
            static_cast<uint32_t>(sample.placement.bucket.width / 8)});
       if (seen.insert(sample.key).second) out.samples.push_back(sample);

@@ -31,6 +31,9 @@ struct Sample {
   image::Placement placement;
   image::Interpolation interpolation = image::Interpolation::kAuto;
   bool flip = false;
+  bool mask = false;  // with a loss mask, from the picture's alpha
+
+  uint32_t flags() const;  // cache::kSample*
 };
 
 struct Scan {

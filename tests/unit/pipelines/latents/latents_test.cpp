@@ -192,6 +192,47 @@ TEST_F(Latents, ReproduceMeasuresDriftAndWritesNothing) {
   EXPECT_THROW(run(options), CacheError);
 }
 
+TEST_F(Latents, AlphaBecomesALossMask) {
+  // 32 bits a pixel with a V4 head: left half transparent
+  const uint32_t side = 64;
+  std::string rows;
+  for (uint32_t y = 0; y < side; ++y) {
+    for (uint32_t x = 0; x < side; ++x)
+      rows += std::string{'\x40', '\x80', '\x20', static_cast<char>(x < side / 2 ? 0 : 255)};
+  }
+  const std::string bmp = "BM" + le(122 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) +
+                          le(122, 4) + le(108, 4) + le(side, 4) + le(side, 4) + le(1, 2) +
+                          le(32, 2) + le(3, 4) + le(0, 20) + le(0x00FF0000, 4) +
+                          le(0x0000FF00, 4) + le(0x000000FF, 4) + le(0xFF000000, 4) + le(0, 52) +
+                          rows;
+  folder.write("photos/a.bmp", bmp);
+  folder.write("photos/b.bmp", picture(64, 64, 1));
+  const auto toml = folder.write("d.toml",
+                                 "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n"
+                                 "image_dir = '" + (folder / "photos").string() + "'\n"
+                                 "alpha_mask = true\nflip_aug = true\n");
+  options.data.images.clear();
+  options.data.dataset = toml;
+  options.width = options.height = 0;
+  EXPECT_EQ(run(options).encoded, 4);
+  const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+  EXPECT_EQ(cache.manifest().required_features, std::vector<std::string>{"masks"});
+  const auto mask = [&](int64_t item, size_t variant) {
+    const auto sample = cache.read(cache.index().variants(item)[variant]);
+    EXPECT_EQ(sample.tensors.size(), 2u);
+    std::vector<float> values(64);
+    std::memcpy(values.data(), sample.tensors.at(1).data(), 256);
+    return values;
+  };
+  const auto plain = mask(0, 0), flipped = mask(0, 1);
+  for (size_t i = 0; i < 64; ++i) {
+    EXPECT_EQ(plain[i], i % 8 < 4 ? 0.0f : 1.0f) << i;
+    EXPECT_EQ(flipped[i], i % 8 < 4 ? 1.0f : 0.0f) << i;
+  }
+  EXPECT_EQ(mask(1, 0), std::vector<float>(64, 1.0f));
+  EXPECT_EQ(run(options).encoded, 0);
+}
+
 TEST(Halving, TriesSmallerBatchesUntilOneFits) {
   std::vector<int64_t> tried, done;
   int64_t batch_size = 8;
