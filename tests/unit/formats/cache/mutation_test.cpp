@@ -48,8 +48,7 @@ class Mutants : public testing::TestWithParam<Kind> {
   test::TemporaryFolder folder_;
 };
 
-TEST_P(Mutants, OfASegmentAreRefusedOrIdentical) {
-  const fs::path file = only_segment(folder_.path());
+void expect_segment_refused_or_identical(const fs::path& file) {
   std::vector<SampleInfo> infos;
   std::vector<std::vector<std::vector<std::byte>>> tensors;
   SegmentHeader header;
@@ -68,6 +67,32 @@ TEST_P(Mutants, OfASegmentAreRefusedOrIdentical) {
       same = segment.read(i) == tensors[static_cast<size_t>(i)] && same;
     return same;
   });
+}
+
+TEST_P(Mutants, OfASegmentAreRefusedOrIdentical) {
+  expect_segment_refused_or_identical(only_segment(folder_.path()));
+}
+
+TEST(MaskedMutants, OfASegmentAreRefusedOrIdentical) {
+  const test::TemporaryFolder folder;
+  const Recipe recipe = test::recipe(Kind::kLatents);
+  const Layout layout = layout_of(recipe.kind, recipe.parameters);
+  {
+    Writer writer(folder.path(), recipe, test::provenance());
+    for (uint64_t i = 0; i < 6; ++i) {
+      auto data = test::sample(layout, i);
+      if (i != 1) {  // rows of samples without a mask are all ones
+        data.info.flags |= kSampleMasked;
+        std::vector<float> mask(size_t{data.info.height} * data.info.width);
+        for (size_t k = 0; k < mask.size(); ++k) mask[k] = static_cast<float>(k % 65) / 64;
+        const auto bytes = std::as_bytes(std::span(mask));
+        data.tensors.emplace_back(bytes.begin(), bytes.end());
+      }
+      writer.add(data.info, data.spans());
+    }
+    writer.seal();
+  }
+  expect_segment_refused_or_identical(only_segment(folder.path()));
 }
 
 TEST_P(Mutants, OfTheIndexAreRefusedOrIdentical) {
