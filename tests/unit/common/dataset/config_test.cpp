@@ -114,7 +114,6 @@ TEST_F(DatasetFile, RefusesByNameWhatACacheCannotHonour) {
     EXPECT_HAS(error_of(kCats + text + "\n"), "option " + text.substr(0, text.find(' ')));
   }
   EXPECT_HAS(error_of("[general]\nnetwork_multiplier = 0.5\n" + kCats), "network_multiplier");
-  EXPECT_HAS(error_of(kCats + "alpha_mask = true\n"), "alpha_mask");
   EXPECT_HAS(
       error_of("[general]\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = 8\n" +
                kCats),
