@@ -41,15 +41,15 @@ def arguments(description, **counts):
     return given
 
 
-def png(width, height, seed):
+def png(width, height, seed, alpha):
     """A picture that differs from that of every other seed."""
     numbers = random.Random(seed)
-    rows = b"".join(b"\0" + numbers.randbytes(3 * width) for _ in range(height))
+    rows = b"".join(b"\0" + numbers.randbytes((4 if alpha else 3) * width) for _ in range(height))
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 6 if alpha else 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
 
 
@@ -91,6 +91,11 @@ class Tool:
         self.images, self.models = folder / "images", models
         self.images.mkdir(parents=True)
         (folder / "home").mkdir()
+        # a picture with transparent parts has a second tensor, its mask
+        (folder / "set.toml").write_text(
+            f"[[datasets]]\nresolution = 32\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\n"
+            f"bucket_reso_steps = 16\n[[datasets.subsets]]\nimage_dir = '{self.images}'\nalpha_mask = true\n"
+            f"caption_extension = '.txt'\n")
         self.flags = []  # more of them
         self.version = None
         self.references = {}
@@ -110,7 +115,7 @@ class Tool:
                 continue
             content = 1000 * (version if i % 3 == version % 3 else 0) + i
             if self.kind == "latents":
-                picture.write_bytes(png(48 if i % 2 else 32, 32 if i % 4 else 48, content))
+                picture.write_bytes(png(48 if i % 2 else 32, 32 if i % 4 else 48, content, alpha=i % 5 == 0))
             else:
                 picture.write_bytes(b"no picture is opened")
             caption.write_text(f"photo {content}\n")
@@ -123,10 +128,10 @@ class Tool:
         file.write_bytes(file.read_bytes()[:40] + b"caf\xe9")
 
     def command(self, out):
-        start = [str(self.build / "bin" / f"flux-cache-{self.kind}"), "--images", str(self.images), "--out", str(out),
+        start = [str(self.build / "bin" / f"flux-cache-{self.kind}"), "--dataset", str(self.folder / "set.toml"), "--out", str(out),
                  "--device", "cpu", "--json", *self.flags]
         if self.kind == "latents":
-            return start + ["--resolution", "32x32", "--ae", str(self.models / "ae.safetensors")]
+            return start + ["--ae", str(self.models / "ae.safetensors")]
         return start + ["--t5-length", "256", "--t5", str(self.models / "t5.safetensors"),
                         "--clip", str(self.models / "clip.safetensors"),
                         "--t5-tokenizer", str(self.models / "tokenizers/t5/spiece.model"),
