@@ -6,6 +6,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <fstream>
 #include <iterator>
@@ -17,6 +18,7 @@
 #include "common/core/file.h"
 #include "common/core/hash.h"
 #include "common/core/text.h"
+#include "formats/cache/schema.h"
 
 namespace flux::cache {
 namespace fs = std::filesystem;
@@ -103,7 +105,8 @@ std::string describe(const std::string& text) {
 
 // The whole file appears under its name at once. False: the name is taken.
 bool make_lock(const fs::path& path, const std::string& text) {
-  const fs::path temporary = path.parent_path() / fmt::format(".writer.lock.tmp-{}", random_name());
+  const fs::path temporary =
+      path.parent_path() / fmt::format("{}.tmp-{}", path.filename().native(), random_name());
   const auto write_new = [&](const fs::path& to) {
     const int fd = open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0) return false;
@@ -164,6 +167,50 @@ WriterLock::WriterLock(const fs::path& folder)
 
 WriterLock::~WriterLock() {
   if (content(path_) == owner_) unlink(path_.c_str());
+}
+
+ReaderLock::ReaderLock(const fs::path& folder) {
+  try {
+    path_ = folder / fmt::format(".reader-{}.lock", random_name());
+    std::string owner = this_process();
+    if (make_lock(path_, owner)) owner_ = std::move(owner);
+  } catch (const Error&) {
+    // a folder on a read-only disk can be read all the same; nothing can be removed from it either
+  }
+}
+
+ReaderLock::~ReaderLock() {
+  if (held() && content(path_) == owner_) unlink(path_.c_str());
+}
+
+bool is_reader_lock_name(std::string_view name) {
+  constexpr std::string_view kStart = ".reader-", kEnd = ".lock";
+  return name.size() == kStart.size() + 16 + kEnd.size() && name.starts_with(kStart) &&
+         name.ends_with(kEnd) && is_hex(name.substr(kStart.size(), 16), 16);
+}
+
+std::vector<fs::path> require_no_readers(const fs::path& folder) {
+  std::vector<fs::path> dead;
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end;
+       entry.increment(error)) {
+    const fs::path& path = entry->path();
+    if (!is_reader_lock_name(path.filename().native())) continue;
+    const auto owner = content(path);
+    if (!owner && !fs::exists(path)) continue;  // released meanwhile
+    if (!owner || !is_dead(*owner)) {
+      throw CacheError(
+          fmt::format(
+              "{}: a reader is at work: {}", show(folder), describe(owner.value_or(std::string()))),
+          fmt::format("wait for it; if it is gone for certain, remove {}", show(path)));
+    }
+    dead.push_back(path);
+  }
+  if (error)
+    throw ResourceError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()),
+                        write_failure_hint(error.value()));
+  std::sort(dead.begin(), dead.end());
+  return dead;
 }
 
 }  // namespace flux::cache

@@ -168,9 +168,16 @@ Writer::Writer(const fs::path& folder,
   s.lock = std::make_unique<WriterLock>(folder);
   remove_temporary_files(folder);
   s.read_previous();
-  const auto adopted = options.adopt ? options.adopt() : std::vector<SegmentEntry>();
   const auto names = names_in(folder);
-  s.read_segments(names, adopted);
+  s.read_segments(names, {});
+  if (options.adopt) {
+    const auto adopted = options.adopt(s.previous ? &*s.previous : nullptr);
+    std::vector<std::string> more;
+    for (const auto& entry : adopted) {
+      if (!std::ranges::binary_search(names, entry.name)) more.push_back(entry.name);
+    }
+    s.read_segments(more, adopted);
+  }
   s.num_recovered = s.recover_journals(names);
 }
 

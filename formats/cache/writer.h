@@ -66,6 +66,9 @@ struct WriterOptions {
   Shard shard;
   /// Checks the XXH3-128 of every segment that the last manifest names.
   bool verify_segments = false;
+  /// Called under the lock with the manifest that is there, if any: may put more segments into the
+  /// folder and returns them, with checksums that it knows to be right.
+  std::function<std::vector<SegmentEntry>(const Manifest*)> adopt = {};
 };
 
 /// One writer a folder (lock file), used from one thread.
