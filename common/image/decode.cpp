@@ -134,8 +134,12 @@ void check_size(Size size) {
 }
 
 Header read_header(Bytes file) {
+  const bool animated = starts_with(file, "GIF8")      ? gif_is_animated(file)
+                        : starts_with(file, "RIFF")    ? webp_is_animated(file)
+                        : starts_with(file, "\x89PNG") ? png_is_animated(file)
+                                                       : false;
   const auto raw = decode_any(file, Extent::kHeader, Profile::kDefault);
-  return {raw.size, raw.orientation};
+  return {raw.size, raw.orientation, animated};
 }
 
 Rgb decode(Bytes file, const DecodeOptions& options) try {

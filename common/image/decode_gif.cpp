@@ -97,4 +97,33 @@ Raw decode_gif(Bytes file, Extent extent) {
   return raw;
 }
 
+// A second picture before the end; what is damaged behind the first is not our matter.
+bool gif_is_animated(Bytes file) {
+  int code = 0;
+  const std::unique_ptr<GifFileType, Close> gif(DGifOpen(&file, read_bytes, &code));
+  if (!gif) return false;
+  for (int pictures = 0;;) {
+    GifRecordType type;
+    GifByteType* block = nullptr;
+    int ignored = 0;
+    if (DGifGetRecordType(gif.get(), &type) == GIF_ERROR || type == TERMINATE_RECORD_TYPE)
+      return false;
+    if (type == IMAGE_DESC_RECORD_TYPE) {
+      if (++pictures == 2) return true;
+      if (DGifGetImageDesc(gif.get()) == GIF_ERROR ||
+          DGifGetCode(gif.get(), &ignored, &block) == GIF_ERROR) {
+        return false;
+      }
+      while (block != nullptr) {
+        if (DGifGetCodeNext(gif.get(), &block) == GIF_ERROR) return false;
+      }
+    } else if (type == EXTENSION_RECORD_TYPE) {
+      if (DGifGetExtension(gif.get(), &ignored, &block) == GIF_ERROR) return false;
+      while (block != nullptr) {
+        if (DGifGetExtensionNext(gif.get(), &block) == GIF_ERROR) return false;
+      }
+    }
+  }
+}
+
 }  // namespace flux::image

@@ -48,6 +48,12 @@ Bytes find_exif(Bytes file) {
   return {};
 }
 
+uint64_t big_endian(Bytes bytes) {
+  uint64_t value = 0;
+  for (const std::byte byte : bytes.first(4)) value = value << 8 | std::to_integer<uint64_t>(byte);
+  return value;
+}
+
 }  // namespace
 
 Raw decode_png(Bytes file, Extent extent, Profile profile) {
@@ -114,6 +120,22 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
   if (png_get_iCCP(png, info, &name, &compression, &icc, &icc_bytes) != 0)
     raw.icc.assign(icc, icc + icc_bytes);
   return raw;
+}
+
+// APNG: a chunk acTL, whose first number counts the frames, before the first IDAT.
+bool png_is_animated(Bytes file) {
+  constexpr size_t kSignature = 8, kChunkHead = 8, kChecksum = 4;
+  const auto is = [&](size_t at, const char* name) {
+    return std::memcmp(file.data() + at + 4, name, 4) == 0;
+  };
+  for (size_t at = kSignature; at + kChunkHead + kChecksum <= file.size();) {
+    if (is(at, "IDAT")) return false;
+    if (is(at, "acTL")) return big_endian(file.subspan(at + kChunkHead)) > 1;
+    const uint64_t length = big_endian(file.subspan(at));
+    if (length > file.size() - at) return false;
+    at += kChunkHead + length + kChecksum;
+  }
+  return false;
 }
 
 }  // namespace flux::image

@@ -69,4 +69,11 @@ Raw decode_webp(Bytes file, Extent extent) {
   return raw;
 }
 
+bool webp_is_animated(Bytes file) {
+  const WebPData data{reinterpret_cast<const uint8_t*>(file.data()), file.size()};
+  const std::unique_ptr<WebPDemuxer, decltype(&WebPDemuxDelete)> demuxer(WebPDemux(&data),
+                                                                         WebPDemuxDelete);
+  return demuxer && WebPDemuxGetI(demuxer.get(), WEBP_FF_FRAME_COUNT) > 1;
+}
+
 }  // namespace flux::image

@@ -58,6 +58,7 @@ Rgb decode(std::span<const std::byte> file, const DecodeOptions& options = {});
 struct Header {
   Size size;            // as stored
   int orientation = 1;  // EXIF, 1 to 8
+  bool animated = false;  // GIF, WebP or PNG of several frames, of which decode() takes the first
   /// As decode() returns it.
   Size decoded_size(Profile profile) const {
     return profile == Profile::kDefault && orientation >= 5 ? Size{size.height, size.width} : size;

@@ -40,6 +40,11 @@ Raw decode_gif(Bytes file, Extent extent);
 Raw decode_bmp(Bytes file, Extent extent);
 Raw decode_tiff(Bytes file, Extent extent, Profile profile);
 
+/// Whether a file of that type has several frames; false if it is damaged before that shows.
+bool png_is_animated(Bytes file);
+bool webp_is_animated(Bytes file);
+bool gif_is_animated(Bytes file);
+
 /// Throws InputError if a side is 0 or the picture is above kMaxPixels.
 void check_size(Size size);
 /// The orientation of an EXIF block without its "Exif\0\0"; 1 if there is none or it is broken.

@@ -47,8 +47,7 @@ Pixels load_pixels(const std::filesystem::path& file,
     pixels.values.resize(placed.data.size());
     image::to_pixels(placed, pixels.values);
     if (sample.mask && !picture.alpha.empty()) {
-      pixels.mask =
-          image::alpha_mask(picture, sample.placement, sample.interpolation, sample.flip);
+      pixels.mask = image::alpha_mask(picture, sample.placement, sample.interpolation, sample.flip);
     } else if (sample.mask) {  // all of an opaque picture counts
       const auto& bucket = sample.placement.bucket;
       pixels.mask.assign(static_cast<size_t>(bucket.height / 8 * (bucket.width / 8)), 1.0f);

@@ -11,17 +11,17 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kMagic = "flux-stages pictures 1\n";
+constexpr std::string_view kMagic = "flux-stages pictures 2\n";
 constexpr uint64_t kMaxMemoBytes = uint64_t{1} << 30;
 constexpr int64_t kSettleNanoseconds = 1'000'000'000;
 
 /// One picture on disk; the file is the magic, records, and the XXH3-64 of all that.
 struct Record {
   uint64_t device, inode, size_bytes;
-  int64_t modified_ns, changed_ns, width, height, orientation;
+  int64_t modified_ns, changed_ns, width, height, orientation, animated;
   Sha256Digest sha256;
 };
-static_assert(sizeof(Record) == 96);
+static_assert(sizeof(Record) == 104);
 
 }  // namespace
 
@@ -49,7 +49,8 @@ Memo::Memo(const fs::path& folder, bool forget) {
       entry.stamp.device = r.device, entry.stamp.inode = r.inode,
       entry.stamp.size_bytes = r.size_bytes;
       entry.stamp.modified_ns = r.modified_ns, entry.stamp.changed_ns = r.changed_ns;
-      entry.picture = {r.sha256, {{r.width, r.height}, static_cast<int>(r.orientation)}};
+      entry.picture = {r.sha256,
+                       {{r.width, r.height}, static_cast<int>(r.orientation), r.animated != 0}};
       entries_[{r.device, r.inode}] = entry;
     }
   } catch (const Error& error) {
@@ -90,6 +91,7 @@ void Memo::save() const {
                    e.picture.header.size.width,
                    e.picture.header.size.height,
                    e.picture.header.orientation,
+                   e.picture.header.animated,
                    e.picture.sha256};
     text.append(reinterpret_cast<const char*>(&r), sizeof r);
   }

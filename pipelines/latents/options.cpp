@@ -59,6 +59,10 @@ void add_flags(Options& options, Tool& tool) {
               options.background = parse_background(text);
               options.background_given = true;
             });
+  tool.flag("animated",
+            options.animated,
+            Choices<Animated>{{"first", Animated::kFirst}, {"refuse", Animated::kRefuse}},
+            "animations: their first frame, or left out as bad items");
   tool.group("Encoding");
   stage::add_flags(options.encode, tool, false);
   tool.flag("store",

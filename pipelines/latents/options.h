@@ -9,6 +9,9 @@
 
 namespace flux::latents {
 
+/// An animation: its first frame, or no picture at all.
+enum class Animated { kFirst, kRefuse };
+
 /// What is stored of the posterior: mean and log-variance, or one sample drawn with `seed`.
 enum class Store { kMeanLogvar, kSample };
 
@@ -17,6 +20,7 @@ struct Options {
   stage::EncodeOptions encode;
   std::filesystem::path ae;
   int64_t width = 0, height = 0;  // pixels; 0 = the dataset file's, or 1024x1024 with --images
+  Animated animated = Animated::kFirst;
   Store store = Store::kMeanLogvar;
   int64_t seed = 0;
   std::array<uint8_t, 3> background{255, 255, 255};

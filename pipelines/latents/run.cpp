@@ -118,7 +118,7 @@ stage::Report run(const Options& options) {
   report.noun = "images";
   if (options.encode.reproduce > 0) {
     stage::Reproduction reproduction(options.encode.out, recipe);
-    auto samples = scan(resolved, keys, options.encode.rehash).samples;
+    auto samples = scan(resolved, keys, options.animated, options.encode.rehash).samples;
     std::vector<Sha256Digest> wanted;
     for (const auto& s : samples) wanted.push_back(s.key);
     const auto chosen = reproduction.choose(wanted, options.encode.reproduce);
@@ -134,7 +134,7 @@ stage::Report run(const Options& options) {
                        recipe,
                        provenance,
                        {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
-  auto wanted = scan(resolved, keys, options.encode.rehash);
+  auto wanted = scan(resolved, keys, options.animated, options.encode.rehash);
   std::unordered_map<std::string_view, const Sample*> by_key;  // a digest's bytes
   const auto name_of = [](const Sha256Digest& key) {
     return std::string_view(reinterpret_cast<const char*>(key.data()), key.size());

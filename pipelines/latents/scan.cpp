@@ -139,7 +139,10 @@ Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
   return sha256(cache::canonical_json(key));
 }
 
-Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bool rehash) {
+Scan scan(const dataset::Resolved& resolved,
+          const KeyParameters& parameters,
+          Animated animated,
+          bool rehash) {
   const auto found = look_at_all(resolved, rehash);
   std::map<int64_t, image::Buckets> buckets;
   for (const auto& s : resolved.subsets)
@@ -156,6 +159,10 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
     };
     if (!found[i].picture) {
       fail(found[i].reason);
+      continue;
+    }
+    if (found[i].picture->header.animated && animated == Animated::kRefuse) {
+      fail("an animation of several frames; --animated first takes the first one");
       continue;
     }
     Sample sample;
@@ -181,12 +188,11 @@ Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bo
       if (flip && !subset.flip_aug) break;
       sample.flip = flip;
       sample.key = sample_key(sample, parameters);
-      item.variants.push_back(
-          {sample.key,
-           subset.flip_aug ? 0.5 : 1.0,
-           sample.flags(),
-           static_cast<uint32_t>(sample.placement.bucket.height / 8),
-           static_cast<uint32_t>(sample.placement.bucket.width / 8)});
+      item.variants.push_back({sample.key,
+                               subset.flip_aug ? 0.5 : 1.0,
+                               sample.flags(),
+                               static_cast<uint32_t>(sample.placement.bucket.height / 8),
+                               static_cast<uint32_t>(sample.placement.bucket.width / 8)});
       if (seen.insert(sample.key).second) out.samples.push_back(sample);
     }
     out.items.push_back(std::move(item));

@@ -9,6 +9,7 @@
 #include "common/dataset/dataset.h"
 #include "common/image/image.h"
 #include "formats/cache/writer.h"
+#include "pipelines/latents/options.h"
 
 namespace flux::latents {
 
@@ -43,8 +44,11 @@ struct Scan {
 };
 
 /// Reads pictures that no earlier run has hashed (all with `rehash`), in several threads; decodes
-/// none. Throws Interrupted.
-Scan scan(const dataset::Resolved& resolved, const KeyParameters& parameters, bool rehash);
+/// none. Animations are left out if `animated` says so. Throws Interrupted.
+Scan scan(const dataset::Resolved& resolved,
+          const KeyParameters& parameters,
+          Animated animated,
+          bool rehash);
 
 /// The key of one sample: SHA-256 of the canonical JSON of FORMAT.md section 7, with
 /// `interpolation` where it is not automatic.

@@ -252,5 +252,22 @@ TEST(DrawnPicture, ColourProfileBecomesSrgb) {
                InputError);
 }
 
+// A GIF of 1x1 pixels with so many frames.
+std::string tiny_gif(int frames) {
+  using namespace std::string_literals;
+  std::string file = "GIF89a\1\0\1\0\x80\0\0\0\0\0\xFF\xFF\xFF"s;
+  for (int i = 0; i < frames; ++i) file += "\x2C\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"s;
+  return file + ";";
+}
+
+TEST(Animation, IsSeenInTheFile) {
+  EXPECT_FALSE(read_header(as_bytes(tiny_gif(1))).animated);
+  EXPECT_TRUE(read_header(as_bytes(tiny_gif(2))).animated);
+  EXPECT_TRUE(read_header(as_bytes(tiny_gif(3))).animated);
+  std::string cut = tiny_gif(2);
+  cut.resize(cut.size() - 14);  // inside the second frame's head
+  EXPECT_TRUE(read_header(as_bytes(cut)).animated);
+}
+
 }  // namespace
 }  // namespace flux::image

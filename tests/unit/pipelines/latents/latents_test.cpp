@@ -192,6 +192,24 @@ TEST_F(Latents, ReproduceMeasuresDriftAndWritesNothing) {
   EXPECT_THROW(run(options), CacheError);
 }
 
+TEST_F(Latents, AnimationsAreAChoice) {
+  using namespace std::string_literals;
+  std::string gif = "GIF89a\1\0\1\0\x80\0\0\0\0\0\xFF\xFF\xFF"s;
+  for (int i = 0; i < 2; ++i) gif += "\x2C\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"s;
+  folder.write("photos/a.gif", gif + ";");
+  folder.write("photos/b.bmp", picture(64, 64, 1));
+  EXPECT_EQ(run(options).encoded, 2);
+  options.animated = Animated::kRefuse;
+  options.encode.max_failed = 1;
+  for (int twice = 0; twice < 2; ++twice) {  // the second time from the memo
+    const auto report = run(options);
+    EXPECT_EQ(report.failed, 1);
+    EXPECT_EQ(report.kept, 1);
+  }
+  EXPECT_NE(read_file(options.encode.out / "quarantine.jsonl").find("several frames"),
+            std::string::npos);
+}
+
 TEST_F(Latents, AlphaBecomesALossMask) {
   // 32 bits a pixel with a V4 head: left half transparent
   const uint32_t side = 64;
@@ -202,15 +220,16 @@ TEST_F(Latents, AlphaBecomesALossMask) {
   }
   const std::string bmp = "BM" + le(122 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) +
                           le(122, 4) + le(108, 4) + le(side, 4) + le(side, 4) + le(1, 2) +
-                          le(32, 2) + le(3, 4) + le(0, 20) + le(0x00FF0000, 4) +
-                          le(0x0000FF00, 4) + le(0x000000FF, 4) + le(0xFF000000, 4) + le(0, 52) +
-                          rows;
+                          le(32, 2) + le(3, 4) + le(0, 20) + le(0x00FF0000, 4) + le(0x0000FF00, 4) +
+                          le(0x000000FF, 4) + le(0xFF000000, 4) + le(0, 52) + rows;
   folder.write("photos/a.bmp", bmp);
   folder.write("photos/b.bmp", picture(64, 64, 1));
   const auto toml = folder.write("d.toml",
                                  "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n"
-                                 "image_dir = '" + (folder / "photos").string() + "'\n"
-                                 "alpha_mask = true\nflip_aug = true\n");
+                                 "image_dir = '" +
+                                     (folder / "photos").string() +
+                                     "'\n"
+                                     "alpha_mask = true\nflip_aug = true\n");
   options.data.images.clear();
   options.data.dataset = toml;
   options.width = options.height = 0;
