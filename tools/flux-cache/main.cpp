@@ -4,6 +4,7 @@
 
 #include "common/core/tool.h"
 #include "pipelines/cache/diff.h"
+#include "pipelines/cache/export.h"
 #include "pipelines/cache/inspect.h"
 #include "pipelines/cache/stats.h"
 
@@ -51,15 +52,26 @@ ExitCode stats(flux::Tool& tool) {
   return ExitCode::kOk;
 }
 
+ExitCode export_to(flux::Tool& tool) {
+  flux::cache::ExportOptions opts;
+  flux::cache::add_flags(opts, tool);
+  if (!tool.parse()) return ExitCode::kOk;
+  flux::cache::check(opts);
+  const auto report =
+      flux::cache::export_cache(flux::cache::look_into(opts.folders[0], false), opts);
+  tool.summary(report.line(), report.json());
+  return ExitCode::kOk;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  return flux::run_tool(
-      "flux-cache",
-      argc,
-      argv,
-      "looks into caches, checks, mends, merges, copies and exports them",
-      {{"inspect", "what a cache holds and who made it", inspect},
-       {"diff", "in what two caches differ", diff},
-       {"stats", "what the values look like, and how fast they are read", stats}});
+  return flux::run_tool("flux-cache",
+                        argc,
+                        argv,
+                        "looks into caches, checks, mends, merges, copies and exports them",
+                        {{"inspect", "what a cache holds and who made it", inspect},
+                         {"diff", "in what two caches differ", diff},
+                         {"stats", "what the values look like, and how fast they are read", stats},
+                         {"export", "each sample as a safetensors or npz file", export_to}});
 }
