@@ -172,8 +172,11 @@ WriterLock::~WriterLock() {
 ReaderLock::ReaderLock(const fs::path& folder) {
   try {
     path_ = folder / fmt::format(".reader-{}.lock", random_name());
-    std::string owner = this_process();
-    if (make_lock(path_, owner)) owner_ = std::move(owner);
+    const std::string owner = this_process();
+    // a writer that starts may tidy away the temporary file before it has its name
+    for (int attempt = 0; attempt < 10 && owner_.empty(); ++attempt) {
+      if (make_lock(path_, owner)) owner_ = owner;
+    }
   } catch (const Error&) {
     // a folder on a read-only disk can be read all the same; nothing can be removed from it either
   }

@@ -5,12 +5,15 @@
 #include <list>
 #include <mutex>
 #include <stdexcept>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/folder.h"
+#include "formats/cache/header.h"
 #include "formats/cache/segment_reader.h"
 
 namespace flux::cache {
@@ -33,9 +36,20 @@ struct Cache::State {
   std::unordered_map<uint32_t, decltype(open)::iterator> position;
 
   [[noreturn]] void refuse(const std::string& name, const std::string& text) const {
-    throw CacheError(
-        fmt::format("{}: {}", show(folder / name), text),
-        "copy the whole folder again, or run the cache tool again to encode what is lost");
+    throw CacheError(fmt::format("{}: {}", show(folder / name), text), repair_hint(folder));
+  }
+
+  // What `read` throws about a segment, with what to do about it.
+  template <class Read>
+  auto hinted(Read read) const {
+    try {
+      return read();
+    } catch (const SchemaError&) {
+      throw;
+    } catch (const CacheError& error) {
+      if (std::string_view(error.what()).find("\n  hint: ") != std::string_view::npos) throw;
+      throw CacheError(error.what(), repair_hint(folder));
+    }
   }
 
   std::shared_ptr<const Segment> find_open(uint32_t number) {
@@ -54,7 +68,7 @@ struct Cache::State {
       if (auto found = find_open(number)) return found;
     }
     const SegmentEntry& entry = manifest.segments[number];
-    auto opened = std::make_shared<const Segment>(folder / entry.name);
+    auto opened = hinted([&] { return std::make_shared<const Segment>(folder / entry.name); });
     if (opened->layout() != layout)
       refuse(entry.name, "has tensors of another shape or type than the manifest says");
     if (opened->num_samples() != entry.num_samples) {
@@ -126,9 +140,9 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
               "is damaged: XXH3-128 {}, the manifest says {}", found, s.manifest.index_xxh3_128));
     }
   } catch (const InputError& error) {
-    throw CacheError(error.what());
+    throw CacheError(error.what(), repair_hint(folder));
   }
-  s.index = read_index(folder / kIndexName, kind);
+  s.index = s.hinted([&] { return read_index(folder / kIndexName, kind); });
   for (const auto& variant : s.index.variants()) {
     if (variant.segment == kOtherShard && s.manifest.shard.count > 1) continue;
     if (variant.segment >= s.manifest.segments.size()) {
@@ -149,14 +163,14 @@ SampleInfo Cache::read_into(const IndexVariant& variant,
                             std::span<const std::span<std::byte>> tensors) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  segment->read(variant.row, tensors);
+  state_->hinted([&] { segment->read(variant.row, tensors); });
   return info;
 }
 
 Sample Cache::read(const IndexVariant& variant) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  return {info, segment->read(variant.row)};
+  return {info, state_->hinted([&] { return segment->read(variant.row); })};
 }
 
 SampleInfo Cache::info(const IndexVariant& variant) const {
