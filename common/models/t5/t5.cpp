@@ -63,7 +63,7 @@ namespace {
 /// Rows of the matrix products of masked captions: they are packed one after the other and cut into
 /// tiles of this size, since a product's bits depend on how many rows it has, and its speed too
 /// (weights are read for each tile). The last tile is filled up with zeros.
-constexpr int64_t kTileRows = 192;
+constexpr int64_t kTileRows = 256;
 
 /// One caption among the packed rows.
 struct Sample {
