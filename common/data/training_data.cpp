@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -54,10 +55,28 @@ uint64_t visit_key(uint64_t item_key, int64_t repeat) {
   return item_key + static_cast<uint64_t>(repeat) * 0x9E3779B97F4A7C15ull;
 }
 
-// The variant that a uniform draw falls on; weights need not sum to exactly 1.
-const IndexVariant& pick(std::span<const IndexVariant> variants, double draw) {
+constexpr double kWeightTolerance = 1e-6;
+
+double total_weight(std::span<const IndexVariant> variants) {
   double sum = 0;
   for (const IndexVariant& variant : variants) sum += variant.weight;
+  return sum;
+}
+
+// Throws CacheError if the weights of an item's variants are no probabilities.
+void require_weights(const cache::Cache& cache, int64_t item) {
+  const double sum = total_weight(cache.index().variants(item));
+  if (std::abs(sum - 1) <= kWeightTolerance) return;
+  throw CacheError(fmt::format("{}: the weights of the variants of {} sum to {}, not to 1",
+                               show(cache.folder()),
+                               show(std::string(cache.index().path(item))),
+                               sum),
+                   "make the cache anew");
+}
+
+// The variant that a uniform draw falls on; rounding may have made the weights' sum not exactly 1.
+const IndexVariant& pick(std::span<const IndexVariant> variants, double draw) {
+  const double sum = total_weight(variants);
   double below = 0;
   for (const IndexVariant& variant : variants) {
     below += variant.weight;
@@ -154,7 +173,8 @@ struct TrainingData::State {
           num_validation = 0;
   int64_t empty_caption = -1;  // item of the text cache
   double shift = 0, scale = 1;
-  bool masked = false;
+  bool masked = false;      // attention leaves out padding
+  bool loss_masks = false;  // some latents have a mask
 };
 
 void TrainingData::State::join() {
@@ -200,6 +220,8 @@ void TrainingData::State::join() {
                                    show(std::string(latents.index().path(i))),
                                    item.subset));
     }
+    require_weights(latents, i);
+    require_weights(text, in_text);
     const bool regularization = item.flags & cache::kItemRegularization;
     num_regularization += regularization;
     joined.push_back(
@@ -329,6 +351,9 @@ TrainingData::TrainingData(const std::filesystem::path& latents,
   s.shift = number(s.latents.manifest(), latents, "shift");
   s.scale = number(s.latents.manifest(), latents, "scale");
   s.masked = s.text.manifest().recipe.parameters.value("pad_policy", "") == "masked";
+  const auto& features = s.latents.manifest().required_features;
+  s.loss_masks =
+      std::find(features.begin(), features.end(), cache::kMasksFeature) != features.end();
   s.join();
   s.find_empty_caption();
   s.count_batches();
@@ -345,15 +370,13 @@ int64_t TrainingData::num_regularization() const { return state_->num_regulariza
 int64_t TrainingData::num_quarantined() const { return state_->num_quarantined; }
 int64_t TrainingData::num_validation() const { return state_->num_validation; }
 
-std::vector<std::pair<std::string, int64_t>> TrainingData::buckets() const {
+std::vector<BucketVisits> TrainingData::buckets() const {
   std::map<std::pair<uint32_t, uint32_t>, int64_t> visits;
   for (const auto& [group, count] : state_->group_visits)
     visits[{std::get<2>(group), std::get<1>(group)}] += count;
-  std::vector<std::pair<std::string, int64_t>> out;
-  for (const auto& [size, count] : visits) {
-    out.emplace_back(
-        fmt::format("{}x{}", size.first * kPixelsPerLatent, size.second * kPixelsPerLatent), count);
-  }
+  std::vector<BucketVisits> out;
+  for (const auto& [size, count] : visits)
+    out.push_back({size.first * kPixelsPerLatent, size.second * kPixelsPerLatent, count});
   return out;
 }
 
@@ -426,8 +449,12 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
     const IndexVariant& form =
         pick(s.latents.index().variants(item.in_latents),
              RandomStream(s.options.seed, Purpose::kFlip, at, key).uniform(0));
-    const std::span<std::byte> whole(stored);
-    s.latents.read_into(form, std::span(&whole, 1));
+    std::vector<std::span<std::byte>> tensors{stored};
+    if (s.loss_masks && (s.latents.info(form).flags & cache::kSampleMasked)) {
+      if (!batch.loss_mask.defined()) batch.loss_mask = at::ones({b, 1, rows, columns}, at::kFloat);
+      tensors.push_back(row_bytes(batch.loss_mask, row));
+    }
+    s.latents.read_into(form, tensors);
     s.draw_latents(to_floats(stored, latents.dtype), epoch, key, sample_of(batch.latents, row));
     RandomStream(s.options.seed, Purpose::kNoise, at, key).fill_normal(sample_of(batch.noise, row));
 

@@ -35,11 +35,19 @@ struct Batch {
   at::Tensor pooled_embedding;   // [B, V] in the cache's dtype
   at::Tensor text_mask;  // [B, L] bool, true = real token; undefined unless the cache's pad policy
                          // is masked
+  at::Tensor loss_mask;  // [B, 1, H/8, W/8] float32 in [0, 1], how much each latent pixel counts;
+                         // ones for samples without a mask; undefined if the batch has none
   at::Tensor loss_weight;          // [B] float32: 1, or prior_loss_weight
   std::vector<uint64_t> visits;    // [B] names each visit's random streams: item and repeat
   std::vector<std::string> names;  // [B] for messages: path of the image in its subset
 
   int64_t size() const { return static_cast<int64_t>(visits.size()); }
+};
+
+/// One size that is trained at, in pixels, and its visits an epoch.
+struct BucketVisits {
+  int64_t width = 0, height = 0, visits = 0;
+  bool operator==(const BucketVisits&) const = default;
 };
 
 /// The join of two caches (design: the trainer reads no data set file). Every random choice is a
@@ -49,8 +57,8 @@ class TrainingData {
  public:
   /// Opens both caches and joins them by item. Items quarantined in either are left out, as are
   /// held-out validation items; both are counted. Throws CacheError: a cache is absent or damaged,
-  /// the plans differ, items are in one of them only (their number and five names), nothing is left
-  /// to train on, a subset drops captions but there is no empty one.
+  /// the plans differ, items are in one of them only (their number and five names), the weights of
+  /// an item's variants do not sum to 1, nothing is left to train on, a subset drops captions but there is no empty one.
   TrainingData(const std::filesystem::path& latents,
                const std::filesystem::path& text,
                const DataOptions& options);
@@ -66,9 +74,8 @@ class TrainingData {
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
   int64_t num_validation() const;
-  /// Samples and buckets by number of batches, for metadata: "1024x768" (width x height in pixels)
-  /// -> visits an epoch.
-  std::vector<std::pair<std::string, int64_t>> buckets() const;
+  /// By width, then height.
+  std::vector<BucketVisits> buckets() const;
   /// Hex digests of all that batches take from each cache: its parameters, plan, items and samples.
   std::string latents_digest() const;
   std::string text_digest() const;

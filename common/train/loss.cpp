@@ -40,7 +40,8 @@ at::Tensor loss_weights(WeightingScheme scheme, const at::Tensor& sigma) {
 at::Tensor element_loss(const LossOptions& options,
                         const at::Tensor& prediction,
                         const at::Tensor& target,
-                        const at::Tensor& sigma) {
+                        const at::Tensor& sigma,
+                        const at::Tensor& mask) {
   check_shape("prediction", prediction, target.sizes());
   const at::Tensor d = prediction.to(at::kFloat) - target.to(at::kFloat);
   at::Tensor loss;
@@ -57,6 +58,10 @@ at::Tensor element_loss(const LossOptions& options,
     loss = 2 * ((d.square() + c.square()).sqrt() - c);
     if (options.type == LossType::kHuber) loss = loss * c;
   }
+  if (mask.defined()) {
+    check_shape("mask", mask, target.sizes());
+    loss = loss * mask;
+  }
   return loss.flatten(1).mean(1);
 }
 
@@ -64,9 +69,10 @@ at::Tensor loss_per_sample(const LossOptions& options,
                            const at::Tensor& output,
                            const at::Tensor& noisy,
                            const at::Tensor& target,
-                           const at::Tensor& sigma) {
+                           const at::Tensor& sigma,
+                           const at::Tensor& mask) {
   const at::Tensor loss = element_loss(
-      options, model_prediction(options.prediction, output, noisy, sigma), target, sigma);
+      options, model_prediction(options.prediction, output, noisy, sigma), target, sigma, mask);
   if (options.prediction != Prediction::kSigmaScaled) return loss;
   return loss * loss_weights(options.weighting, sigma);
 }

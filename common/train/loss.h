@@ -36,20 +36,25 @@ at::Tensor model_prediction(Prediction kind,
 /// float32.
 at::Tensor loss_weights(WeightingScheme scheme, const at::Tensor& sigma);
 
-/// Mean over all elements of each sample, in float32: l2 d^2, l1 |d|, huber 2c (sqrt(d^2 + c^2) -
+/// Mean over all elements of each sample of the element's loss times `mask`, in float32: l2 d^2, l1 |d|, huber 2c (sqrt(d^2 + c^2) -
 /// c), smooth_l1 2 (sqrt(d^2 + c^2) - c) with d = prediction - target; c = huber_scale * huber_c,
 /// or huber_scale * huber_c^sigma.
 ///
+/// The sum is divided by the number of elements, whatever the mask is, as in sd-scripts.
+///
 ///   prediction, target  [B, ...] of equal shape
 ///   sigma               [B] float32
+///   mask                shape of prediction, in [0, 1]; undefined: all ones
 ///   returns             [B] float32, differentiable in prediction
 ///
 /// Throws std::invalid_argument if shapes disagree.
-/// Source: sd-scripts library/train_util.py, conditional_loss (formulas).
+/// Source: sd-scripts library/train_util.py, conditional_loss, and
+/// library/custom_train_functions.py, apply_masked_loss (formulas).
 at::Tensor element_loss(const LossOptions& options,
                         const at::Tensor& prediction,
                         const at::Tensor& target,
-                        const at::Tensor& sigma);
+                        const at::Tensor& sigma,
+                        const at::Tensor& mask);
 
 /// model_prediction, element_loss and, with kSigmaScaled, loss_weights: [B] float32. The loss of a
 /// batch is its mean.
@@ -57,6 +62,7 @@ at::Tensor loss_per_sample(const LossOptions& options,
                            const at::Tensor& output,
                            const at::Tensor& noisy,
                            const at::Tensor& target,
-                           const at::Tensor& sigma);
+                           const at::Tensor& sigma,
+                           const at::Tensor& mask);
 
 }  // namespace flux

@@ -184,7 +184,7 @@ std::vector<Rule> loss_rules(const TensorMap& v) {
          options.prediction = *prediction_of(g[1].str());
          options.weighting = *scheme_of(g[2].str());
          const at::Tensor each =
-             loss_per_sample(options, p("output"), p("noisy"), p("target"), p("sigma"));
+             loss_per_sample(options, p("output"), p("noisy"), p("target"), p("sigma"), {});
          return g[3] == "loss" ? each.mean() : each;
        }});
   rules.push_back(
@@ -198,7 +198,7 @@ std::vector<Rule> loss_rules(const TensorMap& v) {
                                           {"smooth_l1", LossType::kSmoothL1}});
          options.huber_schedule =
              g[2] == "exponential" ? HuberSchedule::kExponential : HuberSchedule::kConstant;
-         const at::Tensor each = element_loss(options, p("output"), p("target"), p("sigma"));
+         const at::Tensor each = element_loss(options, p("output"), p("target"), p("sigma"), {});
          return wanted.dim() == 0 ? each.mean() : each;
        }});
   return rules;

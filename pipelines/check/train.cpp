@@ -1,6 +1,5 @@
 // Kind train: short training runs with every random number written down, replayed update by update.
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -12,13 +11,11 @@
 #include <vector>
 
 #include "common/core/error.h"
-#include "common/models/flux/packing.h"
 #include "common/models/lora/lora.h"
 #include "common/optim/adamw.h"
 #include "common/tensor/tensor.h"
-#include "common/train/flow_matching.h"
+#include "common/train/flow_loss.h"
 #include "common/train/gradient_clip.h"
-#include "common/train/loss.h"
 #include "pipelines/check/case.h"
 #include "pipelines/check/transformer.h"
 
@@ -39,27 +36,21 @@ T setting(const Case& c, const char* key, T fallback) {
   return c.config.contains(key) ? c.config[key].get<T>() : fallback;
 }
 
-/// Loss of batch `step`: x_t and velocity of flow matching, timestep = sigma.
+/// Loss of batch `step`, as in training.
 at::Tensor batch_loss(const Case& c, const dit::Model& model, const TensorMap& data, int64_t step) {
-  const at::Tensor index = golden(data, "index")[step],
-                   noise = c.on_device(golden(data, "noise")[step]);
+  const at::Tensor index = golden(data, "index")[step];
   const auto rows = [&](const char* name) {
     return c.on_device(golden(data, name).index_select(0, index));
   };
-  const at::Tensor latents = rows("latents"), sigma = c.on_device(golden(data, "sigma")[step]),
-                   txt = rows("txt");
-  dit::Inputs in;
-  in.img = dit::pack_latents(noised_latents(latents, noise, sigma));
-  in.txt = txt;
-  in.y = rows("y");
-  in.timestep = sigma;
-  in.guidance = at::full({index.numel()}, setting(c, "guidance", 1.0), sigma.options());
-  in.img_ids = c.on_device(dit::image_ids(latents.size(2), latents.size(3)));
-  in.txt_ids = c.on_device(dit::text_ids(txt.size(1)));
-  const at::Tensor output = dit::unpack_latents(
-      dit::forward(model.config, model.weights, in), latents.size(2), latents.size(3));
-  return loss_per_sample(LossOptions{}, output, noise, velocity_target(latents, noise), sigma)
-      .mean();
+  return flow_loss(model.config,
+                   model.weights,
+                   LossOptions{},
+                   {.latents = rows("latents"),
+                    .noise = c.on_device(golden(data, "noise")[step]),
+                    .sigma = c.on_device(golden(data, "sigma")[step]),
+                    .prompt_embedding = rows("txt"),
+                    .pooled_embedding = rows("y"),
+                    .guidance = setting(c, "guidance", 1.0)});
 }
 
 void replay(const Case& c,

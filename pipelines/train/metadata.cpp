@@ -32,13 +32,11 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
   nlohmann::json buckets = nlohmann::json::object();
   std::string resolution = "1024x1024";
   int64_t most = 0, number = 0;
-  for (const auto& [size, visits] : data.buckets()) {
-    const auto sides = split(size, 'x');
-    buckets[std::to_string(number++)] = {
-        {"resolution", {std::stoll(sides[0]), std::stoll(sides[1])}}, {"count", visits}};
+  for (const auto& [width, height, visits] : data.buckets()) {
+    buckets[std::to_string(number++)] = {{"resolution", {width, height}}, {"count", visits}};
     if (visits > most) {
       most = visits;
-      resolution = size;
+      resolution = fmt::format("{}x{}", width, height);
     }
   }
   const int64_t epochs = (o.max_steps + data.num_batches() - 1) / data.num_batches();

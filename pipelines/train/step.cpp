@@ -1,7 +1,7 @@
 #include "pipelines/train/step.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
@@ -11,10 +11,9 @@
 #include "common/core/error.h"
 #include "common/core/rng.h"
 #include "common/core/text.h"
-#include "common/models/flux/packing.h"
 #include "common/optim/adamw.h"
 #include "common/tensor/tensor.h"
-#include "common/train/flow_matching.h"
+#include "common/train/flow_loss.h"
 #include "common/train/gradient_clip.h"
 
 namespace flux::train {
@@ -56,29 +55,6 @@ at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
 
 }  // namespace
 
-at::Tensor flow_loss(const dit::Config& config,
-                     const dit::Weights& weights,
-                     const LossOptions& options,
-                     const FlowInputs& in) {
-  const int64_t rows = in.latents.size(2), columns = in.latents.size(3);
-  const auto device = in.latents.device();
-  const at::Tensor noisy =
-      dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));               // [B, N, 64]
-  const at::Tensor target = dit::pack_latents(velocity_target(in.latents, in.noise));  // [B, N, 64]
-  dit::Inputs inputs;
-  inputs.img = noisy;
-  inputs.txt = in.prompt_embedding;
-  inputs.y = in.pooled_embedding;
-  inputs.timestep = in.sigma;
-  if (config.guidance) inputs.guidance = at::full_like(in.sigma, in.guidance);
-  inputs.img_ids = dit::image_ids(rows, columns).to(device);
-  inputs.txt_ids = dit::text_ids(in.prompt_embedding.size(1)).to(device);
-  if (in.text_mask.defined()) inputs.text_mask = in.text_mask;
-  const at::Tensor output = dit::forward(config, weights, inputs);  // [B, N, 64]
-  const at::Tensor loss = loss_per_sample(options, output, noisy, target, in.sigma);
-  return in.loss_weight.defined() ? (loss * in.loss_weight).mean() : loss.mean();
-}
-
 StepResult train_step(Session& session, const Batch& batch) {
   const auto on_device = [&](const at::Tensor& tensor) {
     return tensor.defined() ? tensor.to(session.device) : tensor;
@@ -92,6 +68,7 @@ StepResult train_step(Session& session, const Batch& batch) {
                                      .prompt_embedding = on_device(batch.prompt_embedding),
                                      .pooled_embedding = on_device(batch.pooled_embedding),
                                      .text_mask = on_device(batch.text_mask),
+                                     .loss_mask = on_device(batch.loss_mask),
                                      .loss_weight = on_device(batch.loss_weight),
                                      .guidance = session.guidance()});
   loss.backward();

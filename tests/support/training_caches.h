@@ -22,6 +22,7 @@ struct TrainingItem {
   uint32_t subset = 0, repeats = 1, flags = 0;
   int num_captions = 1;
   bool flipped_too = false;
+  bool masked = false;  // with a loss mask: element i of n is i / n
 };
 
 struct TrainingCaches {
@@ -29,6 +30,7 @@ struct TrainingCaches {
   int64_t t5_length = 512, t5_width = 16, clip_width = 8;
   std::string pad_policy = "full";
   std::string store = "mean_logvar";
+  double flip_weight = 0.5;  // of each variant of an item that is flipped too
   bool empty_caption = false;
   nlohmann::json plan = {
       {"datasets",
@@ -86,15 +88,17 @@ struct TrainingCaches {
         info.key = sha256(fmt::format("latents {} {} {}", item.name, item.subset, flip));
         info.text = item.name;
         info.height = item.rows, info.width = item.columns;
-        info.flags = flip ? cache::kSampleFlipped : 0;
+        info.flags = (flip ? cache::kSampleFlipped : 0) | (item.masked ? cache::kSampleMasked : 0);
         const size_t n = 16 * item.rows * item.columns;
         std::vector<float> values(static_cast<size_t>(channels()) * item.rows * item.columns,
                                   -2.0f);
         RandomStream(
             1, Purpose::kDemo, std::hash<std::string>()(item.name), static_cast<uint64_t>(flip))
             .fill_normal(std::span(values).first(n));
-        add(writer, info, {bf16(values)});
-        want.variants.push_back({info.key, item.flipped_too ? 0.5 : 1.0, info.flags});
+        std::vector<std::vector<std::byte>> tensors{bf16(values)};
+        if (item.masked) tensors.push_back(ramp(item.rows * item.columns));
+        add(writer, info, tensors);
+        want.variants.push_back({info.key, item.flipped_too ? flip_weight : 1.0, info.flags});
       }
       all.push_back(want);
     }
@@ -158,6 +162,12 @@ struct TrainingCaches {
   }
 
  private:
+  static std::vector<std::byte> ramp(int64_t n) {
+    std::vector<float> values;
+    for (int64_t i = 0; i < n; ++i) values.push_back(static_cast<float>(i) / static_cast<float>(n));
+    const auto bytes = std::as_bytes(std::span(values));
+    return {bytes.begin(), bytes.end()};
+  }
   static std::vector<std::byte> bf16(const std::vector<float>& values) {
     std::vector<std::byte> out;
     for (const float value : values) {

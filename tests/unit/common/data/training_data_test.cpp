@@ -16,6 +16,7 @@ namespace {
 
 using test::TemporaryFolder;
 using test::TrainingCaches;
+using testing::AllOf;
 using testing::HasSubstr;
 
 TrainingCaches five_items() {
@@ -43,8 +44,7 @@ TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
   EXPECT_EQ(data.num_items(), 5);
   EXPECT_EQ(data.num_visits(), 6);
   EXPECT_EQ(data.num_batches(), 3);  // 4 visits of 8x8, 2 of 8x12: ceil(4/3) + ceil(2/3)
-  EXPECT_EQ(data.buckets(),
-            (std::vector<std::pair<std::string, int64_t>>{{"64x64", 4}, {"96x64", 2}}));
+  EXPECT_EQ(data.buckets(), (std::vector<BucketVisits>{{64, 64, 4}, {96, 64, 2}}));
   std::set<std::multiset<int64_t>> orders;
   for (int64_t epoch = 0; epoch < 4; ++epoch) {
     std::multiset<std::string> names;
@@ -133,6 +133,41 @@ TEST(TrainingData, TakesVariantsByWeightAndDropsCaptionsAtTheRate) {
   const at::Tensor first = batch.latents.select(1, 0).flatten(1).select(1, 0);
   const int64_t plain = (first == first[0]).sum().item<int64_t>();
   EXPECT_NEAR(static_cast<double>(plain), 200, 40);
+}
+
+TEST(TrainingData, GivesTheLossMaskOfSamplesThatHaveOneAndOnesForTheRest) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();  // a, b, d (twice) of 8x8; c, e of 8x12
+  caches.items[1].masked = true;
+  caches.write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {.batch_size = 4});
+  int num_masked = 0;
+  for (const auto& visits : data.epoch_batches(0)) {
+    const Batch batch = data.load(0, 0, visits);
+    if (batch.latents.size(3) == 12) {
+      EXPECT_FALSE(batch.loss_mask.defined());
+      continue;
+    }
+    ASSERT_EQ(batch.loss_mask.sizes(), (std::vector<int64_t>{4, 1, 8, 8}));
+    for (int64_t row = 0; row < 4; ++row) {
+      const bool masked = batch.names[static_cast<size_t>(row)] == "b.png";
+      num_masked += masked;
+      EXPECT_TRUE(at::equal(batch.loss_mask[row].flatten(),
+                            masked ? at::arange(64, at::kFloat) / 64 : at::ones(64)));
+    }
+  }
+  EXPECT_EQ(num_masked, 1);
+}
+
+TEST(TrainingData, RefusesWeightsThatAreNoProbabilities) {
+  for (const double weight : {0.4, 0.5 + 1e-5}) {
+    TemporaryFolder folder;
+    TrainingCaches caches = five_items();
+    caches.items[2].flipped_too = true;
+    caches.flip_weight = weight;
+    caches.write(folder.path());
+    EXPECT_THAT(message_of(folder), AllOf(HasSubstr("c.png"), HasSubstr("sum to"))) << weight;
+  }
 }
 
 TEST(TrainingData, DropsAllCaptionsOfEveryNthEpoch) {

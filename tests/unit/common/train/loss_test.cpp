@@ -49,7 +49,8 @@ TEST(LossPerSample, EqualsTheReferenceForEveryPredictionType) {
                                             output,
                                             noisy,
                                             vector("prediction.target"),
-                                            sigma);
+                                            sigma,
+                                            {});
     EXPECT_LT(test::relative_error(loss, vector("prediction." + name + ".loss_per_sample")),
               kLimit);
     EXPECT_LT(test::relative_error(loss.mean(), vector("prediction." + name + ".loss")), kLimit);
@@ -60,7 +61,7 @@ TEST(ElementLoss, EqualsTheReferenceForEveryType) {
   const at::Tensor output = vector("prediction.output"), target = vector("prediction.target");
   const at::Tensor sigma = vector("prediction.sigma");
   const auto loss = [&](LossType type, HuberSchedule schedule = HuberSchedule::kConstant) {
-    return element_loss({.type = type, .huber_schedule = schedule}, output, target, sigma);
+    return element_loss({.type = type, .huber_schedule = schedule}, output, target, sigma, {});
   };
   EXPECT_LT(test::relative_error(loss(LossType::kL1).mean(), vector("loss.l1")), kLimit);
   EXPECT_LT(test::relative_error(loss(LossType::kL2).mean(), vector("loss.l2")), kLimit);
@@ -76,11 +77,26 @@ TEST(ElementLoss, EqualsTheReferenceForEveryType) {
 }
 
 TEST(ElementLoss, RefusesShapesThatDisagree) {
-  EXPECT_THROW(element_loss({}, at::zeros({2, 3}), at::zeros({2, 4}), at::zeros({2})),
+  EXPECT_THROW(element_loss({}, at::zeros({2, 3}), at::zeros({2, 4}), at::zeros({2}), {}),
                std::invalid_argument);
   EXPECT_THROW(
       element_loss(
-          {.type = LossType::kHuber}, at::zeros({2, 3}), at::zeros({2, 3}), at::zeros({3})),
+          {.type = LossType::kHuber}, at::zeros({2, 3}), at::zeros({2, 3}), at::zeros({3}), {}),
+      std::invalid_argument);
+}
+
+TEST(ElementLoss, IsMultipliedByTheMaskAndNotDividedByIt) {  // golden: worked by hand
+  const at::Tensor prediction = at::tensor({1.0f, 2.0f, 3.0f, 4.0f}).view({2, 1, 1, 2}),
+                   mask = at::tensor({1.0f, 0.5f, 0.0f, 0.0f}).view({2, 1, 1, 2});
+  const at::Tensor loss =
+      element_loss({}, prediction, at::zeros_like(prediction), at::zeros({2}), mask);
+  EXPECT_TRUE(at::equal(loss, at::tensor({1.5f, 0.0f})));  // (1 * 1 + 4 * 0.5) / 2
+  EXPECT_TRUE(at::equal(
+      loss_per_sample({}, prediction, prediction, at::zeros_like(prediction), at::zeros({2}), mask),
+      loss));
+  EXPECT_THROW(
+      element_loss(
+          {}, prediction, at::zeros_like(prediction), at::zeros({2}), at::ones({2, 1, 1, 1})),
       std::invalid_argument);
 }
 

@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 
 #include "common/models/flux/load.h"
+#include "common/models/flux/packing.h"
 #include "common/models/lora/lora.h"
 #include "common/optim/adamw.h"
+#include "common/train/flow_loss.h"
+#include "common/train/flow_matching.h"
 #include "common/train/gradient_clip.h"
 #include "pipelines/model/tiny.h"
-#include "pipelines/train/step.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/tiny_flux.h"
 
@@ -29,9 +31,7 @@ double share_after_300_steps(const dit::Config& config,
                          .noise = normal({4, 16, 4, 4}, 1),
                          .sigma = at::tensor({0.2f, 0.45f, 0.7f, 0.9f}),
                          .prompt_embedding = normal({4, 8, config.prompt_dim}, 2),
-                         .pooled_embedding = normal({4, config.pooled_dim}, 3),
-                         .text_mask = {},
-                         .loss_weight = {}};
+                         .pooled_embedding = normal({4, config.pooled_dim}, 3)};
   const double base = flow_loss(config, weights, {}, fixed).item<double>();
 
   lora::Adapters adapters = lora::make_adapters(lora::default_targets(config), 16, 16, 1);
@@ -62,6 +62,33 @@ double share_after_300_steps(const dit::Config& config,
     }
   }
   return loss / base;
+}
+
+TEST(FlowLoss, MasksTheElementsOfTheirOwnPixels) {
+  const dit::Config config = test::tiny_flux_config();
+  const dit::Weights weights = dit::make_weights(config, test::tiny_flux(config, 1), at::kFloat);
+  FlowInputs in{.latents = normal({2, 16, 4, 6}, 0),
+                .noise = normal({2, 16, 4, 6}, 1),
+                .sigma = at::tensor({0.2f, 0.7f}),
+                .prompt_embedding = normal({2, 8, config.prompt_dim}, 2),
+                .pooled_embedding = normal({2, config.pooled_dim}, 3)};
+  const at::NoGradGuard no_grad;
+  const double plain = flow_loss(config, weights, {}, in).item<double>();
+  in.loss_mask = at::ones({2, 1, 4, 6});
+  EXPECT_EQ(flow_loss(config, weights, {}, in).item<double>(), plain);
+  in.loss_mask = normal({2, 1, 4, 6}, 4).abs().clamp_max(1);
+  // the same from the unpacked output
+  dit::Inputs inputs;
+  inputs.img = dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));
+  inputs.txt = in.prompt_embedding, inputs.y = in.pooled_embedding, inputs.timestep = in.sigma;
+  inputs.guidance = at::ones({2});
+  inputs.img_ids = dit::image_ids(4, 6), inputs.txt_ids = dit::text_ids(8);
+  const at::Tensor output = dit::unpack_latents(dit::forward(config, weights, inputs), 4, 6);
+  const at::Tensor each = (output - velocity_target(in.latents, in.noise)).square() * in.loss_mask;
+  const double expected = each.mean().item<double>();
+  EXPECT_NEAR(flow_loss(config, weights, {}, in).item<double>(), expected, 1e-6 * expected);
+  in.loss_mask = at::ones({2, 1, 4, 4});
+  EXPECT_THROW(flow_loss(config, weights, {}, in), std::invalid_argument);
 }
 
 TEST(Overfitting, LoraBringsTheLossBelow15PercentWithin300Steps) {

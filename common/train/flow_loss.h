@@ -1,0 +1,31 @@
+// common/train/flow_loss.h - one batch through the model to its loss.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "common/models/flux/transformer.h"
+#include "common/train/loss.h"
+
+namespace flux {
+
+/// One batch as the model's loss takes it; latents and noise float32, everything on the model's
+/// device.
+struct FlowInputs {
+  at::Tensor latents, noise;    // [B, 16, h, w]
+  at::Tensor sigma;             // [B] float32
+  at::Tensor prompt_embedding;  // [B, L, X]
+  at::Tensor pooled_embedding;  // [B, V]
+  at::Tensor text_mask{};       // [B, L], or undefined
+  at::Tensor loss_mask{};       // [B, 1, h, w] float32 in [0, 1], or undefined: 1
+  at::Tensor loss_weight{};     // [B] float32, or undefined: 1
+  double guidance = 1;
+};
+
+/// Flow matching: the model sees the latents noised to sigma and must predict noise - latents.
+/// Returns the mean over the samples of loss_per_sample() times weight; scalar float32 with its
+/// graph. Throws std::invalid_argument if shapes disagree.
+at::Tensor flow_loss(const dit::Config& config,
+                     const dit::Weights& weights,
+                     const LossOptions& options,
+                     const FlowInputs& inputs);
+
+}  // namespace flux
