@@ -3,14 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/dataset/path_text.h"
-#include "tests/support/shared_data.h"
 #include "tests/support/temporary_folder.h"
 
 namespace flux::dataset {
@@ -76,37 +74,6 @@ TEST(CaptionProgram, SecondarySeparatorBecomesTheSeparator) {
   CaptionOptions o;
   o.secondary_separator = ";;;";
   EXPECT_EQ(run("a;;;b, c", o), "a,b, c");
-}
-
-TEST(CaptionProgram, EqualsSdScriptsOnAllReferenceLines) {
-  FLUX_SHARED_DATA_OR_SKIP(folder, "golden/data/captions");
-  std::ifstream lines(folder / "captions.jsonl");
-  int64_t count = 0;
-  for (std::string line; std::getline(lines, line); ++count) {
-    SCOPED_TRACE(line);
-    const auto l = nlohmann::json::parse(line);
-    CaptionOptions o;
-    o.prefix = l.value("caption_prefix", ""), o.suffix = l.value("caption_suffix", "");
-    o.separator = l.value("caption_separator", ","),
-    o.secondary_separator = l.value("secondary_separator", "");
-    o.keep_tokens_separator = l.value("keep_tokens_separator", ""),
-    o.keep_tokens = l.value("keep_tokens", 0);
-    o.shuffle = l.value("shuffle_caption", false), o.wildcards = l.value("enable_wildcard", false);
-    o.tag_dropout_rate = l.value("caption_tag_dropout_rate", 0.0),
-    o.dropout_rate = l.value("caption_dropout_rate", 0.0);
-    o.dropout_every_n_epochs = l.value("caption_dropout_every_n_epochs", 0);
-    o.token_warmup_min = l.value("token_warmup_min", 1),
-    o.token_warmup_step = l.value("token_warmup_step", 0.0);
-    Script script(l.at("draws"));
-    EXPECT_EQ(
-        process_caption(l.at("caption").get<std::string>(),
-                        o,
-                        {l.at("current_epoch"), l.at("current_step"), l.at("max_train_steps")},
-                        script),
-        l.at("result"));
-    EXPECT_TRUE(script.used_up());
-  }
-  EXPECT_EQ(count, 400);
 }
 
 TEST(CaptionVariants, AreEnumeratedWithExactProbabilities) {  // golden: worked by hand
@@ -177,21 +144,6 @@ TEST(CaptionFile, RefusesWhatIsNotUtf8) {
   }
   EXPECT_THROW(read_caption_file(folder.write("e.txt", ""), false, Profile::kKohya), InputError);
   EXPECT_EQ(read_caption_file(folder.write("e.txt", ""), false, Profile::kDefault), "");
-}
-
-TEST(CaptionFile, GivesTheRecordedVerdictOnHostileFiles) {
-  FLUX_SHARED_DATA_OR_SKIP(folder, "golden/hostile");
-  const auto index = nlohmann::json::parse(std::ifstream(folder / "index.json"));
-  for (const auto& e : index.at("captions")) {
-    SCOPED_TRACE(e.dump());
-    std::optional<std::string> text;
-    try {
-      text = read_caption_file(folder / e.at("file"), false, Profile::kDefault);
-    } catch (const InputError&) {
-    }
-    EXPECT_TRUE(e.at("expect") == "policy" || text.has_value() == (e.at("expect") == "accept"));
-    EXPECT_TRUE(!e.contains("text") || text == e.at("text").get<std::string>());
-  }
 }
 
 TEST(PathText, IsLossless) {

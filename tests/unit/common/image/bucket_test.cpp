@@ -3,12 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 
 #include "common/core/error.h"
-#include "tests/support/shared_data.h"
 
 namespace flux::image {
 namespace {
@@ -20,8 +17,6 @@ BucketOptions options(
   o.profile = profile;
   return o;
 }
-
-Size size_of(const nlohmann::json& json) { return {json.at(0), json.at(1)}; }
 
 TEST(KohyaBuckets, AreTheListOfSdScripts) {  // golden: sd-scripts, 512x512 in steps of 64
   const Buckets buckets(options({512, 512}, 256, 1024, 64, Profile::kKohya));
@@ -102,52 +97,6 @@ TEST(Buckets, Disabled) {
   auto o = options({768, 1024}, 256, 1024, 64, Profile::kKohya);
   o.enabled = false;
   EXPECT_EQ(Buckets(o).place({4096, 1}).resized, (Size{4194304, 1024}));
-}
-
-TEST(KohyaBuckets, EqualSdScriptsOnAllReferenceLines) {
-  FLUX_SHARED_DATA_OR_SKIP(folder, "golden/data/buckets");
-  const auto configs = nlohmann::json::parse(std::ifstream(folder / "buckets.json")).at("configs");
-  std::vector<std::optional<Buckets>> all;
-  for (const auto& c : configs) {
-    auto o = options(
-        size_of(c.at("resolution")), c.at("min"), c.at("max"), c.at("steps"), Profile::kKohya);
-    o.no_upscale = c.at("no_upscale");
-    SCOPED_TRACE(c.at("config").dump());
-    all.emplace_back();
-    if (c.contains("error")) {
-      EXPECT_THROW(Buckets{o}, std::invalid_argument);
-      continue;
-    }
-    all.back().emplace(o);
-    EXPECT_EQ(all.back()->min_side(), c.at("min_adjusted").get<int64_t>());
-    EXPECT_EQ(all.back()->max_side(), c.at("max_adjusted").get<int64_t>());
-    std::vector<Size> expected;
-    for (const auto& b : c.value("buckets", nlohmann::json::array()))
-      expected.push_back(size_of(b));
-    EXPECT_EQ(all.back()->list(), expected);
-  }
-  std::ifstream lines(folder / "select.jsonl");
-  int64_t count = 0;
-  for (std::string line; std::getline(lines, line); ++count) {
-    const auto l = nlohmann::json::parse(line);
-    SCOPED_TRACE(line);
-    std::optional<Buckets> fixed;
-    if (l.contains("fixed")) {
-      BucketOptions o;
-      o.resolution = size_of(l.at("fixed")), o.enabled = false, o.profile = Profile::kKohya;
-      fixed.emplace(o);
-    }
-    const Buckets& buckets = fixed ? *fixed : *all.at(l.at("config"));
-    if (l.contains("error")) {
-      EXPECT_THROW(buckets.place(size_of(l.at("wh"))), InputError);
-      continue;
-    }
-    const auto p = buckets.place(size_of(l.at("wh")));
-    EXPECT_EQ(p.bucket, size_of(l.at("bucket")));
-    EXPECT_EQ(p.resized, size_of(l.at("resized")));
-    EXPECT_EQ((Size{p.crop_x, p.crop_y}), size_of(l.at("crop_xy")));
-  }
-  EXPECT_EQ(count, 4124);
 }
 
 }  // namespace

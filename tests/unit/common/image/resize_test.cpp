@@ -1,30 +1,12 @@
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <nlohmann/json.hpp>
 
 #include "common/core/error.h"
 #include "common/image/image.h"
-#include "formats/safetensors/reader.h"
-#include "tests/support/shared_data.h"
 
 namespace flux::image {
 namespace {
-
-Rgb rgb_of(const safetensors::Tensor& t) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(t.bytes.data());
-  return {{t.shape.at(1), t.shape.at(0)}, {bytes, bytes + t.bytes.size()}};
-}
-
-int worst(const Rgb& a, const Rgb& b) {
-  if (a.size != b.size) return 1000;
-  int diff = 0;
-  for (size_t i = 0; i < a.data.size(); ++i)
-    diff = std::max(diff, std::abs(int{a.data[i]} - int{b.data[i]}));
-  return diff;
-}
 
 Rgb ramp(int64_t width, int64_t height) {
   Rgb image{{width, height}, {}};
@@ -104,43 +86,6 @@ TEST(Pixels, AreMinusOneToOneChannelsFirst) {
                                 -1.0f,
                                 1.0f,
                                 1.0f}));
-}
-
-TEST(Resize, EqualsTheReferenceOnItsPhotos) {
-  FLUX_SHARED_DATA_OR_SKIP(folder, "golden/data/resize");
-  const auto cases = nlohmann::json::parse(std::ifstream(folder / "resize.json")).at("cases");
-  const auto file = safetensors::File::open(folder / "resize.safetensors");
-  const std::pair<const char*, Interpolation> filters[] = {{"cv2_linear", Interpolation::kLinear},
-                                                           {"cv2_cubic", Interpolation::kCubic},
-                                                           {"cv2_area", Interpolation::kArea},
-                                                           {"pil_lanczos", Interpolation::kLanczos},
-                                                           {"pil_box", Interpolation::kBox}};
-  for (const auto& c : cases) {
-    const auto id = c.at("id").dump();
-    SCOPED_TRACE(id);
-    const auto src = rgb_of(*file->find(id + "/src"));
-    const Size resized{c.at("resized")[0], c.at("resized")[1]},
-        bucket{c.at("bucket")[0], c.at("bucket")[1]};
-    const Placement p{
-        resized, bucket, (resized.width - bucket.width) / 2, (resized.height - bucket.height) / 2};
-    const auto out = place(src, p, Interpolation::kAuto);
-    EXPECT_EQ(worst(out, rgb_of(*file->find(id + "/out"))), 0) << c.at("rule");
-    for (const auto& [name, kind] : filters) {
-      const auto* t = file->find(id + "/" + name);
-      if (t == nullptr) continue;
-      // Builds of OpenCV differ by one in cubic (with and without IPP); the rest is equal to the
-      // bit.
-      EXPECT_LE(worst(resize(src, resized, kind), rgb_of(*t)),
-                kind == Interpolation::kCubic ? 1 : 0)
-          << name;
-    }
-    if (const auto* t = file->find(id + "/chw_float")) {
-      std::vector<float> pixels(out.data.size());
-      to_pixels(out, pixels);
-      ASSERT_EQ(t->bytes.size(), pixels.size() * 4);
-      EXPECT_EQ(std::memcmp(pixels.data(), t->bytes.data(), t->bytes.size()), 0);
-    }
-  }
 }
 
 // A ramp whose alpha is another ramp.

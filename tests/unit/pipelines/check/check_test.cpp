@@ -1,12 +1,15 @@
 #include "pipelines/check/run.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/hash.h"
 #include "common/tensor/weight_file.h"
 #include "tests/support/shared_data.h"
 #include "tests/support/temporary_folder.h"
@@ -195,6 +198,197 @@ TEST(FluxCheckShared, AgreesWithTheWholeReferenceSet) {
     const Outcome outcome = run_on(
         {golden / "models", golden / "tokenizers", golden / "hostile/safetensors"}, precision);
     EXPECT_EQ(outcome.code(), ExitCode::kOk) << failures(outcome);
+  }
+  const Outcome outcome = run_on({golden / "data", golden / "hostile"});
+  EXPECT_EQ(outcome.code(), ExitCode::kOk) << failures(outcome);
+  EXPECT_GT(outcome.report.num_checked(), 9);
+}
+
+// ---- kinds about data: files that agree, and the same with one thing changed
+
+/// A picture of one column, (6, 5, 4) above (3, 2, 1), as BMP.
+std::string two_pixels() {
+  std::string head = "BM";
+  const auto add = [&](uint32_t value, int bytes) {
+    for (int i = 0; i < bytes; ++i) head += static_cast<char>(value >> (8 * i));
+  };
+  add(62, 4), add(0, 4), add(54, 4);                        // file
+  add(40, 4), add(1, 4), add(2, 4), add(1, 2), add(24, 2);  // picture
+  for (int i = 0; i < 6; ++i) add(0, 4);
+  return head + std::string("\x01\x02\x03\0\x04\x05\x06\0", 8);
+}
+
+struct DataCase {
+  const char* name;
+  std::vector<std::pair<std::string, std::string>> files;
+  // each makes the case fail: file, what is in it, what is there instead
+  std::vector<std::array<std::string, 3>> changes;
+};
+std::ostream& operator<<(std::ostream& out, const DataCase& c) { return out << c.name; }
+
+class DataKinds : public testing::TestWithParam<DataCase> {};
+
+TEST_P(DataKinds, FailIfOneRecordedThingIsChanged) {
+  const DataCase& c = GetParam();
+  const auto write_all = [&](const TemporaryFolder& folder) {
+    for (auto [file, text] : c.files) {
+      if (file.ends_with(".jsonl")) std::replace(text.begin(), text.end(), '\n', ' ');
+      folder.write("tree/" + file, text);
+    }
+  };
+  TemporaryFolder good;
+  write_all(good);
+  const Outcome outcome = run_on({good / "tree"});
+  EXPECT_EQ(outcome.code(), ExitCode::kOk) << failures(outcome);
+  EXPECT_GT(outcome.report.num_checked(), 0);
+  for (const auto& [file, from, to] : c.changes) {
+    SCOPED_TRACE(file + ": " + from + " -> " + to);
+    TemporaryFolder folder;
+    write_all(folder);
+    std::string text = read_file(folder / "tree" / file);
+    ASSERT_NE(text.find(from), std::string::npos);
+    folder.write("tree/" + file, text.replace(text.find(from), from.size(), to));
+    const Outcome changed = run_on({folder / "tree"});
+    EXPECT_EQ(changed.code(), ExitCode::kDiffers) << failures(changed);
+    EXPECT_EQ(changed.report.num_failed(), 1) << failures(changed);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    AllKinds,
+    DataKinds,
+    testing::Values(
+        DataCase{
+            "Buckets",
+            {{"b/case.json", R"({"kind": "data-buckets"})"},
+             {"b/buckets.json",
+              R"({"configs": [{"config": 3, "resolution": [128, 128], "min": 65, "max": 256, "steps": 64,
+                       "no_upscale": false, "min_adjusted": 64, "max_adjusted": 256,
+                       "buckets": [[64, 192], [64, 256], [128, 128], [192, 64], [256, 64]]},
+                      {"config": 4, "resolution": [128, 128], "min": 256, "max": 256, "steps": 64,
+                       "no_upscale": false, "error": "ValueError"}]})"},
+             {"b/select.jsonl",
+              R"({"config": 3, "wh": [100, 90], "bucket": [128, 128], "resized": [142, 128], "crop_xy": [7, 0],
+                       "filter": "lanczos"})"},
+             {"b/batches.json",
+              R"({"cases": [{"bucket_counts": [7, 20], "batch_size": 2, "batches": 14}]})"}},
+            {{"b/buckets.json", "\"min_adjusted\": 64", "\"min_adjusted\": 65"},
+             {"b/buckets.json", "[256, 64]]", "[256, 128]]"},
+             {"b/buckets.json", "\"error\"", "\"warning\""},
+             {"b/select.jsonl", "[7, 0]", "[8, 0]"},
+             {"b/select.jsonl", "lanczos", "area"},
+             {"b/batches.json", "14", "13"}}},
+        DataCase{
+            "Captions",
+            {{"c/case.json", R"({"kind": "data-captions"})"},
+             {"c/captions.jsonl",
+              R"({"id": 0, "caption": "a,b,c", "shuffle_caption": true, "keep_tokens": 1, "current_epoch": 1,
+                       "current_step": 0, "max_train_steps": 9, "draws": [{"shuffle": [1, 0]}], "result": "a, c, b"})"},
+             {"c/validation_split.json",
+              R"({"cases": [{"n": 4, "split": 0.25, "train": 3, "validation": 1, "disjoint": true}]})"}},
+            {{"c/captions.jsonl", "a, c, b", "a, b, c"},
+             {"c/captions.jsonl", "[1, 0]", "[0, 1]"},
+             {"c/captions.jsonl", "[{\"shuffle\": [1, 0]}]", "[]"},
+             {"c/validation_split.json", "\"train\": 3", "\"train\": 2"}}},
+        DataCase{
+            "Images",
+            {{"i/case.json", R"({"kind": "data-images"})"},
+             {"i/a.bmp", two_pixels()},
+             {"i/b.bmp", two_pixels().substr(0, 60)},
+             {"i/expected.json",
+              R"({"images": [{"file": "a.bmp", "lossless": true, "exif_orientation": null, "kohya": {"width": 1,
+                       "height": 2, "mean": [4.5, 3.5, 2.5],
+                       "sha256": ")" +
+                  to_hex(sha256(std::string_view("\x06\x05\x04\x03\x02\x01"))) +
+                  R"("}}, {"file": "b.bmp", "refuse": true}, {"file": "absent.bmp"}]})"}},
+            {{"i/expected.json", "\"height\": 2", "\"height\": 3"},
+             {"i/expected.json", "4.5", "4.6"},
+             {"i/expected.json", "\"sha256\": \"", "\"sha256\": \"0"},
+             {"i/expected.json", "null", "6"}}},
+        DataCase{
+            "Plans",
+            {{"p/case.json", R"({"kind": "data-plans"})"},
+             {"sets/cats/a.bmp", two_pixels()},
+             {"sets/cats/a.txt", "a cat"},
+             {"p/one.toml",
+              "# args: --train_batch_size 2\n[[datasets]]\nresolution = 64\n"
+              "[[datasets.subsets]]\nimage_dir = \"cats\"\ncaption_extension = "
+              "\".txt\"\nnum_repeats = 3\n"},
+             {"p/one.json",
+              R"({"train": [{"batch_size": 2, "resolution": [64, 64], "num_train_images": 3, "text_cacheable": true,
+                       "batches_per_epoch": 2, "subsets": [{"image_dir": "cats", "img_count": 1, "keep_tokens": 0}],
+                       "images": [{"key": "cats/a.bmp", "caption": "a cat", "size": [1, 2], "bucket": [64, 64],
+                                   "resized": [64, 128]}],
+                       "buckets": [{"resolution": [64, 64], "count": 3}]}], "batches_per_epoch": 2, "validation": []})"},
+             {"p/two.toml", "[[datasets]]\nresolutoin = 64\n"},
+             {"p/two.json", R"({"expect": "unknown key"})"}},
+            {{"p/one.json", "a cat", "a dog"},
+             {"p/one.json", "\"batch_size\": 2", "\"batch_size\": 1"},
+             {"p/one.json", "true", "false"},
+             {"p/one.json", "[64, 128]", "[64, 127]"},
+             {"p/one.json", "\"count\": 3", "\"count\": 4"},
+             {"p/one.json", "\"keep_tokens\": 0", "\"keep_tokens\": 1"},
+             {"p/one.json", "cats/a.bmp", "cats/b.bmp"},
+             {"p/one.json", "\"train\"", "\"expect\": \"no\", \"train\""},
+             {"p/two.toml",
+              "resolutoin = 64",
+              "resolution = 64\n[[datasets.subsets]]\nimage_dir = \"cats\"\ncaption_extension = "
+              "\".txt\""}}},
+        DataCase{
+            "Hostile",
+            {{"h/images/case.json", R"({"kind": "hostile-images", "index": "../index.json"})"},
+             {"h/captions/case.json", R"({"kind": "hostile-captions", "index": "../index.json"})"},
+             {"h/hdf5/case.json", R"({"kind": "hostile-hdf5", "index": "../index.json"})"},
+             {"h/images/a.bmp", two_pixels()},
+             {"h/captions/a.txt", "a cat\nb"},
+             {"h/hdf5/a.h5", "not one"},
+             {"h/index.json",
+              R"({"images": [{"file": "images/a.bmp", "expect": "accept", "size": [1, 2]},
+                                  {"file": "images/absent.bmp", "expect": "accept"}],
+                       "captions": [{"file": "captions/a.txt", "expect": "accept", "text": "a cat"}],
+                       "hdf5": [{"file": "hdf5/a.h5", "expect": "refuse"}]})"}},
+            {{"h/index.json", "[1, 2]", "[2, 1]"},
+             {"h/index.json", "accept", "refuse"},
+             {"h/index.json", "a cat", "a dog"},
+             {"h/index.json", "refuse", "accept"},
+             {"h/index.json", "\"expect\": \"refuse\"", "\"expect\": \"?\""}}}),
+    [](const auto& tested) { return tested.param.name; });
+
+TEST_F(FluxCheck, ComparesScaledPictures) {
+  const fs::path file = folder / "resize.safetensors";
+  folder.write("case.json", R"({"kind": "data-resize"})");
+  const auto write = [&](const char* rule) {
+    folder.write(
+        "resize.json",
+        fmt::format(R"({{"cases": [{{"id": 5, "src": [2, 1], "resized": [2, 1], "bucket": [1, 1],
+                                 "rule": "{}"}}]}})",
+                    rule));
+  };
+  const at::Tensor source = at::tensor({1, 2, 3, 4, 5, 6}, at::kByte).view({1, 2, 3}),
+                   out = source.slice(1, 0, 1).contiguous();
+  write("none");
+  write_weights(file, {{"5/src", source}, {"5/out", out}}, {});
+  EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kOk);
+  write_weights(file, {{"5/src", source}, {"5/out", out + 1}}, {});
+  EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kDiffers);
+  folder.write("case.json", R"({"kind": "data-resize", "limits": {"out": {"max": 1}}})");
+  EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kOk);
+  write("area");
+  EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kDiffers);
+}
+
+TEST_F(FluxCheck, TakesACaseFileAndRunsWhatIsNamedTwiceOnce) {
+  const fs::path ops = copy("models/ops");
+  const Outcome once = run_on({ops}), file = run_on({ops / "case.json"}),
+                twice = run_on({ops, folder.path(), ops / "case.json", ops});
+  EXPECT_GT(once.report.num_checked(), 0);
+  EXPECT_EQ(file.report.num_checked(), once.report.num_checked());
+  EXPECT_EQ(twice.report.num_checked(), once.report.num_checked());
+  try {
+    run_on({ops / "vectors.safetensors"});
+    FAIL();
+  } catch (const InputError& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr("a file, not a folder"), HasSubstr("case.json")));
   }
 }
 
