@@ -6,6 +6,7 @@
 #include "pipelines/cache/diff.h"
 #include "pipelines/cache/export.h"
 #include "pipelines/cache/inspect.h"
+#include "pipelines/cache/maintain.h"
 #include "pipelines/cache/stats.h"
 
 namespace {
@@ -63,6 +64,42 @@ ExitCode export_to(flux::Tool& tool) {
   return ExitCode::kOk;
 }
 
+template <class Options, class Work>
+ExitCode maintain(flux::Tool& tool, const Work& work) {
+  Options opts;
+  flux::cache::add_flags(opts, tool);
+  if (!tool.parse()) return ExitCode::kOk;
+  flux::cache::check(opts);
+  const flux::cache::Report report = work(opts);
+  show_report(tool, report.text, report.json);
+  return report.exit_code;
+}
+
+ExitCode verify(flux::Tool& tool) {
+  return maintain<flux::cache::VerifyOptions>(
+      tool, [](const auto& opts) { return flux::cache::verify(opts); });
+}
+
+ExitCode repair(flux::Tool& tool) {
+  return maintain<flux::cache::RepairOptions>(
+      tool, [](const auto& opts) { return flux::cache::repair(opts); });
+}
+
+ExitCode merge(flux::Tool& tool) {
+  return maintain<flux::cache::MergeOptions>(
+      tool, [&](const auto& opts) { return flux::cache::merge(opts, tool); });
+}
+
+ExitCode gc(flux::Tool& tool) {
+  return maintain<flux::cache::GcOptions>(tool,
+                                          [](const auto& opts) { return flux::cache::gc(opts); });
+}
+
+ExitCode copy(flux::Tool& tool) {
+  return maintain<flux::cache::CopyOptions>(
+      tool, [](const auto& opts) { return flux::cache::copy(opts); });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -71,7 +108,12 @@ int main(int argc, char** argv) {
                         argv,
                         "looks into caches, checks, mends, merges, copies and exports them",
                         {{"inspect", "what a cache holds and who made it", inspect},
+                         {"verify", "are all checksums right", verify},
+                         {"repair", "drop damaged samples and list them", repair},
                          {"diff", "in what two caches differ", diff},
+                         {"merge", "one cache of the parts that several machines made", merge},
+                         {"gc", "remove samples that no item wants", gc},
+                         {"copy", "a cache on another disk", copy},
                          {"stats", "what the values look like, and how fast they are read", stats},
                          {"export", "each sample as a safetensors or npz file", export_to}});
 }

@@ -1,0 +1,140 @@
+// flux-cache verify, repair, merge, gc and copy: what they say, and with which exit code.
+#include "pipelines/cache/maintain.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "pipelines/cache/diff.h"
+#include "tests/support/cache_samples.h"
+#include "tests/support/temporary_folder.h"
+
+namespace flux::cache {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+
+// Changes one byte in the frames of the first segment.
+std::string damage(const fs::path& folder) {
+  const std::string name = read_manifest(folder).segments.at(0).name;
+  std::fstream file(folder / name, std::ios::in | std::ios::out | std::ios::binary);
+  const auto at = static_cast<std::streamoff>(fs::file_size(folder / name) / 2);
+  file.seekg(at);
+  const char byte = static_cast<char>(file.get() ^ 0x20);
+  file.seekp(at);
+  file.put(byte);
+  return name;
+}
+
+void expect_printable(const Report& report) {
+  for (const char c : report.text)
+    EXPECT_TRUE(c == '\n' || static_cast<unsigned char>(c) >= 32) << report.text;
+  EXPECT_EQ(report.json.dump().find('\n'), std::string::npos);
+}
+
+TEST(Verify, TellsAGoodCacheFromADamagedOne) {
+  const test::TemporaryFolder folder;
+  for (const bool deep : {false, true}) {
+    SCOPED_TRACE(deep);
+    const auto cache = folder / (deep ? "deep" : "plain");
+    test::make_cache(cache, test::recipe(Kind::kLatents), 0, 20);
+    const VerifyOptions options{{cache.native()}, deep};
+    const Report good = verify(options);
+    EXPECT_EQ(good.exit_code, ExitCode::kOk) << good.text;
+    EXPECT_EQ(good.json["ok"], true);
+    const std::string name = damage(cache);
+    const Report bad = verify(options);
+    EXPECT_EQ(bad.exit_code, ExitCode::kDiffers);
+    EXPECT_EQ(bad.json["ok"], false);
+    ASSERT_GE(bad.json["findings"].size(), 1u);
+    EXPECT_EQ(bad.json["findings"][0]["file"], name);
+    EXPECT_EQ(bad.json["num_findings"], bad.json["findings"].size());
+    EXPECT_THAT(bad.text, HasSubstr(name));
+    expect_printable(bad);
+  }
+  EXPECT_THROW(verify({{(folder / "absent").native()}, false}), CacheError);
+}
+
+TEST(Repair, ListsWhatIsLost) {
+  const test::TemporaryFolder folder;
+  const auto cache = folder / "cache";
+  test::make_cache(cache, test::recipe(Kind::kText), 0, 20);
+  const Report untouched = repair({{cache.native()}});
+  EXPECT_EQ(untouched.json["changed"], false);
+  EXPECT_EQ(untouched.json["complete"], true);
+  EXPECT_EQ(untouched.json["num_samples"], 20);
+  damage(cache);
+  const Report report = repair({{cache.native()}});
+  expect_printable(report);
+  EXPECT_EQ(report.json["changed"], true);
+  const auto lost = report.json["lost"].size();
+  ASSERT_GE(lost, 1u);
+  EXPECT_EQ(report.json["num_samples"], 20 - lost);
+  EXPECT_FALSE(report.json["lost"][0]["reason"].get<std::string>().empty());
+  EXPECT_EQ(report.json["complete"], false);
+  EXPECT_FALSE(fs::exists(cache / kManifestName));
+  test::make_cache(cache, test::recipe(Kind::kText), 0, 20);  // encodes what is lost
+  EXPECT_EQ(verify({{cache.native()}, true}).exit_code, ExitCode::kOk);
+}
+
+TEST(Copy, GivesAnEqualCache) {
+  const test::TemporaryFolder folder;
+  test::make_cache(folder / "cache", test::recipe(Kind::kLatents), 0, 140);
+  CopyOptions options{{(folder / "cache").native()}, folder / "copy", true};
+  check(options);
+  const Report report = copy(options);
+  expect_printable(report);
+  EXPECT_EQ(report.json["num_samples"], 140);
+  EXPECT_EQ(report.json["copied"], 2);
+  EXPECT_TRUE(diff(look_into(folder / "cache", false), look_into(folder / "copy", false)).equal());
+  EXPECT_EQ(copy(options).json["changed"], false);
+  options = {{(folder / "cache").native(), (folder / "other").native()}, {}, false};
+  check(options);
+  copy(options);
+  EXPECT_TRUE(fs::exists(folder / "other" / kManifestName));
+}
+
+TEST(Gc, RemovesWhatNoItemWants) {
+  const test::TemporaryFolder folder;
+  const auto cache = folder / "cache";
+  test::make_cache(cache, test::recipe(Kind::kLatents), 0, 10);
+  test::make_cache(cache, test::recipe(Kind::kLatents), 7, 12);
+  const Report dry = gc({{cache.native()}, true});
+  EXPECT_EQ(dry.json["removed_samples"], 7);
+  EXPECT_EQ(look_into(cache, false).num_unwanted, 7);
+  const Report report = gc({{cache.native()}, false});
+  expect_printable(report);
+  EXPECT_EQ(report.json["removed_samples"], 7);
+  EXPECT_EQ(report.json["kept_samples"], 5);
+  EXPECT_EQ(look_into(cache, false).num_unwanted, 0);
+  EXPECT_EQ(verify({{cache.native()}, true}).exit_code, ExitCode::kOk);
+}
+
+TEST(Maintain, StopsOnASignal) {
+  const test::TemporaryFolder folder;
+  test::make_cache(folder / "cache", test::recipe(Kind::kText), 0, 20);
+  cancel::set(ExitCode::kInterrupt);
+  EXPECT_THROW(verify({{(folder / "cache").native()}, true}), Interrupted);
+  EXPECT_THROW(copy({{(folder / "cache").native()}, folder / "copy", false}), Interrupted);
+  cancel::set(std::nullopt);
+  EXPECT_FALSE(fs::exists(folder / "copy" / kManifestName));
+}
+
+TEST(Maintain, WantsTheRightNumberOfFolders) {
+  EXPECT_THROW(check(VerifyOptions{}), UsageError);
+  EXPECT_THROW(check(RepairOptions{{"a", "b"}}), UsageError);
+  EXPECT_THROW(check(GcOptions{{"a", "b"}, false}), UsageError);
+  EXPECT_THROW(check(MergeOptions{{}, "out", false}), UsageError);
+  EXPECT_THROW(check(MergeOptions{{"a"}, {}, false}), UsageError);
+  EXPECT_THROW(check(CopyOptions{{"a"}, {}, false}), UsageError);
+  EXPECT_THROW(check(CopyOptions{{"a", "b"}, "c", false}), UsageError);
+}
+
+}  // namespace
+}  // namespace flux::cache
