@@ -18,7 +18,7 @@ struct Finding {
   bool operator==(const Finding&) const = default;
 };
 
-/// Plain: the manifest (checksum, members, plan digest, counts), the size and the XXH3-128 of every
+/// Plain: the manifest (checksum, members, counts), the size and the XXH3-128 of every
 /// segment that it names and of the index, quarantine.jsonl against the manifest. `deep` also
 /// decodes every sample of every segment of the folder, wanted or not: frame checksums, tensor_xxh3,
 /// values that are not finite, masks outside 0 to 1; and compares keys, rows, buckets and flags of

@@ -93,7 +93,7 @@ inline cache::Publication publication(std::vector<cache::WantedItem> items) {
   cache::Publication out;
   out.items = std::move(items);
   out.plan = {{"subsets", nlohmann::json::array({{{"index", 0}}})}};
-  out.plan_digest = to_hex(sha256(cache::canonical_json(out.plan)));
+  out.plan_digest = std::string(64, 'b');
   return out;
 }
 
