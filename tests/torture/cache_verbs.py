@@ -75,16 +75,19 @@ def verbs(tool):
     yield Verb("gc", ["gc", out], out, copy_kept, lambda where: expect(reference, where))
     yield Verb("copy", ["copy", kept, out, "--verify"], out, empty, lambda where: expect(None, where), [kept])
 
+    in_segments = tool.contents(kept).by_file
+    damaged = set()
+
     def prepare_repair():
         copy_kept()
-        damage(out)
+        damaged.update(in_segments[damage(out)])  # a table may be hit, and all of the segment's samples with it
 
     def repaired(where):
         found = tool.contents(out)
         tool.check(found, where)
         torture.require(not found.journal, f"{where}: left a journal")
         lost = reference - found.published
-        torture.require(len(lost) <= 1, f"{where}: {len(lost)} samples are gone, one was damaged")
+        torture.require(lost <= damaged, f"{where}: {len(lost - damaged)} samples of whole segments are gone")
         report = tool.complete(out, f"{where}, then the encoding tool")
         torture.require(report["encoded"] == len(lost), f"{where}: {report['encoded']} encoded, {len(lost)} were lost")
 
@@ -141,6 +144,11 @@ def work(tool, numbers):
                 tool.check(found, where)
                 torture.require(before is None or before.wanted <= found.samples, f"{where}: wanted samples are lost")
             code, stderr = verb.run(tool)
+            if code == 4 and verb.name == "gc" and not (verb.out / "manifest.json").exists():
+                # between the old manifest and the new index: all samples are there, the encoding tool has nothing to encode
+                report = tool.complete(verb.out, f"{where}, then the encoding tool")
+                torture.require(report["encoded"] == 0, f"{where}: {report['encoded']} samples were encoded again")
+                code, stderr = verb.run(tool)
             torture.require(code == 0, f"{where}: the same command again ended with {code}:\n{stderr}")
             verb.finished(f"{where}, and again")
             torture.require(inputs == [files_of(folder) for folder in verb.inputs], f"{where}: an input was changed")

@@ -58,6 +58,7 @@ class Contents:
 
     def __init__(self, lines):
         self.published, self.journal, self.wanted = set(), set(), set()
+        self.by_file = {}
         self.listed = set()  # by flux-cache inspect --recover
         self.complete = False
         self.bad = []
@@ -71,6 +72,7 @@ class Contents:
                 self.wanted.add(tuple(rest))
             elif word in ("published", "journal"):
                 getattr(self, word).add(tuple(rest[1:]))
+                self.by_file.setdefault(rest[0], set()).add(tuple(rest[1:]))
             else:
                 self.bad.append(line)  # the rest of a message
 
