@@ -19,6 +19,7 @@
 #include "common/core/text.h"
 #include "common/dataset/dataset.h"
 #include "common/tensor/tensor.h"
+#include "formats/cache/lock.h"
 #include "formats/cache/reader.h"
 
 namespace flux {
@@ -150,6 +151,8 @@ struct TrainingData::State {
         const std::filesystem::path& text_folder,
         const DataOptions& opts)
       : options(opts),
+        latents_lock(latents_folder),
+        text_lock(text_folder),
         latents(latents_folder, cache::Kind::kLatents),
         text(text_folder, cache::Kind::kText) {}
 
@@ -165,6 +168,7 @@ struct TrainingData::State {
                     std::span<float> out) const;
 
   DataOptions options;
+  cache::ReaderLock latents_lock, text_lock;  // taken before the manifests are read
   cache::Cache latents, text;
   dataset::Plan plan;
   std::vector<Item> items;  // sorted by digest, so that the caches' order changes nothing

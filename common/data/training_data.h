@@ -55,7 +55,8 @@ struct BucketVisits {
 /// loads it and whatever was loaded before.
 class TrainingData {
  public:
-  /// Opens both caches and joins them by item. Items quarantined in either are left out, as are
+  /// Opens both caches, marks them as being read while this lives (cache::ReaderLock), and joins
+  /// them by item. Items quarantined in either are left out, as are
   /// held-out validation items; both are counted. Throws CacheError: a cache is absent or damaged,
   /// the plans differ, items are in one of them only (their number and five names), the weights of
   /// an item's variants do not sum to 1, nothing is left to train on, a subset drops captions but there is no empty one.

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "common/core/error.h"
+#include "formats/cache/lock.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training_caches.h"
 
@@ -269,6 +270,18 @@ TEST(TrainingData, RefusesAbsentCachesAndCachesOfTheOtherKind) {
   five_items().write(folder.path());
   EXPECT_THROW(TrainingData(folder / "nothing", folder / "text", {}), CacheError);
   EXPECT_THROW(TrainingData(folder / "text", folder / "latents", {}), CacheError);
+}
+
+TEST(TrainingData, MarksBothCachesAsBeingRead) {
+  TemporaryFolder folder;
+  five_items().write(folder.path());
+  for (const char* name : {"latents", "text"}) {
+    {
+      const TrainingData data(folder / "latents", folder / "text", {});
+      EXPECT_THROW(cache::require_no_readers(folder / name), CacheError);
+    }
+    EXPECT_TRUE(cache::require_no_readers(folder / name).empty());
+  }
 }
 
 TEST(TrainingData, DigestsChangeWithTheDataAlone) {
