@@ -14,6 +14,7 @@
 #include "common/core/file.h"
 #include "common/core/text.h"
 #include "formats/safetensors/reader.h"
+#include "pipelines/cache/stats.h"
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
 
@@ -99,6 +100,38 @@ TEST_P(ExportOf, GivesEverySampleInItsDtype) {
       EXPECT_EQ(tensor->dtype, name == "t5_mask" ? DType::kU8 : layout.dtype);
     }
   }
+}
+
+TEST(Export, GivesMasksWhereThereAreAny) {
+  const test::TemporaryFolder folder;
+  const Recipe how = test::recipe(Kind::kLatents);
+  const Layout layout = layout_of(how.kind, how.parameters);
+  auto masked = test::sample(layout, 0), plain = test::sample(layout, 3);  // of one bucket
+  masked.info.flags |= kSampleMasked;
+  const std::vector<float> mask(masked.info.height * masked.info.width, 0.25f);
+  const auto bytes = std::as_bytes(std::span(mask));
+  masked.tensors.emplace_back(bytes.begin(), bytes.end());
+  {
+    Writer writer(folder / "cache", how, test::provenance());
+    writer.add(masked.info, masked.spans());
+    writer.add(plain.info, plain.spans());
+    writer.publish(test::publication({test::wanted(masked, 0), test::wanted(plain, 3)}));
+  }
+  run(folder / "cache", folder / "out");
+  const auto file = [&](const test::SampleData& sample) {
+    return safetensors::File::open(folder / "out" / (to_hex(sample.info.key) + ".safetensors"));
+  };
+  const auto with = file(masked);
+  ASSERT_NE(with->find("mask"), nullptr);
+  EXPECT_TRUE(std::ranges::equal(with->find("mask")->bytes, bytes));
+  EXPECT_EQ(with->find("mask")->dtype, DType::kF32);
+  EXPECT_EQ(with->find("mask")->shape, (safetensors::Shape{masked.info.height, masked.info.width}));
+  EXPECT_EQ(file(plain)->find("mask"), nullptr);
+  const Stats found = stats(look_into(folder / "cache", false));
+  ASSERT_EQ(found.tensors.size(), 3u);
+  EXPECT_EQ(found.tensors[2].name, "mask");
+  EXPECT_EQ(found.tensors[2].all().mean, 0.25);
+  EXPECT_EQ(found.tensors[2].all().count, static_cast<int64_t>(mask.size()));
 }
 
 TEST(Export, KeepsFilesThatAreEqual) {
