@@ -39,7 +39,8 @@ Json numbered(const Json& value) {
 
 void compare_fields(const Contents& a, const Contents& b, Difference& out) {
   const auto compare = [&](const char* what, const Json& x, const Json& y) {
-    for (auto& line : differences(what, x, out.a, y, out.b)) out.fields.push_back(std::move(line));
+    for (auto& line : differences(what, x, show(out.a), y, show(out.b)))
+      out.fields.push_back(std::move(line));
   };
   compare("kind", std::string(kind_name(*a.kind)), std::string(kind_name(*b.kind)));
   compare("complete", a.complete, b.complete);
@@ -190,7 +191,7 @@ Difference diff(const Contents& a, const Contents& b) {
   require_readable(a);
   require_readable(b);
   Difference out;
-  out.a = show(a.folder), out.b = show(b.folder);
+  out.a = a.folder, out.b = b.folder;
   compare_fields(a, b, out);
   compare_samples(a, b, out);
   if (a.index && b.index) compare_items(*a.index, *b.index, out);
@@ -202,8 +203,8 @@ Json diff_json(const Difference& d) {
   changed["max_abs_difference"] = d.max_abs_difference;
   changed["num_not_finite"] = d.num_not_finite;
   return {{"equal", d.equal()},
-          {"a", d.a},
-          {"b", d.b},
+          {"a", printable(d.a.native())},
+          {"b", printable(d.b.native())},
           {"fields", d.fields},
           {"samples",
            {{"num_equal", d.num_samples_equal},
@@ -220,15 +221,15 @@ Json diff_json(const Difference& d) {
 std::string diff_text(const Difference& d) {
   if (d.equal()) {
     return fmt::format("{} and {}: equal, {} samples and {} items",
-                       d.a,
-                       d.b,
+                       show(d.a),
+                       show(d.b),
                        d.num_samples_equal,
                        d.num_items_equal);
   }
-  std::string out = fmt::format("{} and {}: differ\n", d.a, d.b);
+  std::string out = fmt::format("{} and {}: differ\n", show(d.a), show(d.b));
   for (const auto& field : d.fields) out += printable(field) + "\n";
-  append(out, d.samples_only_a, "samples only in " + d.a);
-  append(out, d.samples_only_b, "samples only in " + d.b);
+  append(out, d.samples_only_a, "samples only in " + show(d.a));
+  append(out, d.samples_only_b, "samples only in " + show(d.b));
   append(out, d.samples_changed, "samples of other values");
   if (d.samples_changed.count > 0) {
     out += fmt::format("  the largest difference of two values is {:.6g}{}\n",
@@ -238,8 +239,8 @@ std::string diff_text(const Difference& d) {
                                          d.num_not_finite)
                            : "");
   }
-  append(out, d.items_only_a, "items only in " + d.a);
-  append(out, d.items_only_b, "items only in " + d.b);
+  append(out, d.items_only_a, "items only in " + show(d.a));
+  append(out, d.items_only_b, "items only in " + show(d.b));
   append(out, d.items_changed, "items with other samples, weights or repeats");
   out += fmt::format("equal: {} samples and {} items", d.num_samples_equal, d.num_items_equal);
   return out;

@@ -1,6 +1,7 @@
 // pipelines/cache/diff.h - flux-cache diff: in what two caches differ.
 #pragma once
 #include <cstdint>
+#include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
@@ -31,7 +32,7 @@ struct Differing {
 /// Samples and items are told apart by their keys, so that it does not matter which segment holds
 /// them. Who made a cache, when and where is never compared.
 struct Difference {
-  std::string a, b;                 // the folders, as shown
+  std::filesystem::path a, b;       // the folders
   std::vector<std::string> fields;  // "parameters.dtype: cache/a: "bf16", cache/b: "f32""
   int64_t num_samples_equal = 0;
   Differing samples_only_a, samples_only_b, samples_changed;

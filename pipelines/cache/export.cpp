@@ -180,14 +180,14 @@ void check(const ExportOptions& options) {
 std::string ExportReport::line() const {
   return fmt::format("{} samples in {}: {} written, {} kept{}",
                      num_samples,
-                     out,
+                     show(out),
                      written,
                      kept,
                      left ? fmt::format("; {} of samples that the cache does not hold", left) : "");
 }
 
 Json ExportReport::json() const {
-  return {{"out", out},
+  return {{"out", printable(out.native())},
           {"num_samples", num_samples},
           {"written", written},
           {"kept", kept},
@@ -222,7 +222,7 @@ ExportReport export_cache(const Contents& contents, const ExportOptions& options
   }
 
   ExportReport out;
-  out.out = show(options.out);
+  out.out = options.out;
   out.num_samples = static_cast<int64_t>(samples.size());
   const int num_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   Segments segments(contents.folder);

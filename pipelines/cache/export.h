@@ -24,7 +24,7 @@ void add_flags(ExportOptions& options, Tool& tool);
 void check(const ExportOptions& options);
 
 struct ExportReport {
-  std::string out;
+  std::filesystem::path out;
   int64_t num_samples = 0, written = 0, kept = 0;
   int64_t left = 0;  // files of samples that the cache does not hold any more
   std::string line() const;

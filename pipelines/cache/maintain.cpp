@@ -61,7 +61,7 @@ Report verify(const VerifyOptions& options) {
   const auto findings = verify_cache(folder, options.deep, progress_of("verify", progress));
   progress.reset();
   Report out;
-  out.json = {{"folder", show(folder)},
+  out.json = {{"folder", printable(folder.native())},
               {"deep", options.deep},
               {"ok", findings.empty()},
               {"num_findings", findings.size()},
@@ -101,7 +101,7 @@ Report repair(const RepairOptions& options) {
   const RepairReport found = repair_cache(folder, progress_of("repair", progress));
   progress.reset();
   Report out;
-  out.json = {{"folder", show(folder)},
+  out.json = {{"folder", printable(folder.native())},
               {"changed", found.changed},
               {"complete", found.complete},
               {"num_samples", found.num_samples},
@@ -164,7 +164,7 @@ Report merge(const MergeOptions& options, const Tool& tool) {
                    progress_of("merge", progress));
   progress.reset();
   Report out;
-  out.json = {{"out", show(options.out)},
+  out.json = {{"out", printable(options.out.native())},
               {"changed", found.changed},
               {"num_items", found.num_items},
               {"num_samples", found.num_samples},
@@ -211,7 +211,7 @@ Report gc(const GcOptions& options) {
   const fs::path folder = options.folders[0];
   const GcReport found = collect_garbage(folder, options.dry_run);
   Report out;
-  out.json = {{"folder", show(folder)},
+  out.json = {{"folder", printable(folder.native())},
               {"dry_run", options.dry_run},
               {"kept_samples", found.kept_samples},
               {"removed_samples", found.removed_samples},
@@ -264,8 +264,8 @@ Report copy(const CopyOptions& options) {
   const CopyReport found = copy_cache(from, to, options.verify, progress_of("copy", progress));
   progress.reset();
   Report out;
-  out.json = {{"folder", show(from)},
-              {"out", show(to)},
+  out.json = {{"folder", printable(from.native())},
+              {"out", printable(to.native())},
               {"verified", options.verify},
               {"changed", found.changed},
               {"num_samples", found.num_samples},

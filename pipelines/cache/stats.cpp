@@ -242,7 +242,7 @@ Moments TensorStats::all() const {
 Stats stats(const Contents& contents) {
   require_readable(contents);
   Stats out;
-  out.folder = show(contents.folder);
+  out.folder = contents.folder;
   out.kind = *contents.kind;
   out.num_samples = static_cast<int64_t>(contents.samples.size());
   const Samples samples = in_file_order(contents);
@@ -280,7 +280,7 @@ Stats stats(const Contents& contents) {
 }
 
 Json stats_json(const Stats& s) {
-  Json out{{"folder", s.folder},
+  Json out{{"folder", printable(s.folder.native())},
            {"kind", kind_name(s.kind)},
            {"num_samples", s.num_samples},
            {"tensors", Json::object()},
@@ -298,7 +298,8 @@ Json stats_json(const Stats& s) {
 }
 
 std::string stats_text(const Stats& s) {
-  std::string out = fmt::format("{}: {} samples, {}\n", s.folder, s.num_samples, kind_name(s.kind));
+  std::string out =
+      fmt::format("{}: {} samples, {}\n", show(s.folder), s.num_samples, kind_name(s.kind));
   if (!s.tensors.empty()) {
     out += fmt::format("{:<12} {:>12} {:>12} {:>12} {:>12} {:>8} {:>8}\n",
                        "channel",

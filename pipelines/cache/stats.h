@@ -2,6 +2,7 @@
 // they are read.
 #pragma once
 #include <cstdint>
+#include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
@@ -47,7 +48,7 @@ struct Throughput {
 };
 
 struct Stats {
-  std::string folder;
+  std::filesystem::path folder;
   Kind kind = Kind::kLatents;
   int64_t num_samples = 0;
   std::vector<TensorStats> tensors;
