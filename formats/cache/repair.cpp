@@ -167,10 +167,9 @@ class Repair {
   void check_segment(const std::string& name, int64_t bytes) {
     const fs::path path = state_.folder / name;
     Damaged damaged{name, {}, {}, {}};
-    std::string hash;
+    const std::string hash = file_xxh3_128(path);  // what cannot be read at all is not damaged
     const auto entry = std::ranges::find(manifest_.segments, name, &SegmentEntry::name);
     try {
-      hash = file_xxh3_128(path);
       if (entry != manifest_.segments.end() && hash != entry->xxh3_128)
         damaged.reason = fmt::format("XXH3-128 {}, the manifest says {}", hash, entry->xxh3_128);
       const Segment segment(path);

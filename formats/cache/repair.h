@@ -42,7 +42,8 @@ struct RepairReport {
 /// without damage stays as it is, times included.
 ///
 /// `progress` gets bytes checked so far and in total. Throws CacheError: no such folder, nothing of a
-/// cache in it, a newer schema, another writer is at work, a reader lives (only where a file has to be
+/// cache in it, a segment that cannot be read (permissions), a newer schema, another writer is at work,
+/// a reader lives (only where a file has to be
 /// removed). Throws ResourceError if a write fails.
 RepairReport repair_cache(const std::filesystem::path& folder,
                           const std::function<void(int64_t done, int64_t total)>& progress = {});
