@@ -43,8 +43,7 @@ struct RepairReport {
 ///
 /// `progress` gets bytes checked so far and in total. Throws CacheError: no such folder, nothing of a
 /// cache in it, a segment that cannot be read (permissions), a newer schema, another writer is at work,
-/// a reader lives (only where a file has to be
-/// removed). Throws ResourceError if a write fails.
+/// a reader lives (only where a file has to be removed). Throws ResourceError if a write fails.
 RepairReport repair_cache(const std::filesystem::path& folder,
                           const std::function<void(int64_t done, int64_t total)>& progress = {});
 
