@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <fstream>
@@ -21,6 +22,14 @@
 #include "formats/safetensors/reader.h"
 #include "pipelines/check/case.h"
 #include "pipelines/check/lines.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define FLUX_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#define FLUX_ADDRESS_SANITIZER __has_feature(address_sanitizer)
+#else
+#define FLUX_ADDRESS_SANITIZER 0
+#endif
 
 namespace flux::check {
 namespace fs = std::filesystem;
@@ -86,7 +95,7 @@ void set_limits() {
       memory{address_space() + kMaxBytes, address_space() + kMaxBytes};
   setrlimit(RLIMIT_CORE, &no_core);
   setrlimit(RLIMIT_CPU, &time);
-#if !defined(__SANITIZE_ADDRESS__)  // it keeps what was freed
+#if !FLUX_ADDRESS_SANITIZER  // it keeps what was freed
   setrlimit(RLIMIT_AS, &memory);
 #else
   (void)memory;
