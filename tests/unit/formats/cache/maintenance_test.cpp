@@ -178,6 +178,11 @@ TEST_P(Maintenance, ThreeShardsMergedAreTheWholeCache) {
   auto parts = make_parts(temporary.path(), recipe, 300, 3);
   std::vector<std::map<std::string, std::string>> before;
   for (const auto& part : parts) before.push_back(files_of(part));
+  for (const auto& part : parts) {  // a part is a cache that can be kept like any other
+    expect_verified(part);
+    EXPECT_FALSE(repair_cache(part).changed);
+    EXPECT_TRUE(collect_garbage(part, false).removed.empty());
+  }
   const MergeReport report = merge(parts, true);
   EXPECT_TRUE(report.changed);
   EXPECT_EQ(report.num_items, 300);
@@ -472,6 +477,55 @@ TEST_P(Maintenance, GcKeepsExactlyWhatIsWanted) {
   const auto tidy = files_of(out);
   EXPECT_TRUE(collect_garbage(out, false).removed.empty());
   EXPECT_EQ(files_of(out), tidy);
+}
+
+TEST(MaintenanceOfMasks, KeepsThemThroughMergeGcAndRepair) {
+  const test::TemporaryFolder temporary;
+  const fs::path part = temporary.path() / "part", out = temporary.path() / "out";
+  const Recipe recipe = test::recipe(Kind::kLatents);
+  const Layout layout = layout_of(recipe.kind, recipe.parameters);
+  std::vector<test::SampleData> samples;
+  for (uint64_t i = 0; i < 6; ++i) {
+    test::SampleData data = test::sample(layout, i);
+    if (i % 2 == 0) {
+      data.info.flags |= kSampleMasked;
+      const std::vector<float> mask(size_t{data.info.height} * data.info.width, 0.25f);
+      const auto bytes = std::as_bytes(std::span(mask));
+      data.tensors.emplace_back(bytes.begin(), bytes.end());
+    }
+    samples.push_back(std::move(data));
+  }
+  const auto make = [&](const fs::path& folder, uint64_t begin) {
+    Writer writer(folder, recipe, test::provenance());
+    std::vector<WantedItem> items;
+    for (uint64_t i = begin; i < 6; ++i) {
+      writer.add(samples[i].info, samples[i].spans());
+      items.push_back(item_of(samples[i], i));
+    }
+    writer.publish(test::publication(items));
+  };
+  make(part, 0);
+  make(part, 3);  // 0 to 2 are not wanted any more
+  merge_caches(std::vector{part}, out, kMerger, true);
+  const auto expect_whole = [&] {
+    expect_verified(out);
+    const Cache cache(out, Kind::kLatents);
+    EXPECT_EQ(cache.manifest().required_features, std::vector<std::string>{kMasksFeature});
+    for (uint64_t i = 3; i < 6; ++i) {
+      const auto variants = cache.index().variants(static_cast<int64_t>(i - 3));
+      EXPECT_EQ(cache.read(variants[0]).tensors, samples[i].tensors) << i;
+    }
+  };
+  expect_whole();
+  EXPECT_EQ(collect_garbage(out, false).removed_samples, 3);
+  expect_whole();
+  EXPECT_FALSE(repair_cache(out).changed);
+  damage_sample(out, Kind::kLatents, 3);
+  const RepairReport report = repair_cache(out);
+  ASSERT_EQ(report.lost.size(), 1u);
+  EXPECT_EQ(report.salvaged, 2);
+  make(out, 3);
+  expect_whole();
 }
 
 // Runs `body` in a process of its own.
