@@ -33,7 +33,7 @@ def main(bin_dir):
         assert comma == "1,5", f"the locale is not in force: {comma}"
 
         def chain(locale):
-            work = folder / locale
+            work = folder / f"under {locale}"
             work.mkdir()
             environment = os.environ | {"HOME": str(work), "LOCPATH": str(folder), "LC_ALL": locale, "LANG": locale,
                                         "OMP_WAIT_POLICY": "passive"}
