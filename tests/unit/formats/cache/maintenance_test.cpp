@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -550,12 +551,15 @@ int wait_for(pid_t pid) {
 TEST_P(Maintenance, GcRefusesWhileAReaderLivesAndRemovesADeadOnesLock) {
   make_untidy(out, recipe);
   const pid_t reader = start([&] {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);  // not left behind by a test that fails
     const ReaderLock lock(out);
     pause();
   });
-  while (names_of(out, ".reader-").empty() ||
-         names_of(out, ".reader-")[0].find(".tmp-") != std::string::npos)
+  for (std::vector<std::string> names;  // its temporary file comes first and goes last
+       names.size() != 1 || names[0].find(".tmp-") != std::string::npos;
+       names = names_of(out, ".reader-")) {
     usleep(1000);
+  }
   const auto before = files_of(out);
   for (const bool dry_run : {true, false}) {
     EXPECT_THAT(refusal([&] { collect_garbage(out, dry_run); }),
