@@ -550,16 +550,16 @@ int wait_for(pid_t pid) {
 
 TEST_P(Maintenance, GcRefusesWhileAReaderLivesAndRemovesADeadOnesLock) {
   make_untidy(out, recipe);
+  int ready[2];
+  ASSERT_EQ(pipe(ready), 0);
   const pid_t reader = start([&] {
     prctl(PR_SET_PDEATHSIG, SIGKILL);  // not left behind by a test that fails
     const ReaderLock lock(out);
-    pause();
+    if (write(ready[1], "+", 1) == 1) pause();
   });
-  for (std::vector<std::string> names;  // its temporary file comes first and goes last
-       names.size() != 1 || names[0].find(".tmp-") != std::string::npos;
-       names = names_of(out, ".reader-")) {
-    usleep(1000);
-  }
+  char byte = 0;
+  ASSERT_EQ(read(ready[0], &byte, 1), 1);
+  close(ready[0]), close(ready[1]);
   const auto before = files_of(out);
   for (const bool dry_run : {true, false}) {
     EXPECT_THAT(refusal([&] { collect_garbage(out, dry_run); }),
