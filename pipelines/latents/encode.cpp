@@ -8,12 +8,12 @@
 #include <thread>
 
 #include "common/core/error.h"
+#include "common/core/ordered.h"
 #include "common/core/progress.h"
 #include "common/core/rng.h"
 #include "common/core/text.h"
 #include "common/image/image.h"
 #include "common/tensor/tensor.h"
-#include "pipelines/latents/ordered.h"
 #include "pipelines/latents/read.h"
 #include "pipelines/stage/halving.h"
 

@@ -1,4 +1,4 @@
-#include "pipelines/latents/ordered.h"
+#include "common/core/ordered.h"
 
 #include <gtest/gtest.h>
 
@@ -6,7 +6,7 @@
 #include <chrono>
 #include <stdexcept>
 
-namespace flux::latents {
+namespace flux {
 namespace {
 
 TEST(Ordered, GivesResultsInOrderAndRunsAheadOnlySoFar) {
@@ -45,4 +45,4 @@ TEST(Ordered, StopsWhenItIsDroppedEarly) {
 }
 
 }  // namespace
-}  // namespace flux::latents
+}  // namespace flux
