@@ -215,7 +215,7 @@ AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
 AtomicFile::~AtomicFile() {
   if (fd_ < 0) return;
   close(fd_);
-  unlink(temporary_.c_str());
+  if (!keep_) unlink(temporary_.c_str());
 }
 
 void AtomicFile::fail(const char* what) const {
@@ -247,6 +247,10 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
 void AtomicFile::commit() { publish(true); }
 void AtomicFile::commit_new() { publish(false); }
 
+void AtomicFile::flush() {
+  if (!flush_to_disk(fd_)) fail("flushing to the disk failed");
+}
+
 void AtomicFile::publish(bool replace) {
   if (!flush_to_disk(fd_)) fail("flushing to the disk failed");
   const int fd = std::exchange(fd_, -1);
@@ -254,7 +258,7 @@ void AtomicFile::publish(bool replace) {
   if (!closed ||
       !(replace ? rename(temporary_.c_str(), path_.c_str()) == 0 : rename_new(temporary_, path_))) {
     const int number = errno;
-    unlink(temporary_.c_str());
+    if (!keep_) unlink(temporary_.c_str());
     errno = number;
     fail(closed ? "cannot be renamed into place" : "closing failed");
   }

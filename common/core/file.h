@@ -67,6 +67,10 @@ class AtomicFile {
   /// Overwrites bytes already written, for headers that are known last.
   void write_at(uint64_t offset, std::span<const std::byte> bytes);
   void commit();
+  /// Writes all so far to the disk, under the temporary name: what the disk refuses shows here.
+  void flush();
+  /// From now on a failure leaves the temporary file: somebody else will finish the work.
+  void keep() { keep_ = true; }
   /// As commit(), but a file that has the final name already is an error and stays as it is.
   void commit_new();
   uint64_t size_bytes() const { return size_; }
@@ -77,6 +81,7 @@ class AtomicFile {
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
   uint64_t size_ = 0;
+  bool keep_ = false;
 };
 
 /// AtomicFile in one call.

@@ -156,7 +156,7 @@ Rgb decode(Bytes file, const DecodeOptions& options) try {
   image.size = Header{raw.size, raw.orientation}.decoded_size(options.profile);
   return image;
 } catch (const std::bad_alloc&) {
-  throw ResourceError("not enough memory to decode a picture", "use fewer threads");
+  throw ResourceError("not enough memory to decode a picture", "use a smaller picture, or a machine with more memory");
 }
 
 }  // namespace flux::image

@@ -225,7 +225,7 @@ void check(const Placement& p) {
 [[noreturn]] void out_of_memory(const Placement& p) {
   throw ResourceError("not enough memory to scale a picture to " + std::to_string(p.resized.width) +
                           "x" + std::to_string(p.resized.height),
-                      "use fewer threads");
+                      "use a smaller picture, or a machine with more memory");
 }
 
 }  // namespace

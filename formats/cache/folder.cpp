@@ -161,8 +161,9 @@ std::vector<WantedItem> items_of(const Index& index) {
   return items;
 }
 
-// Both files are on the disk under temporary names before the old manifest goes: a kill in between
-// leaves a cache that says it is incomplete, never a manifest with another index.
+// Both files are on the disk under temporary names before the old manifest goes, and stay there
+// whatever fails afterwards: a kill in between leaves a cache that says it is incomplete and that
+// finish_publication() mends, never a manifest with another index.
 void publish_files(const fs::path& folder,
                    std::string_view text,
                    std::span<const std::byte> index_bytes) {
@@ -172,6 +173,11 @@ void publish_files(const fs::path& folder,
   if (!index_bytes.empty()) {
     AtomicFile index_file(folder / kIndexName);
     index_file.write(index_bytes);
+    manifest_file.flush();
+    index_file.flush();
+    sync_folder(folder);
+    manifest_file.keep();
+    index_file.keep();
     remove_if_there(path);
     sync_folder(folder);  // else a power cut may leave the new index and the old manifest
     index_file.commit();
@@ -194,7 +200,8 @@ bool has_bytes(const fs::path& path, int64_t bytes, const std::string& xxh3_128)
 }  // namespace
 
 bool has_unfinished_publication(const fs::path& folder) {
-  if (fs::exists(folder / kManifestName)) return false;
+  std::error_code error;
+  if (fs::exists(folder / kManifestName, error)) return false;
   return std::ranges::any_of(names_in(folder), [](const std::string& name) {
     return is_temporary_of(name, kManifestName);
   });

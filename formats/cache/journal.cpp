@@ -206,13 +206,28 @@ Journal::Journal(const std::filesystem::path& folder, const SegmentHeader& heade
   flusher_ = std::jthread([this](const std::stop_token& stop) { flush_later(stop); });
 }
 
-Journal::~Journal() { close_file(); }
+Journal::~Journal() {
+  stop_flusher();
+  // what failed shows nowhere any more, but the samples are in the file
+  if (fd_ >= 0 && dirty_) flush_data();
+  close_file();
+}
+
+void Journal::stop_flusher() {
+  if (!flusher_.joinable()) return;
+  flusher_.request_stop();
+  flusher_.join();
+}
+
+int Journal::flush_data() const {
+  int result;
+  do result = fdatasync(fd_);
+  while (result != 0 && errno == EINTR);
+  return result;
+}
 
 void Journal::close_file() {
-  if (flusher_.joinable()) {
-    flusher_.request_stop();
-    flusher_.join();
-  }
+  stop_flusher();
   if (fd_ >= 0) close(std::exchange(fd_, -1));
 }
 
@@ -224,9 +239,7 @@ void Journal::flush_later(const std::stop_token& stop) {
     if (stop.stop_requested()) return;
     dirty_ = false;
     lock.unlock();
-    int result;
-    do result = fdatasync(fd_);
-    while (result != 0 && errno == EINTR);
+    const int result = flush_data();
     const int number = errno;
     lock.lock();
     if (result != 0) flush_error_ = number;

@@ -40,6 +40,8 @@ class Journal {
   [[noreturn]] void fail(const char* what, int number) const;
   void flush_later(const std::stop_token& stop);
   void close_file();
+  void stop_flusher();
+  int flush_data() const;
   std::filesystem::path path_;
   int fd_ = -1;
   uint64_t size_ = 0;

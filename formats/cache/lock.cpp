@@ -46,6 +46,13 @@ std::string start_time(int64_t pid) {
   return fields.size() > 19 ? fields[19] : std::string();
 }
 
+bool is_zombie(int64_t pid) {
+  const std::string stat = first_line(fmt::format("/proc/{}/stat", pid).c_str());
+  const size_t end = stat.rfind(") ");
+  return end != std::string::npos && end + 2 < stat.size() &&
+         (stat[end + 2] == 'Z' || stat[end + 2] == 'X');
+}
+
 std::string this_host() {
   char name[256] = {};
   gethostname(name, sizeof name - 1);
@@ -79,6 +86,7 @@ bool is_dead(const std::string& text) {
     if (pid < 1 || pid > INT32_MAX) return false;
     if (kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return true;
     const std::string started = start_time(pid);
+    if (is_zombie(pid)) return true;  // killed, and nobody has asked how it ended
     return !started.empty() &&
            owner.at("started") != started;  // the number belongs to another process now
   } catch (const nlohmann::json::exception&) {

@@ -17,6 +17,7 @@
 #include "common/core/text.h"
 #include "formats/cache/folder.h"
 #include "formats/cache/index.h"
+#include "formats/cache/lock.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/segment_reader.h"
 #include "formats/cache/writer.h"
@@ -249,6 +250,11 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
                          bool strict,
                          const Progress& progress) {
   MergeReport report;
+  std::error_code not_there;
+  if (fs::is_directory(out, not_there) && has_unfinished_publication(out)) {
+    const WriterLock lock(out);  // it may be one of the inputs
+    finish_publication(out);
+  }
   std::vector<Part> parts;
   for (const fs::path& folder : inputs) {
     const bool again = std::ranges::any_of(

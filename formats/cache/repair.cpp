@@ -55,6 +55,7 @@ class Repair {
       state_.previous.reset();
     }
     for (const Damaged& file : damaged_) salvage(file);
+    take_kind_of_journals();
     report_.recovered = state_.recover_journals(names_);
     bool published = false;
     if (state_.previous) {
@@ -145,6 +146,18 @@ class Repair {
             path == paths_.end() || path->second.empty() ? sample.text : path->second,
             std::move(reason),
             path != paths_.end()};
+  }
+
+  // of a first run that was killed before it sealed anything
+  void take_kind_of_journals() {
+    for (const auto& name : names_) {
+      if (has_kind_ || !is_journal_name(name)) continue;
+      const fs::path path = state_.folder / name;
+      const JournalContent content = parse_journal(MappedFile(path).bytes(), path);
+      if (content.valid_bytes == 0) continue;
+      state_.recipe = content.header.recipe;
+      has_kind_ = true;
+    }
   }
 
   void check_segments() {

@@ -131,12 +131,12 @@ class Verifier {
       double weight = 0;
       for (const auto& variant : index_->variants(i)) {
         weight += variant.weight;
-        masks = masks || variant.flags & kSampleMasked;
         if (variant.segment == kOtherShard && manifest_->shard.count > 1) {
           if (shard_of(variant.key, manifest_->shard.count) == manifest_->shard.index)
             about(fmt::format("lacks the sample {}, which is this shard's", to_hex(variant.key)));
           continue;
         }
+        masks = masks || variant.flags & kSampleMasked;
         keys.insert(variant.key);
         if (variant.segment >= manifest_->segments.size()) {
           about(fmt::format("names segment {} of {}", variant.segment, manifest_->segments.size()));

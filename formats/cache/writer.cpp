@@ -122,6 +122,8 @@ void Writer::State::add_changes(const SampleInfo& now,
   const IndexVariant& old = alike == before.end() ? before.front() : *alike;
   if (old.segment >= previous->segments.size()) return;  // in another shard
   const std::string& name = previous->segments[old.segment].name;
+  constexpr size_t kMostOpen = 64;  // 0.6 MB and a descriptor each
+  if (open.size() >= kMostOpen && !open.contains(name)) open.clear();
   auto& segment = open[name];
   try {
     if (!segment) segment.emplace(folder / name);

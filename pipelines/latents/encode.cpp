@@ -149,23 +149,19 @@ Encoded encode_samples(const dataset::Resolved& resolved,
           picture.values, std::initializer_list<int64_t>{3, bucket.height, bucket.width}));
       masks.push_back(std::move(picture.mask));
     }
-    stage::encode_in_batches(std::ssize(batch), batch_size, [&](int64_t begin, int64_t part) {
-      const auto at = [&](const auto& list) { return list.begin() + begin; };
-      vae::Posterior posterior;
+    const auto compute = [&](int64_t begin, int64_t part) {
+      const stage::StageTime::Scope busy(encode_time);
+      const auto first = pixels.begin() + begin;
+      const vae::Posterior posterior = encode_batch(encoder, {first, first + part}, device);
       std::vector<at::Tensor> stored;
-      {
-        const stage::StageTime::Scope busy(encode_time);
-        posterior = encode_batch(encoder, {at(pixels), at(pixels) + part}, device);
-        for (int64_t i = 0; i < part; ++i) {
-          stored.push_back(to_dtype(stored_latents(posterior,
-                                                   i,
-                                                   options.store,
-                                                   options.seed,
-                                                   batch[static_cast<size_t>(begin + i)]->key),
-                                    dtype)
-                               .contiguous());
-        }
+      for (int64_t i = 0; i < part; ++i) {
+        const Sample& sample = *batch[static_cast<size_t>(begin + i)];
+        const auto latents = stored_latents(posterior, i, options.store, options.seed, sample.key);
+        stored.push_back(to_dtype(latents, dtype).contiguous());
       }
+      return stored;
+    };
+    const auto take = [&](int64_t begin, int64_t part, std::vector<at::Tensor> stored) {
       for (int64_t i = 0; i < part; ++i) {
         const Sample& sample = *batch[static_cast<size_t>(begin + i)];
         const at::Tensor& latents = stored[static_cast<size_t>(i)];
@@ -183,7 +179,8 @@ Encoded encode_samples(const dataset::Resolved& resolved,
         sink.add(std::move(encoded));
         ++out.num_samples;
       }
-    });
+    };
+    stage::encode_in_batches(std::ssize(batch), batch_size, compute, take);
     progress.update(next, "limited by " + times.limit());
   }
   sink.flush();

@@ -43,7 +43,9 @@ Reproduction::Reproduction(const std::filesystem::path& folder, const cache::Rec
   require("parameters", found.parameters, recipe.parameters);
   require("weights", found.weights, recipe.weights);
   require("tokenizers", found.tokenizers, recipe.tokenizers);
-  for (const auto& variant : cache_.index().variants()) variants_.emplace(variant.key, variant);
+  for (const auto& variant : cache_.index().variants()) {
+    if (variant.segment != cache::kOtherShard) variants_.emplace(variant.key, variant);
+  }
   drift_.bound = recipe.parameters.value("precision", "") == "bf16" ? kBoundBF16 : kBoundF32;
 }
 

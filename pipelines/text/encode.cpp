@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -85,7 +86,7 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
   std::vector<Pooled> out;
   Progress progress("encoding with CLIP", "captions", std::ssize(jobs));
   int64_t batch_size = options.encode.batch_size;
-  stage::encode_in_batches(std::ssize(jobs), batch_size, [&](int64_t begin, int64_t count) {
+  const auto compute = [&](int64_t begin, int64_t count) {
     sink.stop_if_asked();
     const auto batch = jobs.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
     const Tokens tokens = [&] {
@@ -94,13 +95,19 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
     }();
     const stage::StageTime::Scope busy(clip_time);
     const at::Tensor pooled = model.encode(tokens.ids).pooled;  // [B, V]
+    std::vector<Pooled> part;
     for (size_t i = 0; i < batch.size(); ++i) {
-      out.push_back({stored(pooled[static_cast<int64_t>(i)], options.encode.dtype),
-                     static_cast<uint32_t>(tokens.rows[i].num_live_tokens),
-                     static_cast<uint32_t>(tokens.rows[i].num_lost_tokens)});
+      part.push_back({stored(pooled[static_cast<int64_t>(i)], options.encode.dtype),
+                      static_cast<uint32_t>(tokens.rows[i].num_live_tokens),
+                      static_cast<uint32_t>(tokens.rows[i].num_lost_tokens)});
     }
+    return part;
+  };
+  const auto take = [&](int64_t, int64_t, std::vector<Pooled> part) {
+    std::ranges::move(part, std::back_inserter(out));
     progress.update(std::ssize(out));
-  });
+  };
+  stage::encode_in_batches(std::ssize(jobs), batch_size, compute, take);
   return out;
 }
 
@@ -125,38 +132,46 @@ void encode_t5(std::span<const Job> jobs,
   int64_t batch_size = options.pad_policy == PadPolicy::kMasked
                            ? std::max(options.encode.batch_size, kMaskedCaptions)
                            : options.encode.batch_size;
-  stage::encode_in_batches(std::ssize(jobs), batch_size, [&](int64_t begin, int64_t count) {
+  struct Part {
+    Tokens tokens;
+    std::vector<std::optional<std::vector<std::byte>>> prompts;  // [L, X] each
+  };
+  const auto compute = [&](int64_t begin, int64_t count) {
     sink.stop_if_asked();
     const auto batch = jobs.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
-    const Tokens tokens = [&] {
-      const stage::StageTime::Scope busy(tokenize_time);
-      return tokenize(files.tokenizer, batch, options.t5_length_tokens);
-    }();
-    std::vector<std::optional<std::vector<std::byte>>> prompts;  // [L, X] each
+    Part part;
     {
-      const stage::StageTime::Scope busy(t5_time);
-      const at::Tensor rows = model.encode(
-          tokens.ids, options.pad_policy == PadPolicy::kMasked ? tokens.live : at::Tensor());
-      for (int64_t i = 0; i < count; ++i) prompts.push_back(stored(rows[i], options.encode.dtype));
+      const stage::StageTime::Scope busy(tokenize_time);
+      part.tokens = tokenize(files.tokenizer, batch, options.t5_length_tokens);
     }
-    for (size_t i = 0; i < batch.size(); ++i) {
+    const stage::StageTime::Scope busy(t5_time);
+    const bool masked = options.pad_policy == PadPolicy::kMasked;
+    const at::Tensor rows = model.encode(part.tokens.ids, masked ? part.tokens.live : at::Tensor());
+    for (int64_t i = 0; i < count; ++i)
+      part.prompts.push_back(stored(rows[i], options.encode.dtype));
+    return part;
+  };
+  const auto take = [&](int64_t begin, int64_t count, Part part) {
+    for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+      const Job& job = jobs[static_cast<size_t>(begin) + i];
       Pooled& clip = pooled[static_cast<size_t>(begin) + i];
-      if (!prompts[i] || !clip.bytes) {
+      auto& prompt = part.prompts[i];
+      if (!prompt || !clip.bytes) {
         out.failures.push_back(
-            {batch[i].key,
-             fmt::format("its {} embedding is not finite", prompts[i] ? "CLIP" : "T5")});
+            {job.key, fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
         continue;
       }
-      cache::SampleInfo info = info_of(batch[i]);
-      info.t5_tokens = static_cast<uint32_t>(tokens.rows[i].num_live_tokens);
-      info.t5_lost = static_cast<uint32_t>(tokens.rows[i].num_lost_tokens);
+      cache::SampleInfo info = info_of(job);
+      info.t5_tokens = static_cast<uint32_t>(part.tokens.rows[i].num_live_tokens);
+      info.t5_lost = static_cast<uint32_t>(part.tokens.rows[i].num_lost_tokens);
       info.clip_tokens = clip.num_tokens;
       info.clip_lost = clip.num_lost;
-      sink.add({std::move(info), {std::move(*prompts[i]), std::move(*clip.bytes)}});
+      sink.add({std::move(info), {std::move(*prompt), std::move(*clip.bytes)}});
       ++out.num_samples;
     }
     progress.update(begin + count, "limited by " + times.limit());
-  });
+  };
+  stage::encode_in_batches(std::ssize(jobs), batch_size, compute, take);
   sink.flush();
 }
 

@@ -173,6 +173,17 @@ class Maintenance : public testing::TestWithParam<Kind> {
   }
   std::string key(uint64_t number) const { return to_hex(test::sample(layout, number).info.key); }
 };
+TEST_P(Maintenance, RepairSealsWhatAFirstRunLeftInItsJournal) {
+  {
+    Writer killed(out, recipe, test::provenance());
+    for (uint64_t i = 0; i < 3; ++i) {
+      const auto data = test::sample(layout, i);
+      killed.add(data.info, data.spans());
+    }
+  }
+  EXPECT_EQ(repair_cache(out).recovered, 3);
+}
+
 INSTANTIATE_TEST_SUITE_P(Kinds, Maintenance, testing::Values(Kind::kLatents, Kind::kText));
 
 TEST_P(Maintenance, ThreeShardsMergedAreTheWholeCache) {

@@ -255,21 +255,33 @@ TEST_F(Latents, AlphaBecomesALossMask) {
 TEST(Halving, TriesSmallerBatchesUntilOneFits) {
   std::vector<int64_t> tried, done;
   int64_t batch_size = 8;
-  const auto encode = [&](int64_t limit) {
+  const auto compute = [&](int64_t limit) {
     return [&, limit](int64_t begin, int64_t count) {
       tried.push_back(count);
       if (count > limit) throw c10::OutOfMemoryError({__func__, __FILE__, 1}, "no memory");
-      for (int64_t i = 0; i < count; ++i) done.push_back(begin + i);
+      std::vector<int64_t> part(static_cast<size_t>(count));
+      std::iota(part.begin(), part.end(), begin);
+      return part;
     };
   };
-  stage::encode_in_batches(11, batch_size, encode(3));
+  const auto take = [&](int64_t begin, int64_t count, const std::vector<int64_t>& part) {
+    EXPECT_EQ(std::ssize(part), count);
+    EXPECT_EQ(part.front(), begin);
+    done.insert(done.end(), part.begin(), part.end());
+  };
+  stage::encode_in_batches(11, batch_size, compute(3), take);
   EXPECT_EQ(batch_size, 2);
   EXPECT_EQ(tried, (std::vector<int64_t>{8, 4, 2, 2, 2, 2, 2, 1}));
   std::vector<int64_t> all(11);
   std::iota(all.begin(), all.end(), 0);
   EXPECT_EQ(done, all);
-  EXPECT_THROW(stage::encode_in_batches(3, batch_size, encode(0)), OutOfMemory);
+  EXPECT_THROW(stage::encode_in_batches(3, batch_size, compute(0), take), OutOfMemory);
   EXPECT_EQ(batch_size, 1);
+  // what comes later is no shortage of the net's memory
+  EXPECT_THROW(
+      stage::encode_in_batches(
+          3, batch_size, compute(3), [](int64_t, int64_t, const auto&) { throw std::bad_alloc(); }),
+      std::bad_alloc);
 }
 
 TEST(StageTimes, NameTheStageWhoseThreadsAreBusiest) {
