@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -12,6 +13,15 @@
 namespace flux {
 
 using Sha256Digest = std::array<std::byte, 32>;
+
+/// For unordered containers: a digest is as good as its first bytes.
+struct DigestHash {
+  size_t operator()(const Sha256Digest& digest) const {
+    size_t value;
+    std::memcpy(&value, digest.data(), sizeof value);
+    return value;
+  }
+};
 
 /// SHA-256 over what is added, in order (FIPS 180-4, by OpenSSL).
 class Sha256 {

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "common/core/error.h"
+#include "common/core/hash.h"
 #include "common/core/rng.h"
 #include "common/core/text.h"
 #include "common/dataset/dataset.h"
@@ -47,10 +48,6 @@ uint64_t first_bytes(const Sha256Digest& digest) {
   for (size_t i = 0; i < 8; ++i) value = value << 8 | static_cast<uint64_t>(digest[i]);
   return value;
 }
-
-struct DigestHash {
-  size_t operator()(const Sha256Digest& digest) const { return first_bytes(digest); }
-};
 
 uint64_t visit_key(uint64_t item_key, int64_t repeat) {
   return item_key + static_cast<uint64_t>(repeat) * 0x9E3779B97F4A7C15ull;

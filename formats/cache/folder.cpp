@@ -24,10 +24,6 @@ std::string utc_now() {
   return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
 }
 
-std::string repair_hint(const fs::path& folder) {
-  return fmt::format("flux-cache repair {}, then run the caching tool again", show(folder));
-}
-
 std::vector<std::string> names_in(const fs::path& folder) {
   std::vector<std::string> names;
   std::error_code error;

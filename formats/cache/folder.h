@@ -2,7 +2,6 @@
 // samples are in them, and how they become a published cache. Internal to formats/cache.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <optional>
@@ -23,17 +22,7 @@ namespace flux::cache {
 
 inline constexpr char kQuarantineName[] = "quarantine.jsonl";
 
-struct DigestHash {
-  size_t operator()(const Sha256Digest& digest) const {
-    size_t value;  // a digest is as good as its first bytes
-    std::memcpy(&value, digest.data(), sizeof value);
-    return value;
-  }
-};
-
 std::string utc_now();
-/// What to do about damage: the hint of errors about it.
-std::string repair_hint(const std::filesystem::path& folder);
 /// Names of the folder's entries, sorted. Throws ResourceError.
 std::vector<std::string> names_in(const std::filesystem::path& folder);
 /// What an interrupted AtomicFile or lock leaves behind.

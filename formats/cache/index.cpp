@@ -6,8 +6,10 @@
 #include <stdexcept>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/text.h"
 #include "formats/cache/header.h"
+#include "formats/cache/manifest.h"
 #include "formats/cache/tables.h"
 
 namespace flux::cache {
@@ -144,6 +146,13 @@ Index read_index(const std::filesystem::path& path, Kind kind) {
       file.refuse(fmt::format("variant {} has the weight {}, expected 0 to 1", i, weight));
   }
   return out;
+}
+
+Index read_index_of(const std::filesystem::path& folder, Kind kind, std::string_view xxh3_128) {
+  const auto path = folder / kIndexName;
+  if (xxh3_128_hex(MappedFile(path).bytes()) != xxh3_128)
+    throw CacheError(show(path) + ": is not the manifest's");
+  return read_index(path, kind);
 }
 
 }  // namespace flux::cache

@@ -71,5 +71,8 @@ class Index {
 std::vector<std::byte> encode_index(const Index& index, Kind kind);
 /// Throws CacheError naming the first rule of FORMAT.md that the file breaks.
 Index read_index(const std::filesystem::path& path, Kind kind);
+/// The index of a folder, once its XXH3-128 is the one that the manifest says. Throws CacheError;
+/// InputError if it cannot be read.
+Index read_index_of(const std::filesystem::path& folder, Kind kind, std::string_view xxh3_128);
 
 }  // namespace flux::cache

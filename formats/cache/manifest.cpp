@@ -294,6 +294,10 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   return parse_manifest(text, path);
 }
 
+std::string repair_hint(const std::filesystem::path& folder) {
+  return fmt::format("flux-cache repair {}, then run the caching tool again", show(folder));
+}
+
 bool same_content(const Manifest& a, const Manifest& b) {
   json left = to_json(a), right = to_json(b);
   left.erase("provenance");

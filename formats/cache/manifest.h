@@ -68,6 +68,8 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
 Manifest read_manifest(const std::filesystem::path& folder);
 /// Nothing if there is no manifest.json; throws as read_manifest does otherwise.
 std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& folder);
+/// What to do about damage: the hint of errors about it.
+std::string repair_hint(const std::filesystem::path& folder);
 /// Equal but for provenance.
 bool same_content(const Manifest& a, const Manifest& b);
 

@@ -42,10 +42,7 @@ struct Writer::State : Folder {
       previous = read_manifest_if_there(folder);
       if (!previous) return;
       refuse_kind(folder / kManifestName, previous->recipe.kind);
-      const auto path = folder / kIndexName;
-      if (xxh3_128_hex(MappedFile(path).bytes()) != previous->index_xxh3_128)
-        throw CacheError(show(path) + ": is not the manifest's");
-      previous_index = read_index(path, recipe.kind);
+      previous_index = read_index_of(folder, recipe.kind, previous->index_xxh3_128);
     } catch (const SchemaError&) {
       throw;
     } catch (const Error& error) {

@@ -116,10 +116,7 @@ class Reader {
     if (!out_.manifest) return;
     take_kind(out_.manifest->recipe.kind, kManifestName);
     attempt([&] {
-      const auto path = out_.folder / kIndexName;
-      if (xxh3_128_hex(MappedFile(path).bytes()) != out_.manifest->index_xxh3_128)
-        throw CacheError(show(path) + ": is not the manifest's");
-      out_.index = read_index(path, *out_.kind);
+      out_.index = read_index_of(out_.folder, *out_.kind, out_.manifest->index_xxh3_128);
     });
   }
 
@@ -260,6 +257,11 @@ Contents look_into(const fs::path& folder, bool recover) {
         (before.segments == after.segments && before.journals == after.journals))
       return out;
   }
+}
+
+void require_one_folder(const std::vector<std::string>& folders, const char* example) {
+  if (folders.size() != 1)
+    throw UsageError(fmt::format("one folder is needed, {} are given", folders.size()), example);
 }
 
 std::string bucket_text(uint32_t height, uint32_t width) {

@@ -64,6 +64,9 @@ struct Contents {
 /// other files, a schema that this build does not read.
 Contents look_into(const std::filesystem::path& folder, bool recover);
 
+/// For verbs that take one folder. Throws UsageError, whose hint is `example`.
+void require_one_folder(const std::vector<std::string>& folders, const char* example);
+
 /// "512x768": width x height in pixels of the latents' picture.
 std::string bucket_text(uint32_t height, uint32_t width);
 

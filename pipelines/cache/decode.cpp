@@ -85,9 +85,7 @@ std::vector<float> as_floats(const NamedTensor& tensor) {
 
 void require_readable(const Contents& contents) {
   if (!contents.problems.empty()) {
-    throw CacheError(contents.problems[0],
-                     fmt::format("flux-cache repair {}, then run the caching tool again",
-                                 show(contents.folder)));
+    throw CacheError(contents.problems[0], repair_hint(contents.folder));
   }
   if (!contents.kind) {
     throw CacheError(show(contents.folder) + ": holds no cache yet",

@@ -171,9 +171,7 @@ void add_flags(ExportOptions& options, Tool& tool) {
 
 void check(const ExportOptions& options) {
   constexpr char kExample[] = "flux-cache export cache/latents --out latents-npz --format npz";
-  if (options.folders.size() != 1)
-    throw UsageError(fmt::format("one folder is needed, {} are given", options.folders.size()),
-                     kExample);
+  require_one_folder(options.folders, kExample);
   if (options.out.empty()) throw UsageError("--out is needed", kExample);
 }
 

@@ -205,9 +205,7 @@ void add_flags(InspectOptions& options, Tool& tool) {
 }
 
 void check(const InspectOptions& options) {
-  if (options.folders.size() != 1)
-    throw UsageError(fmt::format("one folder is needed, {} are given", options.folders.size()),
-                     "flux-cache inspect cache/latents");
+  require_one_folder(options.folders, "flux-cache inspect cache/latents");
 }
 
 Truncation truncation_of(const std::vector<ListedSample>& samples) {

@@ -11,6 +11,7 @@
 #include "common/core/hash.h"
 #include "common/core/progress.h"
 #include "common/core/text.h"
+#include "pipelines/cache/contents.h"
 
 namespace flux::cache {
 namespace {
@@ -23,11 +24,6 @@ constexpr char kRepairExample[] = "flux-cache repair cache/latents";
 constexpr char kMergeExample[] = "flux-cache merge part-0 part-1 --out cache/latents";
 constexpr char kGcExample[] = "flux-cache gc cache/latents";
 constexpr char kCopyExample[] = "flux-cache copy cache/latents --out /mnt/disk/latents --verify";
-
-void require_one(const std::vector<std::string>& folders, const char* example) {
-  if (folders.size() != 1)
-    throw UsageError(fmt::format("one folder is needed, {} are given", folders.size()), example);
-}
 
 // Shows bytes done, and stops on a signal.
 std::function<void(int64_t, int64_t)> progress_of(const char* label,
@@ -53,7 +49,7 @@ void add_flags(VerifyOptions& options, Tool& tool) {
   tool.flag("deep", options.deep, "also decode every sample");
 }
 
-void check(const VerifyOptions& options) { require_one(options.folders, kVerifyExample); }
+void check(const VerifyOptions& options) { require_one_folder(options.folders, kVerifyExample); }
 
 Report verify(const VerifyOptions& options) {
   const fs::path folder = options.folders[0];
@@ -93,7 +89,7 @@ void add_flags(RepairOptions& options, Tool& tool) {
   tool.arguments(options.folders, "DIR", "cache folder");
 }
 
-void check(const RepairOptions& options) { require_one(options.folders, kRepairExample); }
+void check(const RepairOptions& options) { require_one_folder(options.folders, kRepairExample); }
 
 Report repair(const RepairOptions& options) {
   const fs::path folder = options.folders[0];
@@ -205,7 +201,7 @@ void add_flags(GcOptions& options, Tool& tool) {
   tool.flag("dry-run", options.dry_run, "say what would be removed, and change nothing");
 }
 
-void check(const GcOptions& options) { require_one(options.folders, kGcExample); }
+void check(const GcOptions& options) { require_one_folder(options.folders, kGcExample); }
 
 Report gc(const GcOptions& options) {
   const fs::path folder = options.folders[0];

@@ -209,9 +209,7 @@ void add_flags(StatsOptions& options, Tool& tool) {
 }
 
 void check(const StatsOptions& options) {
-  if (options.folders.size() != 1)
-    throw UsageError(fmt::format("one folder is needed, {} are given", options.folders.size()),
-                     "flux-cache stats cache/latents");
+  require_one_folder(options.folders, "flux-cache stats cache/latents");
 }
 
 double Moments::deviation() const {

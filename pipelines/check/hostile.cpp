@@ -15,6 +15,7 @@
 
 #include "common/core/error.h"
 #include "common/core/file.h"
+#include "common/core/sanitizer.h"
 #include "common/core/text.h"
 #include "common/dataset/caption.h"
 #include "common/image/image.h"
@@ -22,14 +23,6 @@
 #include "formats/safetensors/reader.h"
 #include "pipelines/check/case.h"
 #include "pipelines/check/lines.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define FLUX_ADDRESS_SANITIZER 1
-#elif defined(__has_feature)
-#define FLUX_ADDRESS_SANITIZER __has_feature(address_sanitizer)
-#else
-#define FLUX_ADDRESS_SANITIZER 0
-#endif
 
 namespace flux::check {
 namespace fs = std::filesystem;

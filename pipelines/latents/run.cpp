@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <unordered_map>
 
 #include "common/core/error.h"
+#include "common/core/hash.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/models/vae/vae.h"
@@ -135,11 +137,8 @@ stage::Report run(const Options& options) {
                        provenance,
                        {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
   auto wanted = scan(resolved, keys, options.animated, options.encode.rehash);
-  std::unordered_map<std::string_view, const Sample*> by_key;  // a digest's bytes
-  const auto name_of = [](const Sha256Digest& key) {
-    return std::string_view(reinterpret_cast<const char*>(key.data()), key.size());
-  };
-  for (const auto& s : wanted.samples) by_key.emplace(name_of(s.key), &s);
+  std::unordered_map<Sha256Digest, const Sample*, DigestHash> by_key;
+  for (const auto& s : wanted.samples) by_key.emplace(s.key, &s);
 
   cache::Publication publication;
   publication.items = std::move(wanted.items);
@@ -150,7 +149,7 @@ stage::Report run(const Options& options) {
                   writer.compare(publication.items,
                                  publication.plan,
                                  [&](const Sha256Digest& key) {
-                                   const Sample& s = *by_key.at(name_of(key));
+                                   const Sample& s = *by_key.at(key);
                                    return info_of(s, resolved.images[s.image].name);
                                  }),
                   report);

@@ -139,21 +139,23 @@ stage::Report run(const Options& options) {
                                  [&](const Sha256Digest& key) { return info_of(*by_key.at(key)); }),
                   report);
   std::vector<Job> jobs;
-  std::vector<std::string> texts;
-  for (const Job& job : all) {
-    if (!writer.wants(job.key) || writer.contains(job.key)) continue;
-    jobs.push_back(job);
-    texts.push_back(job.caption);
+  std::vector<size_t> places;  // of the jobs among all captions
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (!writer.wants(all[i].key) || writer.contains(all[i].key)) continue;
+    jobs.push_back(all[i]);
+    places.push_back(i);
   }
   if (!jobs.empty()) {
-    const auto truncation =
-        truncation_json(wanted.captions, count_tokens(wanted.captions, clip, t5));
+    const auto tokens = count_tokens(wanted.captions, clip, t5);
+    const auto truncation = truncation_json(wanted.captions, tokens);
     log_truncation(truncation, options.t5_length_tokens);
     publication.notes["truncated"] = truncation;
+    std::vector<CaptionTokens> tokens_of_jobs;
+    for (const size_t place : places) tokens_of_jobs.push_back(tokens[place]);
     stage::predict(writer,
                    options.encode.out,
                    std::ssize(jobs),
-                   predicted_bytes(count_tokens(texts, clip, t5), layout, options.pad_policy),
+                   predicted_bytes(tokens_of_jobs, layout, options.pad_policy),
                    options.encode.max_bytes);
     publication.stage_seconds["prepare"] = stage::monotonic_seconds() - start;
     stage::WriteQueue queue(writer, layout, times, report.noun, options.encode.max_bytes);

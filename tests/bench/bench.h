@@ -15,6 +15,7 @@
 #include "common/dataset/dataset.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/writer.h"
+#include "tests/support/plain_plan.h"
 
 namespace flux::bench {
 
@@ -34,23 +35,9 @@ inline double wall_seconds() {
 
 inline cache::Provenance provenance() { return {"bench", "0", "bench", "cpu"}; }
 
-/// A data set of one subset whose items are `0.png`, `1.png`, ...
-inline nlohmann::json plan() {
-  return {{"datasets",
-           {{{"batch_size", 1}, {"index", 0}, {"validation_seed", 0}, {"validation_split", 0.0}}}},
-          {"subsets",
-           {{{"caption_dropout_every_n_epochs", 0},
-             {"caption_dropout_rate", 0.0},
-             {"dataset", 0},
-             {"flip_aug", false},
-             {"index", 0},
-             {"is_reg", false},
-             {"num_repeats", 1}}}}};
-}
-
 inline cache::Publication publication() {
   cache::Publication out;
-  out.plan = plan();
+  out.plan = test::plain_plan();
   out.plan_digest = to_hex(sha256(cache::canonical_json(out.plan)));
   return out;
 }

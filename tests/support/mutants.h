@@ -15,14 +15,7 @@
 
 #include "common/core/file.h"
 #include "common/core/rng.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define FLUX_ADDRESS_SANITIZER 1
-#elif defined(__has_feature)
-#define FLUX_ADDRESS_SANITIZER __has_feature(address_sanitizer)
-#else
-#define FLUX_ADDRESS_SANITIZER 0
-#endif
+#include "common/core/sanitizer.h"
 
 namespace flux::test {
 

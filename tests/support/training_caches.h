@@ -13,6 +13,7 @@
 #include "common/dataset/dataset.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/writer.h"
+#include "tests/support/plain_plan.h"
 
 namespace flux::test {
 
@@ -32,17 +33,7 @@ struct TrainingCaches {
   std::string store = "mean_logvar";
   double flip_weight = 0.5;  // of each variant of an item that is flipped too
   bool empty_caption = false;
-  nlohmann::json plan = {
-      {"datasets",
-       {{{"batch_size", 1}, {"index", 0}, {"validation_seed", 0}, {"validation_split", 0.0}}}},
-      {"subsets",
-       {{{"caption_dropout_every_n_epochs", 0},
-         {"caption_dropout_rate", 0.0},
-         {"dataset", 0},
-         {"flip_aug", false},
-         {"index", 0},
-         {"is_reg", false},
-         {"num_repeats", 1}}}}};
+  nlohmann::json plan = plain_plan();
   std::vector<cache::Quarantined> quarantined;  // of the latents
   std::function<bool(const std::string& name)> in_latents = [](const auto&) { return true; };
   std::function<bool(const std::string& name)> in_text = [](const auto&) { return true; };

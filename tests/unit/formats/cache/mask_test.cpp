@@ -32,6 +32,16 @@ test::SampleData masked_sample(const Layout& layout, uint64_t i) {
   return data;
 }
 
+std::filesystem::path write_segment(const std::filesystem::path& folder,
+                                    const Recipe& recipe,
+                                    const Record& record) {
+  const auto path = folder / new_segment_name();
+  AtomicFile file(path);
+  file.write(encode_segment({recipe, test::provenance(), "2026-01-01T00:00:00Z"}, {{record}}));
+  file.commit();
+  return path;
+}
+
 TEST(Mask, IsGivenBackWithItsSample) {
   const test::TemporaryFolder folder;
   const Recipe recipe = test::recipe(Kind::kLatents);
@@ -85,12 +95,7 @@ TEST(Mask, OutOfRangeIsRefused) {
       record.frames.push_back(encode_frame(data.tensors[t], t == 0 ? 2 : 4));
     }
     record.info.tensor_xxh3 = hash.digest();
-    const auto bytes =
-        encode_segment({recipe, test::provenance(), "2026-01-01T00:00:00Z"}, {{record}});
-    const auto path = folder / new_segment_name();
-    AtomicFile file(path);
-    file.write(bytes);
-    file.commit();
+    const auto path = write_segment(folder.path(), recipe, record);
     try {
       Segment(path).read(0);
       ADD_FAILURE() << bad;
@@ -107,12 +112,7 @@ TEST(Mask, UnknownFlagsAreRefused) {
   auto data = test::sample(layout, 0);
   Record record = prepare(layout, data.info, data.spans());
   record.info.flags = 4;
-  const auto bytes =
-      encode_segment({recipe, test::provenance(), "2026-01-01T00:00:00Z"}, {{record}});
-  const auto path = folder / new_segment_name();
-  AtomicFile file(path);
-  file.write(bytes);
-  file.commit();
+  const auto path = write_segment(folder.path(), recipe, record);
   try {
     Segment segment(path);
     ADD_FAILURE();
