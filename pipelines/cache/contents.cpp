@@ -23,6 +23,7 @@ constexpr uint32_t kPixelsPerLatent = 8;
 
 struct Names {
   std::vector<std::string> segments, journals;
+  std::optional<FileStamp> manifest;  // another one has another stamp
   bool others = false;  // files that are not of the format
   int64_t bytes = 0;    // of those that are
 };
@@ -51,6 +52,10 @@ Names names_in_cache(const fs::path& folder) {
   }
   if (error)
     throw CacheError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
+  try {
+    names.manifest = file_stamp(folder / kManifestName);
+  } catch (const InputError&) {  // none, or one that will be told about when it is read
+  }
   std::sort(names.segments.begin(), names.segments.end());
   std::sort(names.journals.begin(), names.journals.end());
   return names;
@@ -247,15 +252,16 @@ class Reader {
 }  // namespace
 
 Contents look_into(const fs::path& folder, bool recover) {
-  // A writer at work seals its journal into a segment now and then: look again if that was now.
-  constexpr int kTries = 5;
+  // A writer at work seals its journal into a segment now and then, and puts a new manifest in
+  // place: look again if that was now.
+  constexpr int kTries = 20;
   for (int attempt = 1;; ++attempt) {
     const Names before = names_in_cache(folder);
     Contents out = Reader(folder, recover).read(before);
     const Names after = names_in_cache(folder);
-    if (attempt == kTries ||
-        (before.segments == after.segments && before.journals == after.journals))
-      return out;
+    const bool same = before.segments == after.segments && before.journals == after.journals &&
+                      before.manifest == after.manifest;
+    if (same || attempt == kTries) return out;
   }
 }
 
