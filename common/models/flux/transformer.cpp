@@ -31,9 +31,15 @@ at::Tensor mlp(const Stream& weights, const at::Tensor& x) {
   return linear(weights.mlp_out, at::gelu(linear(weights.mlp_in, x), "tanh"));
 }
 
-/// `count` vectors [B, 1, H] from vec.
-std::vector<at::Tensor> modulation(const Linear& layer, const at::Tensor& vec, int64_t count) {
-  return linear(layer, at::silu(vec)).unsqueeze(1).chunk(count, -1);
+/// What the modulations of a block read, [B, H]. Once a block, so that the block gives one float32 gradient
+/// to vec and the sum over blocks is the same however they are visited.
+at::Tensor activated(const at::Tensor& vec, const at::Tensor& x) {
+  return at::silu(vec.to(x.scalar_type()));
+}
+
+/// `count` vectors [B, 1, H] from activated().
+std::vector<at::Tensor> modulation(const Linear& layer, const at::Tensor& active, int64_t count) {
+  return linear(layer, active).unsqueeze(1).chunk(count, -1);
 }
 
 Rope narrow(const Rope& rope, int64_t first, int64_t count) {
@@ -101,7 +107,7 @@ at::Tensor condition(const Config& config,
   }
   vec = vec + embed(weights.vector_in, inputs.y.to(type));
   show(tap, "vec", vec);
-  return vec;
+  return vec.to(at::kFloat);
 }
 
 std::optional<at::Tensor> key_mask(const Inputs& inputs) {
@@ -116,8 +122,9 @@ Streams double_block(const DoubleBlock& weights,
                      const Rope& rope,
                      const std::optional<at::Tensor>& mask) {
   const int64_t num_text = streams.txt.size(1), num_image = streams.img.size(1);
-  const auto image_mod = modulation(weights.img.mod, vec, 6),
-             text_mod = modulation(weights.txt.mod, vec, 6);
+  const auto active = activated(vec, streams.img);
+  const auto image_mod = modulation(weights.img.mod, active, 6),
+             text_mod = modulation(weights.txt.mod, active, 6);
   const auto heads = [&](const Stream& stream,
                          const at::Tensor& x,
                          const std::vector<at::Tensor>& mod,
@@ -148,7 +155,7 @@ at::Tensor single_block(const SingleBlock& weights,
                         const at::Tensor& vec,
                         const Rope& rope,
                         const std::optional<at::Tensor>& mask) {
-  const auto mod = modulation(weights.modulation, vec, 3);
+  const auto mod = modulation(weights.modulation, activated(vec, x), 3);
   const auto both = linear(weights.linear1, modulate(x, mod[0], mod[1]));
   const int64_t qkv_size = 3 * x.size(-1);
   const auto parts = both.split_with_sizes({qkv_size, both.size(-1) - qkv_size}, -1);
@@ -163,7 +170,7 @@ at::Tensor final_layer(const Weights& weights,
                        const at::Tensor& img,
                        const at::Tensor& vec,
                        const Tap& tap) {
-  const auto mod = modulation(weights.final_modulation, vec, 2);
+  const auto mod = modulation(weights.final_modulation, activated(vec, img), 2);
   const auto modulated = modulate(img, mod[0], mod[1]);
   show(tap, "final_layer.modulated", modulated);
   return linear(weights.final_linear, modulated);

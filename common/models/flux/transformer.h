@@ -56,7 +56,8 @@ at::Tensor forward(const Config& config,
 at::Tensor sinusoid(const at::Tensor& values, int64_t dim);
 /// Cosine and sine of the angles of ids [n, 3] or [B, n, 3].
 Rope rope_table(const Config& config, const at::Tensor& ids);
-/// vec [B, H]: what modulates every block.
+/// vec [B, H] float32 (values of the weights' dtype): what modulates every block. float32, so that the
+/// gradients of all blocks are summed in float32.
 at::Tensor condition(const Config& config,
                      const Weights& weights,
                      const Inputs& inputs,
