@@ -73,7 +73,7 @@ endfunction()
 
 # flux_tool(NAME pipeline-libs...)   tools/NAME/main.cpp -> bin/NAME
 function(flux_tool name)
-  add_executable(${name} main.cpp)
+  add_executable(${name} main.cpp "${CMAKE_SOURCE_DIR}/common/core/early_signals.cpp")
   target_link_libraries(${name} PRIVATE flux_build_flags ${ARGN})
   install(TARGETS ${name} RUNTIME DESTINATION bin)
 endfunction()

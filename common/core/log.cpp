@@ -2,6 +2,7 @@
 
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -86,7 +87,12 @@ void write(Level level, std::string_view text) {
 
 void redraw(std::string_view line) {
   const std::lock_guard lock(state().mutex);
-  std::fprintf(stderr, "\r\033[K%s", printable(line).c_str());
+  std::string text = printable(line);
+  // a line that wraps cannot be drawn over
+  winsize window{};
+  if (ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 8)
+    text = shortened(text, window.ws_col - 4u);
+  std::fprintf(stderr, "\r\033[K%s", text.c_str());
   std::fflush(stderr);
   state().line_drawn = true;
 }

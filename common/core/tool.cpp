@@ -444,8 +444,8 @@ int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
 }  // namespace
 
 int run_tool(const char* name, int argc, char** argv, const std::function<ExitCode(Tool&)>& body) {
-  log::start(name, log::Level::kInfo);
   cancel::install();
+  log::start(name, log::Level::kInfo);
   report_lost_mappings(name);
   Tool tool(name, std::vector<std::string>(argv + std::min(argc, 1), argv + argc));
   return guarded(tool, body);
@@ -456,8 +456,8 @@ int run_tool(const char* name,
              char** argv,
              std::string_view about,
              const std::vector<Verb>& verbs) {
-  log::start(name, log::Level::kInfo);
   cancel::install();
+  log::start(name, log::Level::kInfo);
   report_lost_mappings(name);
   const std::string word = argc > 1 ? argv[1] : "";
   if (word == "--version") {

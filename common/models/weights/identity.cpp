@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "common/core/cancel.h"
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
@@ -121,6 +122,7 @@ Sha256Digest weights_sha256(const TensorMap& canonical) {
   Sha256 hash;
   hash.add(kDefinition).add_u64(canonical.size());
   for (const auto& [name, tensor] : canonical) {
+    cancel::check();  // 10 GB take seconds
     const at::Tensor contiguous = tensor.contiguous();
     hash.add_field(name)
         .add_field(dtype_name(dtype_of(contiguous)))
