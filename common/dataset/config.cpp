@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <set>
 #include <sstream>
+#include <system_error>
 #include <toml.hpp>
 
 #include "common/core/error.h"
@@ -22,8 +24,11 @@ constexpr int kMaxNesting = 64;
 enum class Type { kBool, kInt, kFloat, kNumber, kText, kSize, kRange, kTable, kInterpolation };
 
 // Where a key may stand.
-constexpr unsigned kGeneral = 1, kDataset = 2, kFolderSubset = 4, kMetadataSubset = 8;
-constexpr unsigned kSubsets = kFolderSubset | kMetadataSubset,
+constexpr unsigned kGeneral = 1, kFolderDataset = 2, kMetadataDataset = 4, kFolderSubset = 8,
+                   kMetadataSubset = 16;
+constexpr unsigned kDataset = kFolderDataset | kMetadataDataset,
+                   kSubsets = kFolderSubset | kMetadataSubset,
+                   kFolders = kGeneral | kFolderDataset | kFolderSubset,
                    kAnywhere = kGeneral | kDataset | kSubsets;
 
 struct Key {
@@ -65,9 +70,9 @@ constexpr Key kKeys[] = {
     {"caption_dropout_rate", Type::kNumber, kAnywhere, 0, 1},
     {"caption_dropout_every_n_epochs", Type::kInt, kAnywhere, 0},
     {"caption_tag_dropout_rate", Type::kNumber, kAnywhere, 0, 1},
-    {"caption_extension", Type::kText, kGeneral | kDataset | kFolderSubset},
-    {"class_tokens", Type::kText, kGeneral | kDataset | kFolderSubset},
-    {"cache_info", Type::kBool, kGeneral | kDataset | kFolderSubset},
+    {"caption_extension", Type::kText, kFolders},
+    {"class_tokens", Type::kText, kFolders},
+    {"cache_info", Type::kBool, kFolders},
     {"image_dir", Type::kText, kSubsets},
     {"metadata_file", Type::kText, kMetadataSubset},
     {"is_reg", Type::kBool, kFolderSubset},
@@ -88,6 +93,7 @@ class Place {
  public:
   explicit Place(std::string text) : text_(std::move(text)) {}
   Place in(const std::string& part) const { return Place(text_ + ": " + part); }
+  const std::string& text() const { return text_; }
   [[noreturn]] void fail(const std::string& what, const std::string& hint = {}) const {
     throw InputError(text_ + ": " + what, hint);
   }
@@ -118,6 +124,16 @@ std::string type_name(Type type) {
       return "text in quotes";
   }
   return {};
+}
+
+/// A value as a message shows it.
+std::string shown(const toml::value& value) {
+  if (value.is_string()) return "\"" + printable(shortened(value.as_string().str, 60)) + "\"";
+  if (value.is_boolean()) return value.as_boolean() ? "true" : "false";
+  if (value.is_integer()) return std::to_string(value.as_integer());
+  if (value.is_floating()) return fmt::format("{}", value.as_floating());
+  if (value.is_array()) return fmt::format("a list of {}", value.as_array().size());
+  return value.is_table() ? "a table" : "a date or time";
 }
 
 bool has_type(const toml::value& value, Type type) {
@@ -154,7 +170,8 @@ double as_number(const toml::value& value) {
 }
 
 void check_value(const toml::value& value, const Key& key, const Place& place) {
-  if (!has_type(value, key.type)) place.fail("must be " + type_name(key.type));
+  if (!has_type(value, key.type))
+    place.fail("must be " + type_name(key.type) + ", not " + shown(value));
   const auto check_range = [&](const toml::value& v) {
     const double number = as_number(v);
     if (std::isfinite(number) && number >= key.low && number <= key.high) return;
@@ -181,12 +198,22 @@ void check_value(const toml::value& value, const Key& key, const Place& place) {
   }
 }
 
+// The sections in which a key can stand.
+std::string sections_of(unsigned where) {
+  std::vector<std::string> names;
+  if (where & kGeneral) names.push_back("[general]");
+  if (where & kDataset) names.push_back("[[datasets]]");
+  if (where & kSubsets) names.push_back("[[datasets.subsets]]");
+  return join_some(names);
+}
+
 // Checks names and types of one table. `where` is its level; `skip` names the tables below it.
 void check_table(const toml::value& value,
                  unsigned where,
                  const Place& place,
                  const char* skip = nullptr) {
   std::vector<std::string> known;
+  if (skip != nullptr) known.push_back(skip);
   for (const auto& key : kKeys) {
     if (key.where & where) known.push_back(key.name);
   }
@@ -197,7 +224,15 @@ void check_table(const toml::value& value,
       if (name == "conditioning_data_dir") {
         place.fail("conditioning_data_dir (ControlNet and masked-loss data sets) is not supported");
       }
-      if (key != nullptr) place.fail("key " + name + " cannot stand here");
+      if (key != nullptr) {
+        const bool other_kind = (where & kDataset && key->where & kDataset) ||
+                                (where & kSubsets && key->where & kSubsets);
+        place.fail("key " + name + " cannot stand here",
+                   !other_kind ? "it belongs in " + sections_of(key->where)
+                   : (where & (kMetadataDataset | kMetadataSubset))
+                       ? "subsets with metadata_file take no " + name
+                       : name + " belongs to subsets with metadata_file");
+      }
       const auto near = nearest_name(name, known);
       place.fail("unknown key " + printable(name), near ? "did you mean " + *near + "?" : "");
     }
@@ -216,18 +251,42 @@ void check_nesting(std::string_view text, const Place& place) {
   }
 }
 
+// What toml11 says, without its drawing and its names: "[error] toml::parse_boolean: WHAT", lines of
+// the file, and under them "^--- MORE".
+std::string reason_of(std::string_view said) {
+  const auto without = [](std::string_view text, std::string_view mark) {
+    const size_t at = text.find(mark);
+    return at == std::string_view::npos ? std::string_view() : text.substr(at + mark.size());
+  };
+  std::string_view what = said.substr(0, said.find('\n')), more;
+  if (what.find("toml::") != std::string_view::npos)
+    what = trim(without(without(what, "toml::"), ": "));
+  for (const auto& line : split(said, '\n')) {
+    if (trim(line).starts_with('|') && line.find("--- ") != std::string::npos)
+      more = said.substr(said.find(line), line.size());
+  }
+  more = trim(without(more, "--- "));
+  while (what.ends_with('.')) what.remove_suffix(1);
+  if (more == "here") more = {};
+  std::string out(what);
+  if (!more.empty()) out += (out.empty() ? "" : ": ") + std::string(more);
+  return out.empty() ? "cannot be read" : out;
+}
+
 toml::value parse(const std::string& text, const std::string& name, const Place& place) {
   check_nesting(text, place);
   std::istringstream stream(text);
   try {
     return toml::parse(stream, name);
   } catch (const toml::exception& error) {
-    std::string what = error.what();
-    what.resize(std::min(what.find('\n'), what.size()));
-    if (what.starts_with("[error] ")) what.erase(0, 8);
-    place.fail("line " + std::to_string(error.location().line()) + ": " + printable(what));
+    const std::string_view said = error.what();
+    place.fail(
+        fmt::format("line {}: not TOML: {}", error.location().line(), printable(reason_of(said))),
+        said.find("parse_basic_string") != std::string_view::npos
+            ? "a backslash in \"...\" is an escape; paths with it go in '...'"
+            : "");
   } catch (const std::exception& error) {
-    place.fail(printable(error.what()));
+    place.fail("not TOML: " + printable(reason_of(error.what())));
   }
 }
 
@@ -237,19 +296,29 @@ struct CommandLine {
   std::set<std::string> used;
 };
 
+/// One table of the file, and where it stands.
+struct Level {
+  const toml::value* table;
+  Place place;
+};
+
 /// One key looked up from the subset outwards.
 class Scope {
  public:
-  Scope(std::vector<const toml::value*> levels, CommandLine& command_line)
+  Scope(std::vector<Level> levels, CommandLine& command_line)
       : levels_(std::move(levels)), command_line_(command_line) {}
 
   const toml::value* find(const char* name) const {
-    for (const auto* level : levels_) {
-      if (level != nullptr && level->contains(name)) return &level->at(name);
-    }
+    if (const auto* level = level_of(name)) return &level->table->at(name);
     if (!command_line_.values.contains(name)) return nullptr;
     command_line_.used.insert(name);
     return &command_line_.values.at(name);
+  }
+  /// The table of the file that gives the key; null if none does.
+  const Level* level_of(const char* name) const {
+    const auto found = std::find_if(
+        levels_.begin(), levels_.end(), [&](const Level& l) { return l.table->contains(name); });
+    return found == levels_.end() ? nullptr : &*found;
   }
   bool flag(const char* name) const {
     const auto* v = find(name);
@@ -269,13 +338,80 @@ class Scope {
   }
 
  private:
-  std::vector<const toml::value*> levels_;
+  std::vector<Level> levels_;
   CommandLine& command_line_;
 };
 
-PixelOptions read_pixels(const Scope& scope, const Place& place) {
+/// Keys that are written down but change nothing. A key of [general] is in vain only if it is so
+/// for each subset that takes its value.
+class Vain {
+ public:
+  /// `name` as `scope` sees it has an effect or not; `why` says what it needs. A value that asks
+  /// for nothing (false, 0, "") is passed over.
+  void note(const Scope& scope, const char* name, bool has_effect, const char* why) {
+    const auto* level = scope.level_of(name);
+    if (level == nullptr) return;
+    const auto& value = level->table->at(name);
+    const bool asks = value.is_boolean()   ? value.as_boolean()
+                      : value.is_integer() ? value.as_integer() != 0
+                      : value.is_string()  ? !value.as_string().str.empty()
+                                           : true;
+    if (!asks) return;
+    const auto [at, is_new] = numbers_.try_emplace(&value, keys_.size());
+    if (is_new) keys_.push_back({level->place.in(std::string("key ") + name).text(), why, false});
+    keys_[at->second].has_effect |= has_effect;
+  }
+  void warn() const {
+    for (const auto& key : keys_) {
+      if (!key.has_effect) log::warn("{}: has no effect: {}", key.where, key.why);
+    }
+  }
+
+ private:
+  struct Key {
+    std::string where;
+    const char* why;
+    bool has_effect;
+  };
+  std::map<const toml::value*, size_t> numbers_;
+  std::vector<Key> keys_;
+};
+
+// What a subset's keys need to have an effect.
+void note_vain(const Scope& scope, const Subset& s, const Dataset& d, Vain& vain) {
+  const auto& c = s.captions;
+  const bool tags = c.shuffle || c.tag_dropout_rate > 0 || c.token_warmup_step > 0,
+             metadata = !s.metadata_file.empty();
+  vain.note(scope,
+            "keep_tokens",
+            tags,
+            "tags are moved or dropped only with shuffle_caption or caption_tag_dropout_rate");
+  vain.note(
+      scope,
+      "keep_tokens_separator",
+      tags,
+      "tags are moved or dropped only with shuffle_caption or caption_tag_dropout_rate; without "
+      "them the separator stays in the captions");
+  vain.note(scope,
+            "caption_separator",
+            tags || metadata || !c.secondary_separator.empty() || c.separator == ",",
+            "captions are split only with shuffle_caption or caption_tag_dropout_rate");
+  vain.note(scope, "token_warmup_min", c.token_warmup_step > 0, "it needs token_warmup_step");
+  vain.note(scope, "validation_seed", d.validation_split > 0, "it needs validation_split");
+  for (const char* name :
+       {"min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"}) {
+    vain.note(scope, name, s.pixels.buckets, "it needs enable_bucket = true");
+  }
+  for (const char* name : {"caption_extension", "class_tokens"})
+    vain.note(scope, name, !metadata, "captions come from metadata_file");
+  vain.note(scope, "cache_info", false, "sizes are not kept: no picture is read twice");
+}
+
+PixelOptions read_pixels(const Scope& scope, const Place& place, bool required) {
   PixelOptions p;
+  p.buckets = scope.flag("enable_bucket");
   const auto* resolution = scope.find("resolution");
+  if (resolution == nullptr && !required) return p;
   if (resolution == nullptr)
     place.fail("resolution is required", "add 'resolution = 1024' to [general] or [[datasets]]");
   if (resolution->is_integer()) {
@@ -284,7 +420,6 @@ PixelOptions read_pixels(const Scope& scope, const Place& place) {
     p.width = resolution->as_array()[0].as_integer(),
     p.height = resolution->as_array()[1].as_integer();
   }
-  p.buckets = scope.flag("enable_bucket");
   p.min_side = scope.integer("min_bucket_reso", p.min_side);
   p.max_side = scope.integer("max_bucket_reso", p.max_side);
   p.steps = scope.integer("bucket_reso_steps", p.steps);
@@ -342,7 +477,7 @@ Subset read_subset(const toml::value& table,
   s.is_reg = table.contains("is_reg") && table.at("is_reg").as_boolean();
   s.flip_aug = scope.flag("flip_aug");
   s.captions = read_captions(scope);
-  if (s.captions.separator.empty()) place.fail("caption_separator is empty");
+  if (s.captions.separator.empty()) place.in("key caption_separator").fail("must not be empty");
   s.color_aug = scope.flag("color_aug");
   s.random_crop = scope.flag("random_crop");
   s.face_crop = scope.find("face_crop_aug_range") != nullptr;
@@ -367,6 +502,43 @@ const std::vector<toml::value>& tables_of(const toml::value& parent,
   return value.as_array();
 }
 
+bool has_metadata(const toml::value& dataset) {
+  if (!dataset.contains("subsets")) return false;
+  const auto& subsets = dataset.at("subsets");
+  return subsets.is_array() && !subsets.as_array().empty() && subsets.as_array()[0].is_table() &&
+         subsets.as_array()[0].contains("metadata_file");
+}
+
+/// Finds what stands twice in one dataset.
+class Twins {
+ public:
+  /// False if the subset is left out: in profile kohya, for a path spelled as an earlier one is.
+  /// Another spelling of it is trained twice there, as sd-scripts does, with a warning. Throws
+  /// InputError in profile default, whatever the spelling (links, "..", a slash at the end).
+  bool take(const std::filesystem::path& path, size_t number, const Place& at, Profile profile) {
+    std::error_code error;
+    auto real = std::filesystem::weakly_canonical(std::filesystem::absolute(path, error), error);
+    if (error) real = path.lexically_normal();  // cannot be read: said when it is listed
+    if (!real.has_filename()) real = real.parent_path();
+    const bool new_text = texts_.insert(path.native()).second;
+    const auto [first, is_new] = numbers_.try_emplace(real, number);
+    if (is_new) return true;
+    const std::string what =
+        fmt::format("{} is the same as in subset {} of this dataset", show(path), first->second);
+    if (profile == Profile::kDefault)
+      at.fail(what, "use one subset with num_repeats, or put it into another [[datasets]]");
+    log::warn("{}: {}: {} as sd-scripts does",
+              at.text(),
+              what,
+              new_text ? "spelled otherwise, trained again" : "left out");
+    return new_text;
+  }
+
+ private:
+  std::map<std::filesystem::path, size_t> numbers_;  // of the first subset with this real path
+  std::set<std::string> texts_;
+};
+
 toml::value parse_fallbacks(const std::vector<Fallback>& fallbacks) {
   std::string text;
   for (const auto& f : fallbacks) text += f.key + " = " + f.value + "\n";
@@ -381,7 +553,8 @@ toml::value parse_fallbacks(const std::vector<Fallback>& fallbacks) {
 Resolved read_config(const std::filesystem::path& file,
                      Profile profile,
                      const std::vector<Fallback>& fallbacks,
-                     const std::filesystem::path& base) {
+                     const std::filesystem::path& base,
+                     bool pixels) {
   const Place top(show(file));
   const std::string text = read_file(file, kMaxFileBytes);
   if (const auto bad = first_invalid_utf8(text))
@@ -402,15 +575,23 @@ Resolved read_config(const std::filesystem::path& file,
   }
 
   Resolved out;
+  out.source = show(file);
   out.profile = profile;
+  std::vector<Level> outer;
+  if (general != nullptr) outer.push_back({general, top.in("[general]")});
+  Vain vain;
   int64_t subset_index = 0;
   for (const auto& dataset_table : tables_of(root, "datasets", top)) {
     const auto number = static_cast<int64_t>(out.datasets.size());
     const Place place = top.in("[[datasets]] " + std::to_string(number + 1));
-    check_table(dataset_table, kDataset, place, "subsets");
-    const Scope scope({&dataset_table, general}, command_line);
+    const bool metadata = has_metadata(dataset_table);
+    check_table(dataset_table, metadata ? kMetadataDataset : kFolderDataset, place, "subsets");
+    std::vector<Level> levels{{&dataset_table, place}};
+    levels.insert(levels.end(), outer.begin(), outer.end());
+    const Scope scope(levels, command_line);
     Dataset d;
     d.index = number;
+    d.where = place.text();
     d.batch_size = scope.integer("batch_size", 1);
     d.validation_split = scope.number("validation_split", 0);
     d.validation_seed = scope.integer("validation_seed", 0);
@@ -418,8 +599,7 @@ Resolved read_config(const std::filesystem::path& file,
     out.datasets.push_back(d);
 
     const auto& tables = tables_of(dataset_table, "subsets", place);
-    const bool metadata = tables.front().contains("metadata_file");
-    const size_t first = out.subsets.size();
+    Twins twins;
     for (size_t i = 0; i < tables.size(); ++i) {
       const Place at = place.in("[[datasets.subsets]] " + std::to_string(i + 1));
       if (tables[i].contains("metadata_file") != metadata) {
@@ -427,34 +607,25 @@ Resolved read_config(const std::filesystem::path& file,
                 "put them into two [[datasets]]");
       }
       check_table(tables[i], metadata ? kMetadataSubset : kFolderSubset, at);
-      const Scope inner({&tables[i], &dataset_table, general}, command_line);
+      levels.insert(levels.begin(), {&tables[i], at});
+      const Scope inner(levels, command_line);
+      levels.erase(levels.begin());
       auto subset = read_subset(tables[i], inner, at, base);
-      subset.pixels = read_pixels(inner, at);
+      subset.pixels = read_pixels(inner, at, pixels);
+      subset.where = at.text();
       subset.index = subset_index++;
       subset.dataset = number;
       if (subset.num_repeats == 0) {
-        log::info("{}: left out, num_repeats is 0",
-                  show(metadata ? subset.metadata_file : subset.folder));
+        log::info("{}: left out, num_repeats is 0", at.text());
         continue;
       }
-      const auto twin = std::find_if(out.subsets.begin() + static_cast<std::ptrdiff_t>(first),
-                                     out.subsets.end(),
-                                     [&](const Subset& s) {
-                                       return metadata ? s.metadata_file == subset.metadata_file
-                                                       : s.folder == subset.folder;
-                                     });
-      if (twin != out.subsets.end()) {
-        const auto name = show(metadata ? subset.metadata_file : subset.folder);
-        if (profile == Profile::kDefault) {
-          at.fail("the same " + name + " as in an earlier subset of this dataset",
-                  "use one subset with num_repeats");
-        }
-        log::warn("{}: a second subset of the same dataset, left out as sd-scripts does", name);
+      if (!twins.take(metadata ? subset.metadata_file : subset.folder, i + 1, at, profile))
         continue;
-      }
+      note_vain(inner, subset, d, vain);
       out.subsets.push_back(std::move(subset));
     }
   }
+  vain.warn();
   for (const auto& f : fallbacks) {
     if (!command_line.used.contains(f.key)) out.unused_fallbacks.push_back(f.key);
   }

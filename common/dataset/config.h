@@ -11,6 +11,7 @@ namespace flux::dataset {
 Resolved read_config(const std::filesystem::path& toml,
                      Profile profile,
                      const std::vector<Fallback>& fallbacks,
-                     const std::filesystem::path& base);
+                     const std::filesystem::path& base,
+                     bool pixels);
 
 }  // namespace flux::dataset

@@ -36,6 +36,7 @@ struct Subset {
   int64_t dataset = 0;                  // index of its [[datasets]]
   std::filesystem::path folder;         // image_dir; empty if only metadata_file is given
   std::filesystem::path metadata_file;  // .json or .jsonl; empty in a DreamBooth subset
+  std::string where;  // for messages: "set.toml: [[datasets]] 1: ..."; empty with --images
   std::vector<std::string> caption_extensions;  // tried in order, ".txt"
   std::string class_tokens;                     // caption of images without one; empty = none
   bool has_class_tokens = false;
@@ -52,6 +53,7 @@ struct Subset {
 /// One [[datasets]].
 struct Dataset {
   int64_t index = 0;
+  std::string where;  // for messages: "set.toml: [[datasets]] 1"
   int64_t batch_size = 1;
   double validation_split = 0;  // share of each subset's images; is_reg ones are not split
   int64_t validation_seed = 0;
@@ -71,6 +73,7 @@ struct Image {
 };
 
 struct Resolved {
+  std::string source;  // for messages: the dataset file, or the folder of --images
   std::vector<Dataset> datasets;
   std::vector<Subset> subsets;  // a subset that repeats an earlier folder of its dataset is left
                                 // out (profile kohya)
@@ -92,11 +95,14 @@ struct Fallback {
 /// Reads a dataset file. Relative paths in it are taken from `base`; empty = the working folder, as
 /// in sd-scripts. Throws InputError naming file and key, with the nearest known name: not TOML,
 /// unknown key, wrong type, value out of range, contradictory values, absent folder or metadata
-/// file, no image at all.
+/// file, no image to train on, one folder twice in a dataset (however it is spelled; profile default).
+/// Warns once of each key that has no effect. `pixels` false: who reads captions alone does not need a
+/// resolution; without one PixelOptions are left as they are.
 Resolved resolve_file(const std::filesystem::path& toml,
                       Profile profile,
                       const std::vector<Fallback>& fallbacks = {},
-                      const std::filesystem::path& base = {});
+                      const std::filesystem::path& base = {},
+                      bool pixels = true);
 
 /// `--images DIR`: one subset of that folder, not its sub-folders; captions in .txt, then .caption;
 /// buckets on, steps 16, smallest side 32, largest 4 x the longer side of the resolution, upscaling

@@ -1,3 +1,5 @@
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <system_error>
@@ -86,11 +88,22 @@ std::optional<std::string> metadata_caption(const Json& entry,
   return out.empty() ? flat : out;
 }
 
-Json parse_json(std::string_view text, const std::string& where) {
+// `line` is the number of the text's first line.
+Json parse_json(std::string_view text, const fs::path& file, int64_t line) {
   try {
     return Json::parse(text);
-  } catch (const Json::exception& error) {
-    throw InputError(where + ": not JSON: " + printable(error.what()));
+  } catch (const Json::parse_error& error) {
+    // "[json.exception.parse_error.101] parse error at line 1, column 2: ... - what is wrong"
+    const std::string_view said = error.what();
+    const size_t dash = said.find(" - ");
+    const auto before = text.substr(0, std::min(error.byte, text.size()));
+    throw InputError(
+        fmt::format("{}: line {}: not JSON: {}",
+                    show(file),
+                    line + std::count(before.begin(), before.end(), '\n'),
+                    printable(dash == said.npos ? "cannot be read" : said.substr(dash + 3))));
+  } catch (const Json::exception&) {  // a number beyond all bounds
+    throw InputError(fmt::format("{}: line {}: not JSON: a value out of range", show(file), line));
   }
 }
 
@@ -101,9 +114,9 @@ std::vector<Image> read_metadata(const Subset& subset) {
   if (extension != "json" && extension != "jsonl") {
     throw InputError(show(file) + ": a metadata file is .json or .jsonl");
   }
-  if (!subset.folder.empty() && !fs::is_directory(subset.folder)) {
-    throw InputError(show(subset.folder) + ": there is no such folder");
-  }
+  std::error_code error;
+  if (!subset.folder.empty() && !fs::is_directory(subset.folder, error))
+    throw InputError("image_dir " + show(subset.folder) + ": there is no such folder");
   std::vector<Image> images;
   const auto add = [&](const std::string& name, const Json& entry, const std::string& where) {
     if (!entry.is_object()) throw InputError(where + ": must be an object");
@@ -121,7 +134,8 @@ std::vector<Image> read_metadata(const Subset& subset) {
     } else {
       // what the item is called must not change when everything is moved together
       const auto root = subset.folder.empty() ? file.parent_path() : subset.folder;
-      const auto relative = image.file.lexically_relative(fs::absolute(root).lexically_normal());
+      const auto relative =
+          image.file.lexically_relative(fs::absolute(root, error).lexically_normal());
       if (!relative.empty() && *relative.begin() != "..") image.name = relative.native();
     }
     image.metadata_caption = metadata_caption(entry, subset, where);
@@ -129,7 +143,7 @@ std::vector<Image> read_metadata(const Subset& subset) {
   };
   const std::string text = read_file(file, kMaxMetadataBytes);
   if (extension == "json") {
-    const auto root = parse_json(text, show(file));
+    const auto root = parse_json(text, file, 1);
     if (!root.is_object()) throw InputError(show(file) + ": must be an object of image paths");
     for (const auto& [name, entry] : root.items())
       add(name, entry, show(file) + ": " + printable(name));
@@ -141,7 +155,7 @@ std::vector<Image> read_metadata(const Subset& subset) {
       rest.remove_prefix(std::min(end + 1, rest.size()));
       if (line.empty()) continue;
       const auto where = show(file) + ": line " + std::to_string(number);
-      const auto entry = parse_json(line, where);
+      const auto entry = parse_json(line, file, number);
       if (!entry.is_object()) throw InputError(where + ": must be an object");
       const auto name = text_member(entry, "image_path", where);
       if (!name) throw InputError(where + ": image_path is required");
@@ -159,16 +173,41 @@ std::vector<Image> read_metadata(const Subset& subset) {
   return images;
 }
 
-std::vector<Image> list_subset(const Subset& subset, Profile profile) {
-  if (!subset.metadata_file.empty()) return read_metadata(subset);
+std::vector<Image> list_folder(const fs::path& folder, Profile profile) {
   std::vector<Image> images;
-  for (auto& name : list_images(subset.folder, profile)) {
+  for (auto& name : list_images(folder, profile)) {
     Image image;
-    image.file = subset.folder / name;
+    image.file = folder / name;
     image.name = std::move(name);
     images.push_back(std::move(image));
   }
   return images;
+}
+
+// Errors name the dataset file, the subset and its key, and then the folder or file.
+std::vector<Image> list_subset(const Subset& subset, Profile profile) {
+  const bool metadata = !subset.metadata_file.empty();
+  const auto& source = metadata ? subset.metadata_file : subset.folder;
+  try {
+    auto images = metadata ? read_metadata(subset) : list_folder(source, profile);
+    if (images.empty()) {
+      throw InputError(show(source) + ": no images in it",
+                       metadata ? "name images in it"
+                       : profile == Profile::kKohya
+                           ? "images are png jpg jpeg webp bmp, in small letters or capitals"
+                           : "images are png jpg jpeg webp bmp gif tif tiff");
+    }
+    return images;
+  } catch (const InputError& error) {
+    if (subset.where.empty()) throw;
+    const std::string what = error.what();
+    const bool named = what.starts_with("image_dir ");
+    throw InputError(subset.where + ": " +
+                     (named      ? ""
+                      : metadata ? "metadata_file "
+                                 : "image_dir ") +
+                     what);
+  }
 }
 
 // Images of all subsets, with validation and regularisation worked out dataset by dataset.
@@ -180,14 +219,6 @@ void add_images(Resolved& out) {
     for (const auto& subset : out.subsets) {
       if (subset.dataset != dataset.index) continue;
       auto listed = list_subset(subset, out.profile);
-      if (listed.empty()) {
-        throw InputError(
-            show(subset.metadata_file.empty() ? subset.folder : subset.metadata_file) +
-                ": no images in it",
-            "images are " + std::string(out.profile == Profile::kKohya
-                                            ? "png jpg jpeg webp bmp, in small letters or capitals"
-                                            : "png jpg jpeg webp bmp gif tif tiff"));
-      }
       std::vector<Sha256Digest> items;
       for (auto& image : listed) {
         image.subset = subset.index;
@@ -219,14 +250,20 @@ void add_images(Resolved& out) {
       }
       out.images.push_back(std::move(image));
     }
-    if (unused > 0)
-      log::info("dataset {}: {} regularisation images are more than needed, left out",
-                dataset.index + 1,
-                unused);
+    if (unused > 0) {
+      log::info("{}: {} regularisation {} than needed, left out",
+                dataset.where,
+                unused,
+                unused == 1 ? "image is more" : "images are more");
+    }
   }
-  if (out.images.empty())
-    throw InputError("the data set has no images to train on",
-                     "num_repeats 0 and surplus regularisation images do not count");
+  const bool any = std::any_of(
+      out.images.begin(), out.images.end(), [](const Image& image) { return !image.validation; });
+  if (!any) {
+    throw InputError(out.source + ": the data set has no images to train on",
+                     "num_repeats 0, surplus regularisation images and those held out by "
+                     "validation_split do not count");
+  }
 }
 
 bool is_there(const fs::path& path) {
@@ -249,14 +286,16 @@ const Subset& Resolved::subset(int64_t index) const {
 Resolved resolve_file(const fs::path& toml,
                       Profile profile,
                       const std::vector<Fallback>& fallbacks,
-                      const fs::path& base) {
-  auto resolved = read_config(toml, profile, fallbacks, base);
+                      const fs::path& base,
+                      bool pixels) {
+  auto resolved = read_config(toml, profile, fallbacks, base, pixels);
   add_images(resolved);
   return resolved;
 }
 
 Resolved resolve_folder(const fs::path& folder, int64_t width, int64_t height, Profile profile) {
   Resolved out;
+  out.source = show(folder);
   out.profile = profile;
   out.datasets.emplace_back();
   Subset subset;
@@ -272,15 +311,18 @@ Resolved resolve_folder(const fs::path& folder, int64_t width, int64_t height, P
 }
 
 void refuse_uncacheable(const Resolved& resolved) {
-  const auto refuse =
-      [](const std::string& option, const std::string& why, const std::string& what_to_do) {
-        throw InputError("option " + option + ": " + why, what_to_do);
-      };
   for (const auto& d : resolved.datasets) {
-    if (d.network_multiplier != 1)
-      refuse("network_multiplier", "not supported", "remove it, or set it to 1.0");
+    if (d.network_multiplier != 1) {
+      throw InputError(d.where + ": option network_multiplier: not supported",
+                       "remove it, or set it to 1.0");
+    }
   }
   for (const auto& s : resolved.subsets) {
+    const auto refuse =
+        [&](const std::string& option, const std::string& why, const std::string& what_to_do) {
+          const auto& where = s.where.empty() ? resolved.source : s.where;
+          throw InputError(where + ": option " + option + ": " + why, what_to_do);
+        };
     const std::string pixels =
         "changes the pixels at every visit, so that latents cannot be cached";
     if (s.color_aug) refuse("color_aug", pixels, "set color_aug = false");
@@ -299,7 +341,9 @@ void refuse_uncacheable(const Resolved& resolved) {
     }
     if (!s.pixels.buckets && (s.pixels.width % 16 != 0 || s.pixels.height % 16 != 0)) {
       refuse("resolution",
-             "sides are not multiples of 16, which FLUX needs",
+             fmt::format("the sides of {}x{} are not multiples of 16, which FLUX needs",
+                         s.pixels.width,
+                         s.pixels.height),
              "change it, or set enable_bucket = true");
     }
   }

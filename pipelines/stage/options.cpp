@@ -58,8 +58,7 @@ dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t 
 
 dataset::Resolved resolve_captions(const DatasetOptions& options) {
   if (options.dataset.empty()) return resolve(options, 0, 0);
-  auto resolved = dataset::resolve_file(
-      options.dataset, options.profile, {{"resolution", "512"}});  // any will do
+  auto resolved = dataset::resolve_file(options.dataset, options.profile, {}, {}, /*pixels=*/false);
   dataset::refuse_uncacheable(resolved);
   return resolved;
 }

@@ -50,12 +50,29 @@ bool asks_for_dropout(const dataset::Resolved& resolved) {
   });
 }
 
-InputError no_caption(const std::vector<std::string>& names, size_t num_images) {
-  return InputError(
-      fmt::format(
-          "{} of {} images have no caption: {}", names.size(), num_images, join_some(names)),
-      "write NAME.txt beside each, give class_tokens in the dataset file, or use --missing-caption "
-      "empty");
+// `without` are the images that have none.
+InputError no_caption(const dataset::Resolved& resolved,
+                      const std::vector<const dataset::Image*>& without) {
+  const dataset::Subset& first = resolved.subset(without.front()->subset);
+  std::vector<std::string> names;
+  bool one_subset = true;
+  for (const dataset::Image* image : without) {
+    names.push_back(show(image->name));
+    one_subset &= image->subset == first.index;
+  }
+  const std::string what_to_do =
+      !first.metadata_file.empty()
+          ? fmt::format("give each a caption or tags in {}", show(first.metadata_file))
+          : fmt::format("write NAME{} beside each{}",
+                        first.caption_extensions.front(),
+                        first.where.empty() ? "" : ", give class_tokens in the dataset file");
+  return InputError(fmt::format("{}: {} of {} images {} no caption: {}",
+                                one_subset && !first.where.empty() ? first.where : resolved.source,
+                                names.size(),
+                                resolved.images.size(),
+                                names.size() == 1 ? "has" : "have",
+                                join_some(names)),
+                    what_to_do + ", or use --missing-caption empty");
 }
 
 }  // namespace
@@ -65,7 +82,7 @@ Wanted read_dataset(const Options& options) {
   Wanted wanted;
   wanted.plan = dataset::plan_json(resolved);
   Captions captions(wanted.captions);
-  std::vector<std::string> without;
+  std::vector<const dataset::Image*> without;
   Progress progress("reading", "captions", std::ssize(resolved.images));
   for (size_t i = 0; i < resolved.images.size(); ++i) {
     cancel::check();
@@ -74,7 +91,7 @@ Wanted read_dataset(const Options& options) {
     try {
       auto caption = dataset::read_caption(resolved, image);
       if (!caption && options.missing_caption == MissingCaption::kError) {
-        without.push_back(show(image.name));
+        without.push_back(&image);
         continue;
       }
       require_storable(caption.value_or(""));
@@ -100,7 +117,7 @@ Wanted read_dataset(const Options& options) {
     }
     progress.update(static_cast<int64_t>(i) + 1);
   }
-  if (!without.empty()) throw no_caption(without, resolved.images.size());
+  if (!without.empty()) throw no_caption(resolved, without);
   if (asks_for_dropout(resolved)) {
     wanted.items.push_back({sha256("empty caption"),
                             0,

@@ -1,8 +1,12 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <string>
+#include <vector>
 
 #include "common/core/error.h"
+#include "common/core/log.h"
 #include "common/dataset/dataset.h"
 #include "tests/support/temporary_folder.h"
 
@@ -30,7 +34,18 @@ class DatasetFile : public testing::Test {
     }
     return "accepted";
   }
+  /// The warnings of reading a file, and the number of images.
+  std::string warnings_of(const std::string& toml, Profile profile = Profile::kDefault) {
+    testing::internal::CaptureStderr();
+    try {
+      num_images = resolve(toml, profile).images.size();
+    } catch (const InputError& error) {
+      log::warn("refused: {}", error.what());
+    }
+    return testing::internal::GetCapturedStderr();
+  }
   test::TemporaryFolder folder;
+  size_t num_images = 0;
 };
 
 const std::string kCats =
@@ -187,6 +202,171 @@ TEST_F(DatasetFile, OddFileNamesAreItemsLikeOthers) {
   EXPECT_EQ(r.images[0].name, "a b\n.png");
   EXPECT_EQ(r.images[1].name, "\xFF\xFE.png");
   EXPECT_EQ(read_caption(r, r.images[1]), "caption");
+}
+
+TEST_F(DatasetFile, FindsAFolderTwiceHoweverItIsSpelled) {
+  std::filesystem::create_directory_symlink(folder / "cats", folder / "link");
+  const auto twice = [](const std::string& again) {
+    return kCats + "[[datasets.subsets]]\nimage_dir = '" + again + "'\n";
+  };
+  for (const std::string& spelled : std::vector<std::string>{"cats",
+                                                             "cats/",
+                                                             "./cats",
+                                                             "style/../cats",
+                                                             "link",
+                                                             "link/.",
+                                                             (folder / "cats").native()}) {
+    const auto error = error_of(twice(spelled));
+    EXPECT_HAS(error, "set.toml: [[datasets]] 1: [[datasets.subsets]] 2: ");
+    EXPECT_HAS(error, "is the same as in subset 1 of this dataset");
+  }
+  // sd-scripts compares the text alone
+  const std::string out = "left out as sd-scripts does", again = "trained again as sd-scripts does";
+  EXPECT_HAS(warnings_of(twice("cats"), Profile::kKohya), out);
+  EXPECT_EQ(num_images, 2u);
+  EXPECT_HAS(warnings_of(twice("cats/"), Profile::kKohya), again);
+  EXPECT_EQ(num_images, 4u);
+  EXPECT_HAS(
+      warnings_of(twice("link") + "[[datasets.subsets]]\nimage_dir = 'link'\n", Profile::kKohya),
+      out);
+  EXPECT_EQ(num_images, 4u);
+  // in another dataset it is another resolution
+  EXPECT_EQ(error_of(kCats + "[[datasets]]\nresolution = 128\n[[datasets.subsets]]\nimage_dir = "
+                             "'cats/'\n"),
+            "accepted");
+  folder.write("m.json", R"({"a.png": {"caption": "x"}})");
+  EXPECT_HAS(error_of("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = "
+                      "'m.json'\nimage_dir = 'cats'\n[[datasets.subsets]]\nmetadata_file = "
+                      "'./m.json'\nimage_dir = 'cats'\n"),
+             "./m.json is the same as in subset 1");
+}
+
+TEST_F(DatasetFile, WarnsOnceOfEachKeyWithoutEffect) {
+  const std::string subset = "set.toml: [[datasets]] 1: [[datasets.subsets]] 1: key ",
+                    dataset = "set.toml: [[datasets]] 1: key ", none = ": has no effect";
+  const auto with =
+      [](const std::string& general, const std::string& in_dataset, const std::string& in_subset) {
+        return "[general]\n" + general + "\n[[datasets]]\nresolution = 64\n" + in_dataset +
+               "\n[[datasets.subsets]]\nimage_dir = 'cats'\n" + in_subset + "\n";
+      };
+  const std::pair<const char*, const char*> kOfSubsets[] = {
+      {"keep_tokens = 2", "shuffle_caption = true"},
+      {"keep_tokens = 2", "caption_tag_dropout_rate = 0.1"},
+      {"keep_tokens_separator = '|||'", "shuffle_caption = true"},
+      {"caption_separator = ';'", "secondary_separator = ';;'"},
+      {"token_warmup_min = 2", "token_warmup_step = 5"}};
+  for (const auto& [text, needs] : kOfSubsets) {
+    const std::string key = std::string(text).substr(0, std::string(text).find(' '));
+    const auto alone = warnings_of(with("", "", text));
+    EXPECT_HAS(alone, subset + key + none);
+    EXPECT_EQ(std::count(alone.begin(), alone.end(), '\n'), 1) << alone;
+    EXPECT_EQ(num_images, 2u);
+    EXPECT_EQ(warnings_of(with("", "", std::string(text) + "\n" + needs)), "");
+  }
+  const std::pair<const char*, const char*> kOfDatasets[] = {
+      {"validation_seed = 7", "validation_split = 0.5"},
+      {"min_bucket_reso = 32", "enable_bucket = true"},
+      {"max_bucket_reso = 512", "enable_bucket = true\nmin_bucket_reso = 32"},
+      {"bucket_reso_steps = 32", "enable_bucket = true\nmin_bucket_reso = 32"},
+      {"bucket_no_upscale = true", "enable_bucket = true\nmin_bucket_reso = 32"}};
+  for (const auto& [text, needs] : kOfDatasets) {
+    const std::string key = std::string(text).substr(0, std::string(text).find(' '));
+    EXPECT_HAS(warnings_of(with("", text, "")), dataset + key + none);
+    EXPECT_EQ(warnings_of(with("", std::string(text) + "\n" + needs, "")), "");
+  }
+  // what asks for nothing
+  EXPECT_EQ(warnings_of(with("keep_tokens = 0\nkeep_tokens_separator = ''\ncaption_separator = ','",
+                             "bucket_no_upscale = false",
+                             "cache_info = false")),
+            "");
+  EXPECT_HAS(warnings_of(with("", "", "cache_info = true")), subset + "cache_info" + none);
+}
+
+TEST_F(DatasetFile, WarnsOfAGeneralKeyOnlyIfNoSubsetUsesIt) {
+  const std::string two = kCats + "[[datasets.subsets]]\nimage_dir = 'style'\n";
+  const auto warning = warnings_of("[general]\nkeep_tokens = 1\n" + two);
+  EXPECT_HAS(warning, "set.toml: [general]: key keep_tokens: has no effect");
+  EXPECT_EQ(std::count(warning.begin(), warning.end(), '\n'), 1) << warning;
+  EXPECT_EQ(warnings_of("[general]\nkeep_tokens = 1\n" + two + "shuffle_caption = true\n"), "");
+  folder.write("m.json", R"({"a.png": {"caption": "x"}})");
+  const std::string metadata =
+      "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nimage_dir = "
+      "'cats'\n";
+  EXPECT_HAS(warnings_of("[general]\ncaption_extension = '.txt'\n" + metadata),
+             "[general]: key caption_extension: has no effect: captions come from metadata_file");
+  EXPECT_EQ(warnings_of("[general]\ncaption_extension = '.txt'\n" + metadata + kCats), "");
+}
+
+TEST_F(DatasetFile, NamesFileAndSubsetInEveryError) {
+  const std::string first = "set.toml: [[datasets]] 1: ",
+                    subset = first + "[[datasets.subsets]] 1: ",
+                    head = "[[datasets]]\nresolution = 64\n";
+  EXPECT_HAS(error_of(kCats + "color_aug = true\n"), subset + "option color_aug: changes");
+  EXPECT_HAS(error_of("[general]\nrandom_crop = true\n" + kCats), subset + "option random_crop");
+  EXPECT_HAS(error_of("[general]\nnetwork_multiplier = 0.5\n" + kCats),
+             first + "option network_multiplier");
+  EXPECT_HAS(error_of(head + "[[datasets.subsets]]\nimage_dir = 'nowhere'\n"),
+             subset + "image_dir " + (folder / "nowhere").native() + ": there is no such folder");
+  folder.write("empty/readme.md", "x");
+  EXPECT_HAS(error_of(head + "[[datasets.subsets]]\nimage_dir = 'empty'\n"),
+             "/empty: no images in it");
+  EXPECT_HAS(error_of(head + "[[datasets.subsets]]\nmetadata_file = 'm.json'\n"),
+             subset + "metadata_file ");
+  folder.write("m.json", "{\n \"a.png\": {\"caption\": }\n}");
+  const auto json = error_of(head + "[[datasets.subsets]]\nmetadata_file = 'm.json'\n");
+  EXPECT_HAS(json, "m.json: line 2: not JSON: unexpected '}'");
+  EXPECT_EQ(json.find("json.exception"), std::string::npos) << json;
+  EXPECT_HAS(error_of(kCats + "num_repeats = 0\n"), "set.toml: the data set has no images");
+  EXPECT_HAS(error_of("[general]\nvalidation_split = 1.0\n" + kCats),
+             "set.toml: the data set has no images to train on");
+  EXPECT_EQ(error_of(kCats + "[[datasets]]\nresolution = 64\nvalidation_split = "
+                             "1.0\n[[datasets.subsets]]\nimage_dir = 'style'\n"),
+            "accepted");
+}
+
+TEST_F(DatasetFile, SaysWhatIsNoTomlWithoutNamesOfLibraries) {
+  const std::pair<const char*, const char*> kFiles[] = {
+      {"a = 'x\n", "set.toml: line 1: not TOML: the next token is not a valid literal string"},
+      {"a = 1\na = 2\n", "set.toml: line 2: not TOML: value (\"a\") already exists"},
+      {"\na = tru\n", "set.toml: line 2: not TOML: the next token is not a boolean"},
+      {"a = 1 2\n", "not TOML: invalid line format: expected newline, but got '2'."},
+      {"a = \"C:\\users\"\n", "paths with it go in '...'"},
+      {"[[datasets]\n", "set.toml: line 1: not TOML: an invalid key appeared"}};
+  for (const auto& [text, wanted] : kFiles) {
+    const auto error = error_of(text);
+    EXPECT_HAS(error, wanted);
+    for (const char* raw : {"toml::", "[error]", "-->"})
+      EXPECT_EQ(error.find(raw), std::string::npos) << error;
+  }
+}
+
+TEST_F(DatasetFile, SaysWhereAKeyBelongsAndWhatItHolds) {
+  EXPECT_HAS(error_of("[general]\nalpha_mask = true\n" + kCats),
+             "[general]: key alpha_mask cannot stand here\n  hint: it belongs in "
+             "[[datasets.subsets]]");
+  EXPECT_HAS(error_of(kCats + "batch_size = 2\n"), "it belongs in [general], [[datasets]]");
+  EXPECT_HAS(error_of("[general]\nbatch_size = 'two'\n" + kCats),
+             "must be a whole number, not \"two\"");
+  EXPECT_HAS(error_of("[[datasets]]\nresolution = 64\n[[datasets.subset]]\nimage_dir = 'cats'\n"),
+             "did you mean subsets?");
+  folder.write("m.json", R"({"a.png": {"caption": "x"}})");
+  const std::string metadata =
+      "[[datasets.subsets]]\nmetadata_file = 'm.json'\nimage_dir = 'cats'\n";
+  const std::string head = "[[datasets]]\nresolution = 64\n";
+  EXPECT_EQ(error_of(head + metadata), "accepted");
+  EXPECT_HAS(error_of(head + "class_tokens = 'x'\n" + metadata),
+             "key class_tokens cannot stand here\n  hint: subsets with metadata_file take no");
+  EXPECT_HAS(error_of(head + metadata + "is_reg = true\n"), "key is_reg cannot stand here");
+}
+
+TEST_F(DatasetFile, NeedsNoResolutionForCaptionsAlone) {
+  const auto file = folder.write("set.toml",
+                                 "[[datasets]]\nenable_bucket = true\nmax_bucket_reso = "
+                                 "256\n[[datasets.subsets]]\nimage_dir = 'cats'\n");
+  const auto r = resolve_file(file, Profile::kDefault, {}, folder.path(), /*pixels=*/false);
+  EXPECT_EQ(r.images.size(), 2u);
+  EXPECT_NO_THROW(refuse_uncacheable(r));
+  EXPECT_THROW(resolve_file(file, Profile::kDefault, {}, folder.path()), InputError);
 }
 
 }  // namespace

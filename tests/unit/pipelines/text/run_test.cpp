@@ -193,12 +193,27 @@ TEST_F(TextPipeline, MissingCaptionsEndTheRunByName) {
   image("a", "a red circle");
   for (int i = 0; i < 7; ++i) image_alone("no" + std::to_string(i));
   EXPECT_THAT(error_of(),
-              AllOf(HasSubstr("3 7 of 8 images have no caption: no0.png, no1.png"),
-                    HasSubstr("no4.png and 2 more")));
+              AllOf(HasSubstr(": 7 of 8 images have no caption: no0.png, no1.png"),
+                    HasSubstr("no4.png and 2 more"),
+                    HasSubstr("hint: write NAME.txt beside each, or use --missing-caption")));
   EXPECT_FALSE(fs::exists(options.encode.out / "manifest.json"));
   options.missing_caption = text::MissingCaption::kEmpty;
   EXPECT_EQ(text::run(options).encoded, 2);
   EXPECT_TRUE(samples().contains(""));
+}
+
+TEST_F(TextPipeline, AMissingCaptionIsNamedBySubsetAndMendedWhereItIsRead) {
+  image_alone("a");
+  dataset("");
+  EXPECT_THAT(
+      error_of(),
+      AllOf(HasSubstr("[[datasets]] 1: [[datasets.subsets]] 1: 1 of 1 images has no caption"),
+            HasSubstr("NAME.caption beside each, give class_tokens in the dataset file")));
+  const fs::path metadata = folder.write("m.json", R"({"a.png": {}})");
+  dataset("metadata_file = '" + metadata.native() + "'\n");
+  EXPECT_THAT(error_of(),
+              AllOf(HasSubstr("give each a caption or tags in " + metadata.native()),
+                    testing::Not(HasSubstr("class_tokens"))));
 }
 
 TEST_F(TextPipeline, ClassTokensStandForMissingCaptions) {
