@@ -93,7 +93,7 @@ void require_readable(const Contents& contents) {
   }
 }
 
-std::string sample_name(const ListedSample& sample, Kind kind) {
+std::string sample_label(const ListedSample& sample, Kind kind) {
   if (kind == Kind::kText && !sample.info.text.empty()) return sample.info.text;
   if (kind == Kind::kLatents && sample.path && !sample.path->empty()) return *sample.path;
   return to_hex(sample.info.key);

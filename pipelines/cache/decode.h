@@ -44,6 +44,6 @@ std::vector<float> as_floats(const NamedTensor& tensor);
 /// Throws CacheError unless the folder holds something and all of it can be read.
 void require_readable(const Contents& contents);
 /// Path or caption of a sample, for messages; its key where it has neither. Not printable() yet.
-std::string sample_name(const ListedSample& sample, Kind kind);
+std::string sample_label(const ListedSample& sample, Kind kind);
 
 }  // namespace flux::cache

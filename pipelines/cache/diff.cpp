@@ -85,20 +85,20 @@ void compare_samples(const Contents& a, const Contents& b, Difference& out) {
   for (const auto& sample : a.samples) {
     const auto other = in_b.find(sample.info.key);
     if (other == in_b.end()) {
-      note(out.samples_only_a, to_hex(sample.info.key), sample_name(sample, *a.kind));
+      note(out.samples_only_a, to_hex(sample.info.key), sample_label(sample, *a.kind));
       continue;
     }
     if (other->second->info.tensor_xxh3 == sample.info.tensor_xxh3) {
       ++out.num_samples_equal;
     } else {
-      note(out.samples_changed, to_hex(sample.info.key), sample_name(sample, *a.kind));
+      note(out.samples_changed, to_hex(sample.info.key), sample_label(sample, *a.kind));
       changed.emplace_back(&sample, other->second);
     }
     in_b.erase(other);
   }
   for (const auto& sample : b.samples) {  // in the order of b's items
     if (in_b.contains(sample.info.key))
-      note(out.samples_only_b, to_hex(sample.info.key), sample_name(sample, *b.kind));
+      note(out.samples_only_b, to_hex(sample.info.key), sample_label(sample, *b.kind));
   }
   if (changed.empty()) return;
   Segments segments_a(a.folder), segments_b(b.folder);
