@@ -14,6 +14,8 @@
 #include "common/ops/qk_norm_rope_impl.h"
 #include "common/optim/adamw_cuda.h"
 #include "common/optim/adamw_scalars.h"
+#include "common/quant/quant_cuda.h"
+#include "common/quant/quant_impl.h"
 
 /// Asked by common/tensor/device.cpp after it has opened this library.
 extern "C" int flux_cuda_device_count() { return static_cast<int>(c10::cuda::device_count()); }
@@ -107,7 +109,45 @@ void adamw_step(const at::Tensor& parameter,
   parameter.scalar_type() == at::kBFloat16 ? run(uint16_t{}) : run(float{});
 }
 
+void quantize_weight(const at::Tensor& weight,
+                     int64_t format,
+                     const at::Tensor& codes,
+                     const at::Tensor& scales) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto blocks = kernel::quant_blocks(weight, format);
+  const auto run = [&]<class T>(T) {
+    const auto* values = static_cast<const T*>(weight.const_data_ptr());
+    auto* to = static_cast<uint8_t*>(codes.data_ptr());
+    auto* scale = scales.mutable_data_ptr<float>();
+    C10_CUDA_CHECK(format == static_cast<int64_t>(QuantFormat::kFp8)
+                       ? kernel::fp8_quantize_cuda(blocks, values, to, scale, stream)
+                       : kernel::nf4_quantize_cuda(blocks, values, to, scale, stream));
+  };
+  weight.scalar_type() == at::kBFloat16 ? run(kernel::Bf16Bits{}) : run(float{});
+}
+
+void dequantize_weight(const at::Tensor& codes,
+                       const at::Tensor& scales,
+                       int64_t format,
+                       const at::Tensor& out) {
+  const c10::cuda::CUDAGuard guard(out.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto blocks = kernel::quant_blocks(out, format);
+  const auto run = [&]<class T>(T) {
+    auto* values = static_cast<T*>(out.data_ptr());
+    const auto* from = static_cast<const uint8_t*>(codes.const_data_ptr());
+    const auto* scale = scales.const_data_ptr<float>();
+    C10_CUDA_CHECK(format == static_cast<int64_t>(QuantFormat::kFp8)
+                       ? kernel::fp8_dequantize_cuda(blocks, from, scale, values, stream)
+                       : kernel::nf4_dequantize_cuda(blocks, from, scale, values, stream));
+  };
+  out.scalar_type() == at::kBFloat16 ? run(kernel::Bf16Bits{}) : run(float{});
+}
+
 TORCH_LIBRARY_IMPL(flux, CUDA, library) {
+  library.impl("quantize_weight", quantize_weight);
+  library.impl("dequantize_weight", dequantize_weight);
   library.impl("qk_norm_rope", qk_norm_rope);
   library.impl("qk_norm_rope_backward", qk_norm_rope_backward);
   library.impl("adamw_step", adamw_step);
