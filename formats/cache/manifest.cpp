@@ -305,12 +305,10 @@ bool same_content(const Manifest& a, const Manifest& b) {
   return left == right;
 }
 
-std::vector<std::string> differences(std::string_view what,
-                                     const json& found,
-                                     std::string_view found_name,
-                                     const json& expected,
-                                     std::string_view expected_name) {
-  std::vector<std::string> out;
+std::vector<FieldDifference> field_differences(std::string_view what,
+                                               const json& found,
+                                               const json& expected) {
+  std::vector<FieldDifference> out;
   const auto visit =
       [&](const auto& self, const std::string& name, const json* a, const json* b) -> void {
     if (a && b && a->is_object() && b->is_object()) {
@@ -319,17 +317,64 @@ std::vector<std::string> differences(std::string_view what,
       for (const auto& [key, value] : b->items()) {
         if (!a->contains(key)) self(self, name + "." + key, nullptr, &value);
       }
+    } else if (a && b && a->is_array() && b->is_array()) {
+      for (size_t i = 0; i < std::max(a->size(), b->size()); ++i) {
+        self(self,
+             fmt::format("{}.{}", name, i),
+             i < a->size() ? &(*a)[i] : nullptr,
+             i < b->size() ? &(*b)[i] : nullptr);
+      }
     } else if (!a || !b || *a != *b) {
-      out.push_back(fmt::format("{}: {}: {}, {}: {}",
-                                printable(name),
-                                found_name,
-                                a ? shown(*a) : "nothing",
-                                expected_name,
-                                b ? shown(*b) : "nothing"));
+      out.push_back({printable(name), a ? shown(*a) : "nothing", b ? shown(*b) : "nothing"});
     }
   };
   visit(visit, std::string(what), &found, &expected);
   return out;
+}
+
+namespace {
+
+std::string line_of(const FieldDifference& difference,
+                    std::string_view found_name,
+                    std::string_view expected_name) {
+  return fmt::format("{}: {}: {}, {}: {}",
+                     difference.field,
+                     found_name,
+                     difference.found,
+                     expected_name,
+                     difference.expected);
+}
+
+}  // namespace
+
+std::vector<std::string> differences(std::string_view what,
+                                     const json& found,
+                                     std::string_view found_name,
+                                     const json& expected,
+                                     std::string_view expected_name) {
+  std::vector<std::string> out;
+  for (const auto& difference : field_differences(what, found, expected))
+    out.push_back(line_of(difference, found_name, expected_name));
+  return out;
+}
+
+void refuse_differences(const std::vector<FieldDifference>& differences,
+                        std::string_view found_name,
+                        std::string_view expected_name,
+                        std::string_view hint) {
+  if (differences.empty()) return;
+  constexpr size_t kWithValues = 5, kNamed = 10;
+  std::string message = "caches do not fit: ";
+  std::vector<std::string> others;
+  for (size_t i = 0; i < differences.size(); ++i) {
+    if (i < kWithValues)
+      message += (i ? "\n  " : "") + line_of(differences[i], found_name, expected_name);
+    else
+      others.push_back(differences[i].field);
+  }
+  if (!others.empty())
+    message += fmt::format("\n  and {} more: {}", others.size(), join_some(others, kNamed));
+  throw CacheError(message, std::string(hint));
 }
 
 void require_equal(std::string_view what,
@@ -338,11 +383,14 @@ void require_equal(std::string_view what,
                    const json& expected,
                    std::string_view expected_name,
                    std::string_view hint) {
-  const auto list = differences(what, found, found_name, expected, expected_name);
-  if (list.empty()) return;
-  std::string message = "caches do not fit: " + list[0];
-  if (list.size() > 1) message += fmt::format("\n  and {} more fields differ", list.size() - 1);
-  throw CacheError(message, std::string(hint));
+  refuse_differences(field_differences(what, found, expected), found_name, expected_name, hint);
+}
+
+std::vector<FieldDifference> plan_differences(const Manifest& found, const Manifest& expected) {
+  auto out = field_differences("plan", found.plan, expected.plan);
+  // digests of other plans are others: that says nothing more
+  if (out.empty()) out = field_differences("plan_digest", found.plan_digest, expected.plan_digest);
+  return out;
 }
 
 void require_joinable(const Manifest& latents,
@@ -367,9 +415,7 @@ void require_joinable(const Manifest& latents,
   require_kind(latents, latents_name, Kind::kLatents);
   require_kind(text, text_name, Kind::kText);
   constexpr char kHint[] = "make both caches from the same dataset file";
-  require_equal("plan", latents.plan, latents_name, text.plan, text_name, kHint);
-  require_equal(
-      "plan_digest", latents.plan_digest, latents_name, text.plan_digest, text_name, kHint);
+  refuse_differences(plan_differences(latents, text), latents_name, text_name, kHint);
 }
 
 }  // namespace flux::cache

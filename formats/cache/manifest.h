@@ -51,8 +51,9 @@ struct Manifest {
   int64_t num_samples = 0;  // distinct wanted samples
   std::vector<Quarantined> quarantined;
   Shard shard;
-  /// tool, tool_version, command_line, device, created (UTC, RFC 3339), stage_seconds {name:
-  /// seconds}; never compared.
+  /// Of the last run that changed the content: tool, tool_version, command_line, device, created
+  /// (UTC, RFC 3339), stage_seconds {name: seconds} and what the tool adds (FORMAT.md section 6
+  /// names it); never compared.
   nlohmann::json provenance = nlohmann::json::object();
 };
 
@@ -75,23 +76,39 @@ bool same_content(const Manifest& a, const Manifest& b);
 
 /// Canonical JSON on one line: members sorted by name, no spaces. For comparing and hashing.
 std::string canonical_json(const nlohmann::json& value);
-/// The fields in which two values differ, as "parameters.t5_length: cache/text: 256, this run:
-/// 512". `what` is the name of the values compared ("parameters"); members of objects are compared
-/// one by one.
+/// One field in which two values differ.
+struct FieldDifference {
+  std::string field;            // "plan.subsets.1.num_repeats"
+  std::string found, expected;  // as JSON, safe to print, cut where it is long; "nothing": absent
+};
+/// All fields in which two values differ. `what` is the name of the values compared ("parameters");
+/// members of objects and elements of lists are compared one by one.
+std::vector<FieldDifference> field_differences(std::string_view what,
+                                               const nlohmann::json& found,
+                                               const nlohmann::json& expected);
+/// The same as texts: "parameters.t5_length: cache/text: 256, this run: 512".
 std::vector<std::string> differences(std::string_view what,
                                      const nlohmann::json& found,
                                      std::string_view found_name,
                                      const nlohmann::json& expected,
                                      std::string_view expected_name);
-/// Throws CacheError naming the first of the differences() and how many more there are.
+/// Throws CacheError unless there are none: "caches do not fit: ", the first five with both values,
+/// a line each, and the names of the rest ("and 3 more: a, b, c").
+void refuse_differences(const std::vector<FieldDifference>& differences,
+                        std::string_view found_name,
+                        std::string_view expected_name,
+                        std::string_view hint);
+/// refuse_differences() of two values.
 void require_equal(std::string_view what,
                    const nlohmann::json& found,
                    std::string_view found_name,
                    const nlohmann::json& expected,
                    std::string_view expected_name,
                    std::string_view hint = {});
+/// The fields in which two resolved data sets differ, plan and digest.
+std::vector<FieldDifference> plan_differences(const Manifest& found, const Manifest& expected);
 /// Throws CacheError unless a latents and a text cache can be joined: kinds, plan digest (naming
-/// the plan's field that differs), neither a shard of several.
+/// the plan's fields that differ), neither a shard of several.
 void require_joinable(const Manifest& latents,
                       std::string_view latents_name,
                       const Manifest& text,

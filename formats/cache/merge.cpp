@@ -56,12 +56,16 @@ void require_same_recipe(const Part& part, const Part& first) {
   const Manifest &a = part.manifest, &b = first.manifest;
   const std::string a_name = show(part.folder), b_name = show(first.folder);
   constexpr char kHint[] = "merge only parts that were made with the same flags and files";
-  require_equal("kind", kind_name(a.recipe.kind), a_name, kind_name(b.recipe.kind), b_name, kHint);
-  require_equal("parameters", a.recipe.parameters, a_name, b.recipe.parameters, b_name, kHint);
-  require_equal("weights", a.recipe.weights, a_name, b.recipe.weights, b_name, kHint);
-  require_equal("tokenizers", a.recipe.tokenizers, a_name, b.recipe.tokenizers, b_name, kHint);
-  require_equal("plan", a.plan, a_name, b.plan, b_name, kHint);
-  require_equal("plan_digest", a.plan_digest, a_name, b.plan_digest, b_name, kHint);
+  std::vector<FieldDifference> all;
+  const auto append = [&](const std::vector<FieldDifference>& some) {
+    all.insert(all.end(), some.begin(), some.end());
+  };
+  append(field_differences("kind", kind_name(a.recipe.kind), kind_name(b.recipe.kind)));
+  append(field_differences("parameters", a.recipe.parameters, b.recipe.parameters));
+  append(field_differences("weights", a.recipe.weights, b.recipe.weights));
+  append(field_differences("tokenizers", a.recipe.tokenizers, b.recipe.tokenizers));
+  append(plan_differences(a, b));
+  refuse_differences(all, a_name, b_name, kHint);
 }
 
 // Some number of parts has all of them, so that no item and no bad image can be missing.

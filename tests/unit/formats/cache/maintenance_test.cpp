@@ -264,6 +264,29 @@ TEST_P(Maintenance, MergeNamesWhatPartsDisagreeIn) {
   EXPECT_FALSE(fs::exists(out));
 }
 
+TEST_P(Maintenance, MergeNamesEachFieldAndNotWholeLists) {
+  const auto parts = make_parts(temporary.path(), recipe, 20, 2);
+  Recipe other = recipe;
+  other.parameters["precision"] = "f32";
+  other.weights.begin().value() = std::string(64, 'c');
+  const fs::path bad = temporary.path() / "bad";
+  {
+    Writer writer(bad, other, test::provenance(), {.shard = {1, 2}});
+    auto publication = test::publication({});
+    publication.plan = {{"subsets", {{{"index", 0}, {"num_repeats", 7}}}}};
+    writer.publish(publication);
+  }
+  EXPECT_THAT(refusal([&] {
+                merge({parts[0], bad});
+              }),
+              AllOf(HasSubstr("parameters.precision: " + bad.native() + ": \"f32\", " +
+                              parts[0].native() + ": nothing"),
+                    HasSubstr("weights." + other.weights.begin().key()),
+                    HasSubstr("plan.subsets.0.num_repeats: " + bad.native() + ": 7, "),
+                    testing::Not(HasSubstr("plan_digest")),
+                    testing::Not(HasSubstr("index\":"))));
+}
+
 TEST_P(Maintenance, MergeLeavesOutWhatAnyPartQuarantined) {
   std::vector<fs::path> parts;
   for (int64_t i = 0; i < 2; ++i) {

@@ -2,6 +2,7 @@
 // values.
 #include "formats/cache/reader.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -165,6 +166,24 @@ TEST(Differences, AreListedByDottedName) {
               testing::ElementsAre("p.b.c: now: \"x\", before: \"y\"",
                                    "p.b.d: now: true, before: nothing",
                                    "p.e: now: nothing, before: 2.5"));
+}
+
+TEST(Differences, OfListsNameTheElementAndNotTheWholeList) {
+  const nlohmann::json a = {{"subsets", {{{"repeats", 1}, {"flip", true}}, {{"repeats", 2}}}}},
+                       b = {{"subsets", {{{"repeats", 3}, {"flip", true}}}}};
+  EXPECT_THAT(differences("plan", a, "A", b, "B"),
+              testing::ElementsAre("plan.subsets.0.repeats: A: 1, B: 3",
+                                   "plan.subsets.1: A: {\"repeats\":2}, B: nothing"));
+}
+
+TEST(Differences, AreRefusedWithValuesThenNamesThenACount) {
+  nlohmann::json a, b;
+  for (int i = 10; i < 18; ++i) a[fmt::format("f{}", i)] = i, b[fmt::format("f{}", i)] = -i;
+  EXPECT_EQ(refusal([&] { require_equal("p", a, "A", b, "B", "do this"); }),
+            "caches do not fit: p.f10: A: 10, B: -10\n  p.f11: A: 11, B: -11\n"
+            "  p.f12: A: 12, B: -12\n  p.f13: A: 13, B: -13\n  p.f14: A: 14, B: -14\n"
+            "  and 3 more: p.f15, p.f16, p.f17\n  hint: do this");
+  EXPECT_EQ(refusal([&] { require_equal("p", a, "A", a, "B", "do this"); }), "accepted");
 }
 
 TEST(Manifest, IsRefusedByName) {
