@@ -176,7 +176,8 @@ std::vector<fs::path> find_cases(const std::vector<std::string>& roots) {
   for (const fs::path root : roots) {
     std::error_code error;
     const auto status = fs::status(root, error);
-    if (!fs::exists(status)) throw InputError(fmt::format("{}: no such folder", show(root)), kHint);
+    if (!fs::exists(status))
+      throw InputError(fmt::format("{}: no such file or folder", show(root)), kHint);
     std::vector<fs::path> found;
     if (fs::is_directory(status)) {
       std::set<fs::path> seen;

@@ -26,7 +26,7 @@ void Tally::add(bool same, const std::string& name, const std::string& why) {
 }
 
 void Tally::report(Report& report, const std::string& name, const std::string& what) const {
-  if (num_ == 0) return;
+  if (num_ == 0) return report.verdict(name, false, "holds nothing that can be checked");
   std::string note = fmt::format("{} of {} {} equal", num_ - num_wrong_, num_, what);
   if (num_wrong_ > 0) note += fmt::format("; not: {}", fmt::join(examples_, ", "));
   report.verdict(name, num_wrong_ == 0, note);

@@ -21,7 +21,7 @@ class Tally {
   void add(bool same, const nlohmann::json& line) {
     add(same, "id " + line.value("id", nlohmann::json()).dump());
   }
-  /// One verdict; none if nothing was added. `what` counts them: "lines".
+  /// One verdict; that there is nothing to check is a failure. `what` counts them: "lines".
   void report(Report& report, const std::string& name, const std::string& what = "lines") const;
 
  private:

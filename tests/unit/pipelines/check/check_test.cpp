@@ -80,6 +80,18 @@ TEST(CheckReport, JudgesByEveryLimitGiven) {
   EXPECT_FALSE(judged({0, 0}, {}));  // no limit: nothing was judged
 }
 
+/// A picture of one column, (6, 5, 4) above (3, 2, 1), as BMP.
+std::string two_pixels() {
+  std::string head = "BM";
+  const auto add = [&](uint32_t value, int bytes) {
+    for (int i = 0; i < bytes; ++i) head += static_cast<char>(value >> (8 * i));
+  };
+  add(62, 4), add(0, 4), add(54, 4);                        // file
+  add(40, 4), add(1, 4), add(2, 4), add(1, 2), add(24, 2);  // picture
+  for (int i = 0; i < 6; ++i) add(0, 4);
+  return head + std::string("\x01\x02\x03\0\x04\x05\x06\0", 8);
+}
+
 class FluxCheck : public testing::Test {
  protected:
   /// A copy of a committed case, to be damaged.
@@ -139,6 +151,57 @@ TEST_F(FluxCheck, FailsIfACaseHoldsNothing) {
   EXPECT_THAT(outcome.lines, Contains(HasSubstr("nothing")));
 }
 
+TEST_F(FluxCheck, FailsWhereARecordedThingHoldsNothingToCompare) {
+  const std::string bmp = two_pixels(),
+                    toml =
+                        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "
+                        "\"cats\"\nclass_tokens = \"x\"\n";
+  const std::string config =
+      R"({"config": 3, "resolution": [128, 128], "min": 64, "max": 256, "steps": 64, "no_upscale": false)";
+  const auto with_config = [&](const std::string& more) {
+    return R"({"configs": [)" + config + more + "}]}";
+  };
+  using Files = std::vector<std::pair<std::string, std::string>>;
+  const std::tuple<const char*, Files, const char*> kCases[] = {
+      {"data-buckets", {{"buckets.json", R"({"configs": []})"}}, "buckets.json"},
+      {"data-buckets", {{"buckets.json", with_config("")}}, "buckets.json"},
+      {"data-buckets",
+       {{"buckets.json", with_config(", \"min_adjusted\": 64")}, {"select.jsonl", ""}},
+       "select.jsonl"},
+      {"data-buckets",
+       {{"buckets.json", with_config(", \"min_adjusted\": 64")},
+        {"select.jsonl", R"({"config": 3, "wh": [100, 90]})"}},
+       "select.jsonl"},
+      {"data-buckets",
+       {{"buckets.json", with_config(", \"min_adjusted\": 64")},
+        {"batches.json", R"({"cases": []})"}},
+       "batches.json"},
+      {"data-captions",
+       {{"captions.jsonl", ""},
+        {"validation_split.json",
+         R"({"cases": [{"n": 4, "split": 0.25, "train": 3, "validation": 1}]})"}},
+       "captions.jsonl"},
+      {"data-images",
+       {{"a.bmp", bmp}, {"expected.json", R"({"images": [{"file": "a.bmp", "lossless": true}]})"}},
+       "a.bmp"},
+      {"data-plans",
+       {{"one.toml", toml},
+        {"../sets/cats/a.bmp", bmp},
+        {"one.json",
+         R"({"train": [{"batch_size": 1, "subsets": [{}], "images": [{"key": "cats/a.bmp"}]}]})"}},
+       "one.toml"}};
+  for (const auto& [kind, files, named] : kCases) {
+    SCOPED_TRACE(std::string(kind) + " " + named);
+    TemporaryFolder tree;
+    tree.write("case/case.json", fmt::format(R"({{"kind": "{}"}})", kind));
+    for (const auto& [file, text] : files) tree.write("case/" + file, text);
+    const Outcome outcome = run_on({tree / "case"});
+    EXPECT_EQ(outcome.code(), ExitCode::kDiffers);
+    EXPECT_EQ(outcome.report.num_failed(), 1) << failures(outcome);
+    EXPECT_THAT(outcome.lines, Contains(AllOf(HasSubstr(named), EndsWith("FAIL"))));
+  }
+}
+
 TEST_F(FluxCheck, NamesUnknownKinds) {
   folder.write("a/case.json", R"({"kind": "later"})");
   const Outcome outcome = run_on({folder.path()});
@@ -159,7 +222,12 @@ TEST_F(FluxCheck, NamesAMissingVocabularyAndRunsTheRest) {
 
 TEST_F(FluxCheck, RefusesFoldersWithoutCases) {
   EXPECT_THROW(run_on({folder.path()}), InputError);
-  EXPECT_THROW(run_on({folder / "absent"}), InputError);
+  try {
+    run_on({folder / "absent.json"});
+    FAIL();
+  } catch (const InputError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("absent.json: no such file or folder"));
+  }
   folder.write("a/case.json", "{");
   EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kInput);
 }
@@ -205,18 +273,6 @@ TEST(FluxCheckShared, AgreesWithTheWholeReferenceSet) {
 }
 
 // ---- kinds about data: files that agree, and the same with one thing changed
-
-/// A picture of one column, (6, 5, 4) above (3, 2, 1), as BMP.
-std::string two_pixels() {
-  std::string head = "BM";
-  const auto add = [&](uint32_t value, int bytes) {
-    for (int i = 0; i < bytes; ++i) head += static_cast<char>(value >> (8 * i));
-  };
-  add(62, 4), add(0, 4), add(54, 4);                        // file
-  add(40, 4), add(1, 4), add(2, 4), add(1, 2), add(24, 2);  // picture
-  for (int i = 0; i < 6; ++i) add(0, 4);
-  return head + std::string("\x01\x02\x03\0\x04\x05\x06\0", 8);
-}
 
 struct DataCase {
   const char* name;
@@ -375,6 +431,11 @@ TEST_F(FluxCheck, ComparesScaledPictures) {
   EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kOk);
   write("area");
   EXPECT_EQ(run_on({folder.path()}).code(), ExitCode::kDiffers);
+  folder.write("resize.json", R"({"cases": [{"id": 5, "resized": [2, 1], "bucket": [1, 1]}]})");
+  write_weights(file, {{"5/src", source}}, {});
+  const Outcome nothing = run_on({folder.path()});
+  EXPECT_EQ(nothing.code(), ExitCode::kDiffers);
+  EXPECT_THAT(nothing.lines, Contains(AllOf(HasSubstr("nothing is recorded"), EndsWith("FAIL"))));
 }
 
 TEST_F(FluxCheck, TakesACaseFileAndRunsWhatIsNamedTwiceOnce) {
