@@ -1,14 +1,8 @@
 // common/optim/adamw_math.h - AdamW of one element, the same source for CPU and CUDA. No LibTorch.
 #pragma once
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define FLUX_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FLUX_HOST_DEVICE inline
-#endif
+#include "common/optim/rounding.h"
 
 namespace flux {
 
@@ -22,32 +16,6 @@ struct AdamWScalars {
   float correction2;  // sqrt(1 - beta2^step)
   float eps;
 };
-
-/// bfloat16 bits to float32, exactly, and back by rounding to nearest even; NaN stays NaN.
-FLUX_HOST_DEVICE float to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, sizeof value);
-  return value;
-}
-FLUX_HOST_DEVICE float to_float(float value) { return value; }
-
-FLUX_HOST_DEVICE void round_to(float value, float* out) { *out = value; }
-FLUX_HOST_DEVICE void round_to(float value, uint16_t* out) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  *out = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40u : rounded);
-}
-
-/// The value as T keeps it.
-template <class T>
-FLUX_HOST_DEVICE float rounded(float value) {
-  T kept;
-  round_to(value, &kept);
-  return to_float(kept);
-}
 
 /// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does
 /// with such weights.
