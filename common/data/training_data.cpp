@@ -237,9 +237,11 @@ void TrainingData::State::join() {
   for (const auto& [names, has, lacks] :
        {std::tuple{&latents_only, &latents, &text}, {&text_only, &text, &latents}}) {
     if (names->empty()) continue;
-    throw CacheError(fmt::format("{} items of {} are not in {}: {}",
+    throw CacheError(fmt::format("{} {} of {} {} not in {}: {}",
                                  names->size(),
+                                 names->size() == 1 ? "item" : "items",
                                  show(has->folder()),
+                                 names->size() == 1 ? "is" : "are",
                                  show(lacks->folder()),
                                  join_some(*names)),
                      "run flux-cache-latents and flux-cache-text again on the same data set");

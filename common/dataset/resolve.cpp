@@ -44,7 +44,9 @@ bool is_image_name(std::string_view name, Profile profile) {
 // item, not silently.
 std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
   std::error_code error;
-  if (!fs::exists(folder, error)) throw InputError(show(folder) + ": there is no such folder");
+  const bool there = fs::exists(folder, error);
+  if (error) throw InputError(show(folder) + ": " + error.message());
+  if (!there) throw InputError(show(folder) + ": there is no such folder");
   if (!fs::is_directory(folder, error)) throw InputError(show(folder) + ": not a folder");
   std::vector<std::string> names;
   fs::directory_iterator entries(folder, error);
@@ -266,9 +268,13 @@ void add_images(Resolved& out) {
   }
 }
 
+// Throws InputError if that cannot be told: taking another caption then would hide it.
 bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
+  std::error_code error;
+  const bool there = fs::exists(path, error);
+  if (error && error != std::errc::filename_too_long)
+    throw InputError(show(path) + ": " + error.message());
+  return there;
 }
 
 }  // namespace

@@ -409,7 +409,9 @@ void require_joinable(const Manifest& latents,
                                    name,
                                    manifest.shard.index,
                                    manifest.shard.count),
-                       "make the cache in one piece");
+                       fmt::format("flux-cache merge {} ... --out DIR with all {} parts, and give DIR",
+                                   name,
+                                   manifest.shard.count));
     }
   };
   require_kind(latents, latents_name, Kind::kLatents);

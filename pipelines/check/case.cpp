@@ -56,12 +56,14 @@ bool Case::has(const std::string& file) const {
 
 std::vector<std::string> Case::files(std::string_view beginning, std::string_view ending) const {
   std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().native();
+  std::error_code error;
+  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
+    const std::string name = it->path().filename().native();
     if (name.starts_with(beginning) && name.ends_with(ending) &&
         name.size() >= beginning.size() + ending.size())
       names.push_back(name);
   }
+  if (error) throw InputError(fmt::format("{}: {}", title, error.message()));
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -190,7 +192,9 @@ std::vector<fs::path> find_cases(const std::vector<std::string>& roots) {
       throw InputError(fmt::format("{}: a file, not a folder", show(root)), kHint);
     }
     for (fs::path& folder : found) {
-      if (known.insert(fs::canonical(folder)).second) all.push_back(std::move(folder));
+      const fs::path real = fs::canonical(folder, error);
+      if (error) throw InputError(fmt::format("{}: {}", show(folder), error.message()), kHint);
+      if (known.insert(real).second) all.push_back(std::move(folder));
     }
   }
   return all;

@@ -4,7 +4,9 @@
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "common/core/cancel.h"
 #include "common/core/error.h"
@@ -16,54 +18,64 @@
 namespace flux::train {
 namespace {
 
-void require_field(const std::filesystem::path& cache,
-                   const char* field,
-                   int64_t found,
-                   int64_t wanted,
-                   const std::filesystem::path& model,
-                   const char* hint) {
-  if (found == wanted) return;
-  throw CacheError(fmt::format("{}: parameters.{} is {}, the model {} takes {}",
-                               show(cache),
-                               field,
-                               found,
-                               show(model),
-                               wanted),
-                   hint);
-}
+/// The fields in which a cache and the model do not fit.
+class Misfits {
+ public:
+  explicit Misfits(const std::filesystem::path& model) : model_(show(model)) {}
+  void require(const std::filesystem::path& cache,
+               const char* field,
+               int64_t found,
+               int64_t wanted,
+               const char* hint) {
+    if (found == wanted) return;
+    if (lines_.empty()) hint_ = hint;
+    lines_.push_back(fmt::format("{}: parameters.{} is {}, the model {} takes {}",
+                                 show(cache),
+                                 field,
+                                 found,
+                                 model_,
+                                 wanted));
+  }
+  /// Throws CacheError naming all of them, with the hint of the first.
+  void refuse() const {
+    if (!lines_.empty()) throw CacheError(fmt::format("{}", fmt::join(lines_, "\n  ")), hint_);
+  }
+
+ private:
+  std::string model_, hint_;
+  std::vector<std::string> lines_;
+};
 
 void check_fit(const Options& options, const TrainingData& data, const dit::Config& config) {
   const auto text = cache::layout_of(cache::Kind::kText, data.text_manifest().recipe.parameters);
   constexpr char kHint[] = "make the text cache with the encoders that belong to this model";
-  require_field(options.text, "t5_width", text.t5_width, config.prompt_dim, options.model, kHint);
-  require_field(
-      options.text, "clip_width", text.clip_width, config.pooled_dim, options.model, kHint);
+  Misfits misfits(options.model);
+  misfits.require(options.text, "t5_width", text.t5_width, config.prompt_dim, kHint);
+  misfits.require(options.text, "clip_width", text.clip_width, config.pooled_dim, kHint);
   if (config.guidance) {
-    require_field(options.text,
-                  "t5_length",
-                  text.t5_length,
-                  512,
-                  options.model,
-                  "run flux-cache-text with --t5-length 512; only schnell was trained with 256");
+    misfits.require(options.text,
+                    "t5_length",
+                    text.t5_length,
+                    512,
+                    "run flux-cache-text with --t5-length 512; only schnell was trained with 256");
   } else if (text.t5_length != 256) {
-    require_field(options.text,
-                  "t5_length",
-                  text.t5_length,
-                  512,
-                  options.model,
-                  "run flux-cache-text with --t5-length 512 or 256");
+    misfits.require(options.text,
+                    "t5_length",
+                    text.t5_length,
+                    512,
+                    "run flux-cache-text with --t5-length 512 or 256");
   }
   constexpr int64_t kPatch = 4;  // a token is a patch of 2 x 2 latents
   const auto latents =
       cache::layout_of(cache::Kind::kLatents, data.latents_manifest().recipe.parameters);
   const bool posterior =
       data.latents_manifest().recipe.parameters.value("store", "") == "mean_logvar";
-  require_field(options.latents,
-                "channels",
-                latents.channels,
-                config.in_channels / kPatch * (posterior ? 2 : 1),
-                options.model,
-                "FLUX.1 dev and schnell take 16 latent channels");
+  misfits.require(options.latents,
+                  "channels",
+                  latents.channels,
+                  config.in_channels / kPatch * (posterior ? 2 : 1),
+                  "FLUX.1 dev and schnell take 16 latent channels");
+  misfits.refuse();
   if (options.posterior != Posterior::kSample && !posterior) {
     throw UsageError(fmt::format("--posterior has no effect: {} holds one sample of each posterior",
                                  show(options.latents)),

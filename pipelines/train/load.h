@@ -48,7 +48,7 @@ std::string precision_word(at::ScalarType compute);
 Session open_data(const Options& options);
 
 /// Loads the transformer, makes new adapters and attaches them.
-/// Throws CacheError naming the field and both values: a text cache of another width or length than
+/// Throws CacheError naming each field and both values: a text cache of another width or length than
 /// the model takes (512 tokens; 256 too for a model without guidance); latents of other channels.
 /// Throws UsageError for --guidance with a model that has no such input; InputError for the model's
 /// file.

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "formats/cache/lock.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training_caches.h"
@@ -245,6 +246,13 @@ TEST(TrainingData, RefusesItemsThatOneCacheLacks) {
   caches.write(other.path());
   EXPECT_THAT(message_of(other),
               testing::AllOf(HasSubstr("4 items"), HasSubstr("text"), HasSubstr("c.png")));
+
+  TemporaryFolder one;
+  caches.in_latents = [](const std::string& name) { return name != "b.png"; };
+  caches.write(one.path());
+  EXPECT_THAT(
+      message_of(one),
+      testing::AllOf(HasSubstr("1 item of "), HasSubstr(" is not in "), HasSubstr("b.png")));
 }
 
 TEST(TrainingData, RefusesPlansThatDiffer) {
@@ -255,6 +263,59 @@ TEST(TrainingData, RefusesPlansThatDiffer) {
   caches.write_text(folder / "text");
   EXPECT_THAT(message_of(folder),
               testing::AllOf(HasSubstr("batch_size"), HasSubstr("2"), HasSubstr("1")));
+}
+
+TEST(TrainingData, NamesEachFieldOfThePlansThatDiffers) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.write_latents(folder / "latents");
+  caches.plan["subsets"][0]["num_repeats"] = 5;
+  caches.plan["subsets"][0]["flip_aug"] = true;
+  caches.plan["datasets"][0]["validation_seed"] = 9;
+  caches.write_text(folder / "text");
+  const std::string message = message_of(folder), text = (folder / "text").native();
+  EXPECT_THAT(message,
+              AllOf(HasSubstr("plan.subsets.0.num_repeats: "),
+                    HasSubstr(text + ": 5"),
+                    HasSubstr("plan.subsets.0.flip_aug: "),
+                    HasSubstr(text + ": true"),
+                    HasSubstr("plan.datasets.0.validation_seed: ")));
+  EXPECT_THAT(message, testing::Not(HasSubstr("plan_digest")));
+}
+
+TEST(TrainingData, SaysHowToMergeAPart) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.write(folder.path());
+  cache::Manifest manifest = cache::read_manifest(folder / "latents");
+  manifest.shard = {1, 3};
+  write_file_atomic(folder / "latents" / cache::kManifestName, cache::manifest_text(manifest));
+  EXPECT_THAT(message_of(folder),
+              AllOf(HasSubstr("is shard 1 of 3"),
+                    HasSubstr("flux-cache merge " + (folder / "latents").native() +
+                              " ... --out DIR with all 3 parts")));
+}
+
+TEST(TrainingData, SaysHowToMendADamagedFrame) {
+  TemporaryFolder folder;
+  five_items().write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {});
+  for (const auto& entry : data.latents_manifest().segments) {
+    const auto file = folder / "latents" / entry.name;
+    std::string bytes = read_file(file);
+    const size_t frame = bytes.find("\x28\xB5\x2F\xFD");  // zstd's mark
+    ASSERT_NE(frame, std::string::npos);
+    for (size_t i = frame + 16; i < frame + 32; ++i) bytes[i] = static_cast<char>(~bytes[i]);
+    write_file_atomic(file, bytes);
+  }
+  try {
+    for (int64_t i = 0; i < data.num_items(); ++i) data.load(0, i, {{i, 0}});
+    FAIL();
+  } catch (const CacheError& error) {
+    EXPECT_THAT(error.what(),
+                HasSubstr("hint: flux-cache repair " + (folder / "latents").native() +
+                          ", then run the caching tool again"));
+  }
 }
 
 TEST(TrainingData, RefusesDropoutWithoutAnEmptyCaption) {

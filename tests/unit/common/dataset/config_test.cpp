@@ -176,6 +176,17 @@ TEST_F(DatasetFile, FindsCaptions) {
   EXPECT_EQ(read_caption(without, without.images[1]), std::nullopt);
 }
 
+TEST_F(DatasetFile, DoesNotPassOverACaptionThatCannotBeReached) {
+  std::filesystem::create_symlink("b.caption", folder / "cats/a.caption");
+  std::filesystem::create_symlink("a.caption", folder / "cats/b.caption");  // a cycle
+  const std::string name(245, 'n');  // with ".caption" no file can be called so
+  folder.write("cats/" + name + ".png", "x");
+  const auto r = resolve(kCats + "class_tokens = 'cat'\n");
+  ASSERT_EQ(r.images.size(), 3u);
+  EXPECT_THROW(read_caption(r, r.images[0]), InputError);
+  EXPECT_EQ(read_caption(r, r.images[2]), "cat");
+}
+
 TEST_F(DatasetFile, FolderAloneTakesTxtThenCaption) {
   folder.write("cats/a.txt", "txt"), folder.write("cats/a.caption", "caption"),
       folder.write("cats/b.caption", "caption");

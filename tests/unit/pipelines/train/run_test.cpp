@@ -294,6 +294,10 @@ TEST(Train, RefusesCachesThatDoNotFitTheModelFieldByField) {
               AllOf(HasSubstr("clip_width is 4"), HasSubstr("8")));
   EXPECT_THAT(message([](auto& c) { c.t5_length = 256; }),
               AllOf(HasSubstr("t5_length is 256"), HasSubstr("512")));
+  EXPECT_THAT(message([](auto& c) { c.t5_width = 32, c.clip_width = 4, c.t5_length = 256; }),
+              AllOf(HasSubstr("t5_width is 32"),
+                    HasSubstr("clip_width is 4"),
+                    HasSubstr("t5_length is 256")));
   EXPECT_THAT(message([](auto& c) { c.t5_length = 128; }, false),
               AllOf(HasSubstr("t5_length is 128"), HasSubstr("512")));
   EXPECT_THAT(message([](auto& c) { c.plan["datasets"][0]["batch_size"] = nullptr; }),
