@@ -1,5 +1,6 @@
 #include "common/tensor/memory.h"
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
@@ -43,6 +44,11 @@ class Meter {
     const std::scoped_lock lock(mutex_);
     use_.peak = use_.live;
     use_.causes = live_;
+  }
+  void move(int64_t bytes, MemoryCause from, MemoryCause to) {
+    const std::scoped_lock lock(mutex_);
+    live_[static_cast<size_t>(from)] -= bytes;
+    live_[static_cast<size_t>(to)] += bytes;
   }
   MemoryUse use() const {
     const std::scoped_lock lock(mutex_);
@@ -228,6 +234,21 @@ class MetaAllocator final : public c10::Allocator {
 bool installed = false;
 
 }  // namespace
+
+void count_as(const at::Tensor& tensor, MemoryCause cause) {
+  if (!installed || !tensor.defined() || tensor.nbytes() == 0) return;
+  const auto& memory = tensor.storage().data_ptr();
+  if (memory.get_deleter() == cpu_allocator().raw_deleter()) {
+    std::byte* base = static_cast<std::byte*>(memory.get_context()) - kHeaderBytes;
+    Header header;
+    std::memcpy(&header, base, sizeof(header));
+    cpu_meter().move(header.counted, std::exchange(header.cause, cause), cause);
+    std::memcpy(base, &header, sizeof(header));
+  } else if (tensor.is_meta()) {
+    auto* record = static_cast<MetaRecord*>(memory.get_context());
+    meta_meter().move(record->counted, std::exchange(record->cause, cause), cause);
+  }
+}
 
 std::string_view memory_cause_name(MemoryCause cause) {
   constexpr std::array<std::string_view, kNumMemoryCauses> names{"other",

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "common/tensor/fwd.h"
+
 namespace flux {
 
 inline constexpr int64_t kMemoryGranule = 64;
@@ -39,6 +41,9 @@ class MemoryScope {
  private:
   MemoryCause before_;
 };
+
+/// From now on the memory under `tensor` counts under `cause`. Does nothing for memory that is not counted.
+void count_as(const at::Tensor& tensor, MemoryCause cause);
 
 /// Bytes by cause.
 using MemoryByCause = std::array<int64_t, kNumMemoryCauses>;

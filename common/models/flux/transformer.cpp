@@ -46,6 +46,8 @@ Rope narrow(const Rope& rope, int64_t first, int64_t count) {
   return {rope.cos.narrow(1, first, count), rope.sin.narrow(1, first, count)};
 }
 
+}  // namespace
+
 void check(const Config& config, const Inputs& in) {
   const int64_t batch = in.img.dim() == 3 ? in.img.size(0) : -1;
   const int64_t length = in.txt.dim() == 3 ? in.txt.size(1) : -1;
@@ -67,8 +69,6 @@ void check(const Config& config, const Inputs& in) {
       check_shape(name, ids, {count, 3});
   }
 }
-
-}  // namespace
 
 at::Tensor sinusoid(const at::Tensor& values, int64_t dim) {
   const auto float_values = values.to(at::kFloat);
@@ -108,6 +108,11 @@ at::Tensor condition(const Config& config,
   vec = vec + embed(weights.vector_in, inputs.y.to(type));
   show(tap, "vec", vec);
   return vec.to(at::kFloat);
+}
+
+Streams input_streams(const Weights& weights, const Inputs& inputs) {
+  const auto type = weights.img_in.weight.scalar_type();
+  return {linear(weights.img_in, inputs.img.to(type)), linear(weights.txt_in, inputs.txt.to(type))};
 }
 
 std::optional<at::Tensor> key_mask(const Inputs& inputs) {
@@ -181,10 +186,8 @@ at::Tensor forward(const Config& config,
                    const Inputs& inputs,
                    const Tap& tap) {
   check(config, inputs);
-  const auto type = weights.img_in.weight.scalar_type();
   const auto vec = condition(config, weights, inputs, tap);
-  Streams streams{linear(weights.img_in, inputs.img.to(type)),
-                  linear(weights.txt_in, inputs.txt.to(type))};
+  auto streams = input_streams(weights, inputs);
   show(tap, "img_in", streams.img);
   show(tap, "txt_in", streams.txt);
   const auto rope = rope_table(config, at::cat({inputs.txt_ids, inputs.img_ids}, -2));

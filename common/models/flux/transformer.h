@@ -62,6 +62,10 @@ at::Tensor condition(const Config& config,
                      const Weights& weights,
                      const Inputs& inputs,
                      const Tap& tap = {});
+/// Throws std::invalid_argument, as forward() does.
+void check(const Config& config, const Inputs& inputs);
+/// The streams at the first block, in the dtype of the weights.
+Streams input_streams(const Weights& weights, const Inputs& inputs);
 /// Which keys may be attended to, [B, L + N] bool; nothing without a text mask.
 std::optional<at::Tensor> key_mask(const Inputs& inputs);
 Streams double_block(const DoubleBlock& weights,

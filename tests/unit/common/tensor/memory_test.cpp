@@ -91,6 +91,25 @@ TEST(Memory, OneDnnComputesOnIt) {
   EXPECT_EQ(at::mm(x, x.t()).to(at::kFloat).sum().item<float>(), 64.0f * 64 * 256);
 }
 
+TEST(Memory, ACauseCanBeGivenLater) {
+  count_tensor_memory();
+  for (const auto device : {at::kCPU, at::kMeta}) {
+    const auto of = [&](MemoryCause cause) {
+      device == at::kCPU ? reset_cpu_peak() : reset_meta_peak();
+      return (device == at::kCPU ? cpu_memory() : meta_memory()).causes[static_cast<size_t>(cause)];
+    };
+    const auto inputs = of(MemoryCause::kBlockInputs), other = of(MemoryCause::kOther);
+    {
+      const auto a = bytes(4096, device);
+      EXPECT_EQ(of(MemoryCause::kOther), other + 4096);
+      count_as(a, MemoryCause::kBlockInputs);
+      EXPECT_EQ(of(MemoryCause::kOther), other);
+      EXPECT_EQ(of(MemoryCause::kBlockInputs), inputs + 4096);
+    }
+    EXPECT_EQ(of(MemoryCause::kBlockInputs), inputs);
+  }
+}
+
 TEST(Memory, ArenasCountToo) {
   const auto before = cpu_memory().live;
   {

@@ -1,0 +1,38 @@
+// common/core/scratch_file.h - a file without a name: whatever happens to the process, nothing of it stays.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+
+namespace flux {
+
+/// Bytes on a disk for the life of this object. Reads and writes of different ranges may run in several threads.
+class ScratchFile {
+ public:
+  /// Makes the file in `folder` (made if absent), with O_TMPFILE or, where a file system has none, removed at once.
+  ///   purpose  "block inputs", for messages
+  /// Throws ResourceError if the folder cannot be written.
+  ScratchFile(std::filesystem::path folder, std::string purpose);
+  ~ScratchFile();
+  ScratchFile(const ScratchFile&) = delete;
+  ScratchFile& operator=(const ScratchFile&) = delete;
+
+  /// Takes the space of all bytes up to `size` from the disk now. Throws ResourceError naming the folder, the bytes
+  /// needed and those free, if there are not enough.
+  void reserve(int64_t size);
+  /// Throw ResourceError, naming folder and purpose.
+  void read(int64_t offset, std::span<std::byte> to) const;
+  void write(int64_t offset, std::span<const std::byte> from);
+
+  int descriptor() const { return file_; }
+
+ private:
+  [[noreturn]] void fail(const char* what, int error) const;
+  std::filesystem::path folder_;
+  std::string purpose_;
+  int file_ = -1;
+};
+
+}  // namespace flux

@@ -1,0 +1,106 @@
+// common/engine/block_loop.h - loss and gradients of a step, a block of the transformer at a time.
+//
+// The forward keeps nothing but the inputs of the blocks. The backward visits the blocks in reverse, runs each once more
+// with its graph, takes the gradient of its input, and lets the graph go before the next. All micro-batches of a step pass
+// through a block while it is there. The gradients are, to the bit, those of plain autograd over dit::forward() with
+// gradients of several micro-batches summed in float32 (a test proves it), on the CPU, on CUDA and on Meta alike.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/engine/block_inputs.h"
+#include "common/models/flux/transformer.h"
+
+namespace flux::engine {
+
+/// A tensor that is trained.
+struct Trainable {
+  std::string name;  // BFL name, or that of an adapter: "double_blocks.0.img_attn.qkv.down"
+  at::Tensor value;  // a leaf that requires grad
+  std::vector<at::Tensor> states{};  // of its optimizer
+  uint64_t id = 0;                   // its stream of random numbers
+  /// Summed over the micro-batches of a step: in the dtype of `value` if there was one, else float32. Undefined if
+  /// none reached it.
+  at::Tensor gradient{};
+};
+
+/// The blocks of a model in forward order, double blocks first, wherever their weights are.
+class Blocks {
+ public:
+  virtual ~Blocks() = default;
+  /// The model. Tensors of a block are there between enter() and leave(), all others always.
+  virtual const dit::Weights& weights() const = 0;
+  /// Waits until the block is there. The loop enters 0, 1, ..., n - 1, n - 1, ..., 1, 0 and again; a block whose
+  /// graph is kept is not left in between and not entered twice.
+  virtual void enter(int64_t block) = 0;
+  /// `changed`: its trainables were updated.
+  virtual void leave(int64_t block, bool changed) = 0;
+  /// What is trained of a block that is there.
+  virtual std::span<Trainable> trainables(int64_t block) = 0;
+  /// What is trained outside of blocks.
+  virtual std::span<Trainable> outer_trainables() = 0;
+};
+
+/// One forward and backward.
+struct MicroBatch {
+  dit::Inputs inputs;
+  /// From the velocity [B, N, out_channels] to its part of the step's loss: scalar float32 with its graph.
+  std::function<at::Tensor(const at::Tensor& velocity)> loss;
+};
+
+struct LoopOptions {
+  /// The first block with something to train; -1: what is outside of blocks is trained too. The backward ends there.
+  int64_t first_trained = -1;
+  /// Blocks that are not run again: their graphs are kept from the forward to the backward. Empty: none.
+  std::vector<char> keep_graph{};
+  InputPlace inputs = InputPlace::kDevice;
+  std::filesystem::path scratch{};  // folder, for InputPlace::kDisk
+};
+
+/// What a step calls on its way. All but `ready` may be empty.
+struct LoopHooks {
+  /// A block was entered for the forward: a deferred update is made here. Returns whether it was.
+  std::function<bool(int64_t block, std::span<Trainable> trainables)> before_forward{};
+  /// The losses are known, nothing is updated yet: a loss that is not finite is refused here.
+  std::function<void(std::span<const at::Tensor> losses)> after_forward{};
+  /// All gradients of a block (-1: of what is outside of blocks) are there. Returns whether it updated anything. What
+  /// it leaves in Trainable::gradient stays.
+  std::function<bool(int64_t block, std::span<Trainable> trainables)> ready;
+};
+
+class BlockLoop {
+ public:
+  BlockLoop(const dit::Config& config, Blocks& blocks, LoopOptions options);
+  ~BlockLoop();
+
+  /// One step. Returns each micro-batch's loss, detached, on the device.
+  std::vector<at::Tensor> step(std::span<const MicroBatch> micro_batches, const LoopHooks& hooks);
+
+ private:
+  struct Micro;
+  void forward(std::span<const MicroBatch> batches, const LoopHooks& hooks);
+  std::vector<at::Tensor> losses(std::span<const MicroBatch> batches);
+  void backward(const LoopHooks& hooks);
+  int64_t num_blocks() const { return config_.num_double_blocks + config_.num_single_blocks; }
+  bool keeps_graph(int64_t block) const;
+  bool trains_outer() const { return options_.first_trained < 0; }
+  std::vector<at::Tensor> run_block(int64_t block,
+                                    const Micro& micro,
+                                    const std::vector<at::Tensor>& in,
+                                    const at::Tensor& vec) const;
+  std::vector<at::Tensor> with_graph(int64_t block, Micro& micro, std::vector<at::Tensor> in) const;
+
+  dit::Config config_;
+  Blocks& blocks_;
+  LoopOptions options_;
+  BlockInputs inputs_;
+  std::vector<Micro> micros_;
+};
+
+}  // namespace flux::engine
