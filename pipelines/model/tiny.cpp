@@ -5,8 +5,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string_view>
@@ -14,8 +12,6 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
-#include "common/core/hash.h"
-#include "common/core/rng.h"
 #include "common/core/text.h"
 #include "common/models/clip/clip.h"
 #include "common/models/flux/names.h"
@@ -26,60 +22,14 @@
 #include "common/tokenizers/t5_unigram.h"
 #include "common/tokenizers/tiny.h"
 #include "formats/safetensors/writer.h"
+#include "pipelines/model/random_scales.h"
+#include "pipelines/model/random_streams.h"
 
 namespace flux::model {
 namespace fs = std::filesystem;
 namespace {
 
-/// Mean and standard deviation of a tensor's random values.
-struct Scale {
-  double mean = 0, deviation = 1;
-};
 using ScaleOf = std::function<Scale(std::string_view name, const std::vector<int64_t>& shape)>;
-
-/// Keeps the variance of a signal through a linear layer or convolution, times gain^2.
-Scale linear_scale(const std::vector<int64_t>& shape, double gain = 1) {
-  int64_t fan_in = 1;
-  for (size_t i = 1; i < shape.size(); ++i) fan_in *= shape[i];
-  return {0, gain / std::sqrt(static_cast<double>(fan_in))};
-}
-
-bool contains(std::string_view name, std::string_view part) {
-  return name.find(part) != std::string_view::npos;
-}
-
-Scale flux_scale(std::string_view name, const std::vector<int64_t>& shape) {
-  if (name.ends_with("_norm.scale")) return {1, 0.1};
-  if (name.ends_with(".bias")) return {0, 0.05};
-  // LoRAs do not reach the last layer: it must be able to put out a velocity (deviation about 1.4)
-  // by itself
-  return linear_scale(shape, name == "final_layer.linear.weight" ? 1.5 : 1.0);
-}
-
-Scale ae_scale(std::string_view name, const std::vector<int64_t>& shape) {
-  if (contains(name, "norm")) return name.ends_with(".weight") ? Scale{1, 0.1} : Scale{0, 0.05};
-  if (name.ends_with(".bias")) return {0, 0.05};
-  // the activation before it has a root mean square of 0.6, raw latents about 2.8
-  if (name == "encoder.conv_out.weight") return linear_scale(shape, 4.5);
-  return linear_scale(shape);
-}
-
-Scale t5_scale(std::string_view name, const std::vector<int64_t>& shape) {
-  if (contains(name, "layer_norm")) return {1, 0.1};
-  if (name == "shared.weight" || contains(name, "relative_attention_bias")) return {0, 1};
-  // scores are not divided by sqrt(head size)
-  if (contains(name, "SelfAttention.q.") || contains(name, "SelfAttention.k."))
-    return linear_scale(shape, 0.5);
-  return linear_scale(shape);
-}
-
-Scale clip_scale(std::string_view name, const std::vector<int64_t>& shape) {
-  if (contains(name, "norm")) return name.ends_with(".weight") ? Scale{1, 0.1} : Scale{0, 0.05};
-  if (contains(name, "position_embedding")) return {0, 0.3};
-  if (contains(name, "token_embedding")) return {0, 1};
-  if (name.ends_with(".bias")) return {0, 0.05};
-  return linear_scale(shape, 1.5);
-}
 
 /// The log-variance half of the encoder's output: small and well below zero, as a trained
 /// autoencoder has it.
@@ -89,15 +39,6 @@ void calm_logvar(std::string_view name, std::span<float> values) {
   } else if (name == "encoder.conv_out.bias") {
     for (float& value : values.subspan(values.size() / 2)) value -= 6.0f;
   }
-}
-
-/// Each tensor has a stream of its own, keyed by its name, so that it does not depend on what else
-/// is in the file.
-RandomStream stream_of(uint64_t seed, std::string_view net, std::string_view name) {
-  const Sha256Digest digest = Sha256().add_field(net).add_field(name).digest();
-  uint64_t words[2];
-  std::memcpy(words, digest.data(), sizeof words);
-  return RandomStream(seed, Purpose::kTinyModel, words[0], words[1]);
 }
 
 /// Writes a net of random values; returns its number of parameters.
@@ -195,10 +136,37 @@ void add_flags(TinyOptions& options, Tool& tool) {
             "DIR",
             "size CLIP to this vocabulary (folder with vocab.json and merges.txt, or "
             "tokenizer.json) and copy it");
+  tool.group("Instead of small models");
+  tool.flag("geometry",
+            "dev|schnell|t5-xxl",
+            "one file of random weights in the sizes of the published model, to measure with: "
+            "flux.safetensors (24 GB) or t5.safetensors (9.5 GB)",
+            "",
+            [&options](const std::string& word) { options.geometry = parse_geometry(word); });
+  tool.flag("depth",
+            options.depth,
+            "D,S",
+            "numbers of double and single blocks with --geometry dev or schnell; of t5-xxl the "
+            "number of layers");
 }
 
 void check(const TinyOptions& options) {
   if (options.out.empty()) throw UsageError("--out is missing", "say where to write: --out models");
+  if (options.geometry) {
+    if (!options.t5_tokenizer.empty() || !options.clip_tokenizer.empty())
+      throw UsageError(
+          "--geometry writes no tokenizers: --t5-tokenizer and --clip-tokenizer do not go with it");
+    if (!options.depth.empty()) parse_depth(options.depth, *options.geometry);
+  } else if (!options.depth.empty()) {
+    throw UsageError("--depth goes with --geometry only", "add --geometry dev");
+  }
+}
+
+GeometryOptions geometry_options(const TinyOptions& options) {
+  GeometryOptions out{
+      options.geometry.value(), {}, options.out, static_cast<uint64_t>(options.seed)};
+  if (!options.depth.empty()) out.depth = parse_depth(options.depth, out.geometry);
+  return out;
 }
 
 TinyReport tiny(const TinyOptions& options) {

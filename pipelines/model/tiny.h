@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 
 #include "common/core/tool.h"
+#include "pipelines/model/geometry.h"
 
 namespace flux::model {
 
@@ -15,11 +17,16 @@ struct TinyOptions {
   int64_t seed = 0;
   std::filesystem::path t5_tokenizer{};    // empty: the project's own small vocabulary
   std::filesystem::path clip_tokenizer{};  // empty: the same
+  std::optional<Geometry> geometry{};      // one large file instead
+  std::string depth{};                     // of it, "19,38"; empty: as published
 };
 
 void add_flags(TinyOptions& options, Tool& tool);
-/// Throws UsageError if --out is missing.
+/// Throws UsageError if --out is missing, or flags contradict each other.
 void check(const TinyOptions& options);
+
+/// What to write when options.geometry is given.
+GeometryOptions geometry_options(const TinyOptions& options);
 
 struct TinyReport {
   std::filesystem::path out;

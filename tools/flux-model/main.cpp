@@ -12,6 +12,11 @@ flux::ExitCode tiny(flux::Tool& tool) {
   flux::model::add_flags(opts, tool);
   if (!tool.parse()) return flux::ExitCode::kOk;
   flux::model::check(opts);
+  if (opts.geometry) {
+    const auto written = flux::model::write_geometry(flux::model::geometry_options(opts));
+    tool.summary(written.line(), written.json());
+    return flux::ExitCode::kOk;
+  }
   const auto report = flux::model::tiny(opts);
   tool.summary(report.line(), report.json());
   return flux::ExitCode::kOk;
