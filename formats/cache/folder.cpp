@@ -39,8 +39,13 @@ std::vector<std::string> names_in(const fs::path& folder) {
 }
 
 bool is_temporary_name(std::string_view name) {
-  constexpr std::string_view kStarts[] = {
-      ".seg-", ".manifest.json", ".index.h5", ".quarantine.jsonl", ".writer.lock", ".reader-"};
+  constexpr std::string_view kStarts[] = {".seg-",
+                                          ".manifest.json",
+                                          ".last-run.json",
+                                          ".index.h5",
+                                          ".quarantine.jsonl",
+                                          ".writer.lock",
+                                          ".reader-"};
   return name.find(".tmp-") != std::string_view::npos &&
          std::ranges::any_of(kStarts,
                              [&](std::string_view start) { return name.starts_with(start); });
@@ -387,6 +392,7 @@ bool Folder::publish(const Publication& publication, const nlohmann::json& prove
   write_quarantine(folder, manifest.quarantined);
   if (previous && same_content(manifest, *previous)) return false;
 
+  if (publication.late_notes) manifest.provenance.update(publication.late_notes());
   publish_files(folder, manifest_text(manifest), index_bytes);
   previous = std::move(manifest);
   previous_index = std::move(index);

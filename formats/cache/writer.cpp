@@ -130,16 +130,22 @@ void Writer::State::add_changes(const SampleInfo& now,
   if (old.row >= segment->samples().size()) return;
   const SampleInfo& was = segment->samples()[old.row];
   const auto differs = [&](const char* field, bool yes) { changed_by[field] += yes; };
+  const Recipe& then = previous->recipe;
   if (recipe.kind == Kind::kText) {
-    differs("caption", was.text != now.text);
+    // with other draws of the same caption the text differs too
+    const auto same = [&](const char* field) {
+      return recipe.parameters.value(field, nlohmann::json()) ==
+             then.parameters.value(field, nlohmann::json());
+    };
+    differs("caption", was.text != now.text && same("text_variants") && same("seed"));
   } else {
     differs("source_sha256", was.source_sha256 != now.source_sha256);
     differs("bucket", was.height != now.height || was.width != now.width);
     differs("resized", was.resized_hw != now.resized_hw);
     differs("crop_top_left", was.crop_top_left != now.crop_top_left);
-    differs("flags", was.flags != now.flags);
+    differs("flip_aug", (was.flags ^ now.flags) & kSampleFlipped);
+    differs("alpha_mask", (was.flags ^ now.flags) & kSampleMasked);
   }
-  const Recipe& then = segment->header().recipe;
   for (const auto& [what, a, b] : {std::tuple{"parameters", &recipe.parameters, &then.parameters},
                                    {"weights", &recipe.weights, &then.weights},
                                    {"tokenizers", &recipe.tokenizers, &then.tokenizers}}) {
@@ -147,6 +153,8 @@ void Writer::State::add_changes(const SampleInfo& now,
       differs(fmt::format("{}.{}", what, field).c_str(),
               b->value(field, nlohmann::json()) != value);
     }
+    for (const auto& [field, value] : b->items())
+      differs(fmt::format("{}.{}", what, field).c_str(), !a->contains(field));
   }
   std::erase_if(changed_by, [](const auto& entry) { return entry.second == 0; });
 }

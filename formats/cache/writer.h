@@ -43,7 +43,7 @@ struct Comparison {
   int64_t changed = 0;      // absent, and an item that wants it was there with other samples
   int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
   /// Of the changed samples: what differs from the one that their item had -> how many.
-  /// "source_sha256", "bucket", "resized", "crop_top_left", "flags", "caption", or a field of the
+  /// "source_sha256", "bucket", "resized", "crop_top_left", "flip_aug", "alpha_mask", "caption", or a field of the
   /// recipe ("parameters.precision"). A sample counts for each of its fields.
   std::map<std::string, int64_t> changed_by;
   /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution:
@@ -59,6 +59,7 @@ struct Publication {
   nlohmann::json stage_seconds = nlohmann::json::object();  // stage name -> seconds
   nlohmann::json notes =
       nlohmann::json::object();  // more members of the manifest's provenance, never compared
+  std::function<nlohmann::json()> late_notes{};  // the same, asked for if a manifest is written
 };
 
 struct WriterOptions {

@@ -60,6 +60,21 @@ Pixels load_pixels(const std::filesystem::path& file,
   }
 }
 
+// Pictures that are decoded or wait for the net; one larger than this is alone.
+constexpr int64_t kPictureBytes = int64_t{3} << 29;
+
+int64_t bytes_decoded(const Sample& sample) {
+  const auto& bucket = sample.placement.bucket;
+  return bucket.width * bucket.height * 3 * static_cast<int64_t>(sizeof(float));
+}
+
+// 8-bit colours, once more while they are turned upright, the scaled picture, and the result.
+int64_t bytes_decoding(const Sample& sample) {
+  const auto &original = sample.original, &resized = sample.placement.resized;
+  return 6 * original.width * original.height + 3 * resized.width * resized.height +
+         bytes_decoded(sample);
+}
+
 vae::Posterior encode_batch(const vae::Encoder& encoder,
                             const std::vector<at::Tensor>& pixels,
                             at::Device device) {
@@ -121,11 +136,18 @@ Encoded encode_samples(const dataset::Resolved& resolved,
   int64_t batch_size = options.encode.batch_size;
   Encoded out;
   Progress progress("encoding", "images", count);
-  Ordered<Pixels> pictures(count, num_threads, 2 * num_threads + batch_size, [&](int64_t i) {
-    const auto& sample = samples[static_cast<size_t>(i)];
-    return load_pixels(
-        resolved.images[sample.image].file, sample, decoding, decode_time, resize_time);
-  });
+  Ordered<Pixels> pictures(
+      count,
+      num_threads,
+      2 * num_threads + batch_size,
+      [&](int64_t i) {
+        const auto& sample = samples[static_cast<size_t>(i)];
+        return load_pixels(
+            resolved.images[sample.image].file, sample, decoding, decode_time, resize_time);
+      },
+      {kPictureBytes,
+       [&](int64_t i) { return bytes_decoding(samples[static_cast<size_t>(i)]); },
+       [&](int64_t i) { return bytes_decoded(samples[static_cast<size_t>(i)]); }});
 
   const auto fail = [&](const Sample& sample, const std::string& reason) {
     out.failures.push_back({sample.key, reason});
@@ -181,7 +203,7 @@ Encoded encode_samples(const dataset::Resolved& resolved,
       }
     };
     stage::encode_in_batches(std::ssize(batch), batch_size, compute, take);
-    progress.update(next, "limited by " + times.limit());
+    progress.update(next, times.progress());
   }
   sink.flush();
   return out;

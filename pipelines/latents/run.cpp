@@ -1,6 +1,8 @@
 #include "pipelines/latents/run.h"
 
 #include <ATen/core/Tensor.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <map>
@@ -20,7 +22,6 @@
 #include "pipelines/latents/scan.h"
 #include "pipelines/stage/finish.h"
 #include "pipelines/stage/reproduce.h"
-#include "pipelines/stage/write_queue.h"
 
 namespace flux::latents {
 namespace {
@@ -52,6 +53,14 @@ std::string resolutions(const dataset::Resolved& resolved) {
   return text;
 }
 
+// As the dataset file says it, "auto" where it does not; empty if it nowhere does.
+std::string interpolations(const dataset::Resolved& resolved) {
+  std::set<std::string> names;
+  for (const auto& s : resolved.subsets)
+    names.insert(s.pixels.interpolation.empty() ? "auto" : s.pixels.interpolation);
+  return names == std::set<std::string>{"auto"} ? "" : fmt::format("{}", fmt::join(names, ","));
+}
+
 cache::Recipe make_recipe(const Options& options,
                           const dataset::Resolved& resolved,
                           const KeyParameters& keys) {
@@ -67,6 +76,8 @@ cache::Recipe make_recipe(const Options& options,
                        {"shift", vae::kShift},
                        {"scale", vae::kScale}};
   if (options.store == Store::kSample) recipe.parameters["seed"] = options.seed;
+  if (const auto names = interpolations(resolved); !names.empty())
+    recipe.parameters["resize_interpolation"] = names;
   recipe.weights = {{"ae", keys.weights_sha256}};
   return recipe;
 }
@@ -85,7 +96,7 @@ int64_t predicted_bytes(const std::vector<Sample>& samples, const Options& optio
 }  // namespace
 
 stage::Report run(const Options& options) {
-  const double start = stage::monotonic_seconds();
+  stage::Timing timing;
   const auto device = resolve_device(options.encode.device);
   const auto provenance = stage::begin("flux-cache-latents", options.command_line, device);
   const auto resolved = stage::resolve(options.data, options.width, options.height);
@@ -103,7 +114,6 @@ stage::Report run(const Options& options) {
   keys.seed = options.seed;
   const auto recipe = make_recipe(options, resolved, keys);
 
-  stage::StageTimes times;
   const auto encode = [&](std::vector<Sample> samples, stage::Sink& sink) {
     const auto type = precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
     return with_memory_errors(
@@ -113,7 +123,7 @@ stage::Report run(const Options& options) {
           const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
           weights.encoder.clear();  // the mapped file counts as memory of this process
           return encode_samples(
-              resolved, std::move(samples), encoder, device, options, times, sink);
+              resolved, std::move(samples), encoder, device, options, timing.stages, sink);
         });
   };
   stage::Report report;
@@ -136,6 +146,8 @@ stage::Report run(const Options& options) {
                        recipe,
                        provenance,
                        {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
+  const auto plan = dataset::plan_json(resolved);
+  stage::require_same_use(options.encode.out, writer.previous(), plan, options.encode.shard);
   auto wanted = scan(resolved, keys, options.animated, options.encode.rehash);
   std::unordered_map<Sha256Digest, const Sample*, DigestHash> by_key;
   for (const auto& s : wanted.samples) by_key.emplace(s.key, &s);
@@ -143,7 +155,7 @@ stage::Report run(const Options& options) {
   cache::Publication publication;
   publication.items = std::move(wanted.items);
   publication.quarantined = std::move(wanted.quarantined);
-  publication.plan = dataset::plan_json(resolved);
+  publication.plan = plan;
   publication.plan_digest = to_hex(dataset::plan_digest(publication.plan));
   stage::announce(writer,
                   writer.compare(publication.items,
@@ -155,7 +167,7 @@ stage::Report run(const Options& options) {
                   report);
   std::erase_if(wanted.samples,
                 [&](const Sample& s) { return !writer.wants(s.key) || writer.contains(s.key); });
-  publication.stage_seconds["scan"] = stage::monotonic_seconds() - start;
+  timing.before["scan"] = stage::monotonic_seconds() - timing.start_seconds;
 
   if (!wanted.samples.empty()) {
     stage::predict(writer,
@@ -163,18 +175,16 @@ stage::Report run(const Options& options) {
                    std::ssize(wanted.samples),
                    predicted_bytes(wanted.samples, options),
                    options.encode.max_bytes);
-    stage::WriteQueue queue(writer,
-                            cache::layout_of(recipe.kind, recipe.parameters),
-                            times,
-                            report.noun,
-                            options.encode.max_bytes);
-    const auto encoded = encode(std::move(wanted.samples), queue);
-    report.encoded = encoded.num_samples;
-    report.changed = std::min(report.changed, report.encoded);
-    stage::quarantine(encoded.failures, publication);
+    stage::fill(
+        options.encode,
+        writer,
+        cache::layout_of(recipe.kind, recipe.parameters),
+        timing,
+        [&](stage::Sink& sink) { return encode(std::move(wanted.samples), sink); },
+        publication,
+        report);
   }
-  stage::add_times(times, publication);
-  stage::finish(writer, publication, options.encode.max_failed, start, report);
+  stage::finish(options.encode, writer, publication, timing, report);
   return report;
 }
 

@@ -15,6 +15,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/progress.h"
+#include "common/core/threads.h"
 #include "common/image/bucket.h"
 #include "pipelines/latents/memo.h"
 #include "pipelines/latents/read.h"
@@ -72,10 +73,11 @@ std::vector<Found> look_at_all(const dataset::Resolved& resolved, bool rehash) {
   std::vector<Found> found(resolved.images.size());
   std::mutex memo_lock, error_lock;
   std::exception_ptr failure;
-  std::atomic<size_t> next{0}, done{0}, running{0};
+  std::atomic<size_t> next{0}, done{0}, ended{0};
+  std::atomic<bool> failed{false};
   const auto work = [&] {
     try {
-      for (size_t i; (i = next++) < found.size() && !cancel::requested(); ++done) {
+      for (size_t i; (i = next++) < found.size() && !cancel::requested() && !failed; ++done) {
         const auto& file = resolved.images[i].file;
         const auto memo = memos.find(file.parent_path());
         if (memo == memos.end()) {
@@ -87,16 +89,15 @@ std::vector<Found> look_at_all(const dataset::Resolved& resolved, bool rehash) {
     } catch (...) {
       const std::lock_guard guard(error_lock);
       failure = std::current_exception();
+      failed = true;
     }
-    --running;
+    ++ended;
   };
   {
-    std::vector<std::jthread> threads;
-    const auto count = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, 16);
-    running = count;
-    for (size_t t = 0; t < count; ++t) threads.emplace_back(work);
+    const auto count = std::clamp(std::thread::hardware_concurrency(), 1u, 16u);
+    const auto threads = start_threads(static_cast<int>(count), work);
     Progress progress("hashing", "images", static_cast<int64_t>(found.size()));
-    while (running > 0) {
+    while (ended < threads.size()) {
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
       progress.update(static_cast<int64_t>(done.load()));
     }

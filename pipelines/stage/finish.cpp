@@ -10,6 +10,8 @@
 #include <tuple>
 
 #include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
@@ -58,19 +60,17 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
   report.changed = comparison.changed;
   report.unwanted = comparison.unwanted;
   if (writer.num_recovered() > 0) {
-    log::info("an interrupted run had finished {} {}: they are kept",
-              writer.num_recovered(),
-              report.noun);
+    log::info("an interrupted run had finished {}: kept",
+              count_of(writer.num_recovered(), report.noun));
   }
   report.changed_by = comparison.changed_by;
   report.changed_fields = comparison.changed_fields;
   for (const std::string& field : comparison.changed_fields)
     log::info("changed since the last run: {}", field);
   for (const auto& [field, count] : comparison.changed_by)
-    log::info("changed {}: {} with another {}", report.noun, count, field);
-  log::info("to encode: {} {} (new={} changed={}) kept={} unwanted={}",
-            report.encoded,
-            report.noun,
+    log::info("changed: {} with another {}", count_of(count, report.noun), field);
+  log::info("to encode: {} (new={} changed={}) kept={} unwanted={}",
+            count_of(report.encoded, report.noun),
             comparison.new_samples,
             comparison.changed,
             comparison.kept,
@@ -85,37 +85,127 @@ void stop_if_asked(cache::Writer& writer, std::string_view noun) {
   throw Interrupted(*code);
 }
 
-void finish(cache::Writer& writer,
-            const cache::Publication& publication,
-            int64_t max_failed,
-            double start_seconds,
-            Report& report) {
-  report.failed = static_cast<int64_t>(publication.quarantined.size());
-  if (report.failed > max_failed) {
-    writer.seal();
-    writer.withdraw(publication.quarantined);
-    log::error(
-        "{} {} failed, --max-failed allows {}: no manifest was written; the reasons are in "
-        "quarantine.jsonl\n  hint: mend "
-        "them, or allow them with --max-failed {}; what was encoded is kept",
-        report.failed,
-        report.failed == 1 ? "item" : "items",
-        max_failed,
-        report.failed);
-    report.exit_code = ExitCode::kTooManyFailed;
-  } else if (!writer.publish(publication)) {
-    log::info("the cache is as it was; its manifest keeps its time");
+void require_same_use(const std::filesystem::path& folder,
+                      const std::optional<cache::Manifest>& previous,
+                      const nlohmann::json& plan,
+                      const cache::Shard& shard) {
+  if (!previous) return;
+  const auto use = [](const nlohmann::json& of) {
+    return of.value("kind", nlohmann::json()) == "prompts" ? "prompts" : "captions of a data set";
+  };
+  if (const auto* before = use(previous->plan), *now = use(plan);
+      std::string_view(before) != std::string_view(now)) {
+    throw CacheError(
+        fmt::format("{}: is a cache of {}, this run writes {}", show(folder), before, now),
+        "give each a folder of its own");
   }
-  report.seconds = monotonic_seconds() - start_seconds;
+  if (shard.count == 1 || shard == previous->shard) return;
+  const auto name = [](const cache::Shard& of) {
+    return of.count == 1 ? std::string("a whole cache")
+                         : fmt::format("part {}/{}", of.index, of.count);
+  };
+  throw CacheError(fmt::format("{}: holds {}, this run would make it {}",
+                               show(folder),
+                               name(previous->shard),
+                               name(shard)),
+                   "give each part a folder of its own, and join them with flux-cache merge");
 }
 
-void add_times(const StageTimes& times, cache::Publication& publication) {
-  publication.stage_seconds.update(times.seconds());
-  if (const auto limit = times.limit(); !limit.empty()) {
-    publication.notes["limit"] = limit;
-    log::info(
-        "the stage that limits is {}; busy seconds {}", limit, publication.stage_seconds.dump());
+namespace {
+
+constexpr char kLastRunName[] = ".last-run.json";
+
+// Of this run if it encoded something, else what an unpublished run left, else the manifest's.
+nlohmann::json last_encoding_run(const std::filesystem::path& folder,
+                                 const cache::Writer& writer,
+                                 const Timing& timing,
+                                 const Report& report) {
+  if (report.encoded > 0) return last_run(timing, report);
+  const std::string rate = report.noun + "_per_second";
+  nlohmann::json out = nlohmann::json::object();
+  const auto take = [&](const nlohmann::json& from) {
+    if (!from.is_object()) return;
+    const auto seconds = from.find("stage_seconds"), limit = from.find("limit"),
+               speed = from.find(rate);
+    if (seconds != from.end() && seconds->is_object()) out["stage_seconds"] = *seconds;
+    if (limit != from.end() && limit->is_string()) out["limit"] = *limit;
+    if (speed != from.end() && speed->is_number()) out[rate] = *speed;
+  };
+  std::error_code error;
+  if (std::filesystem::exists(folder / kLastRunName, error)) {
+    constexpr uint64_t kMaxBytes = 1 << 16;
+    try {
+      take(nlohmann::json::parse(read_file(folder / kLastRunName, kMaxBytes), nullptr, false));
+    } catch (const InputError& unreadable) {
+      log::debug("{}", unreadable.what());
+    }
   }
+  if (out.empty() && writer.previous()) take(writer.previous()->provenance);
+  return out;
+}
+
+}  // namespace
+
+nlohmann::json last_run(const Timing& timing, const Report& report) {
+  nlohmann::json seconds = timing.before;
+  seconds.update(timing.stages.seconds());
+  const double elapsed = monotonic_seconds() - timing.start_seconds;
+  return {{"stage_seconds", seconds},
+          {"limit", timing.stages.limit()},
+          {report.noun + "_per_second",
+           elapsed > 0 ? static_cast<double>(report.encoded) / elapsed : 0}};
+}
+
+void keep_last_run(const std::filesystem::path& folder, const nlohmann::json& last_run) {
+  write_file_atomic(folder / kLastRunName, last_run.dump() + "\n");
+}
+
+void finish(const EncodeOptions& options,
+            cache::Writer& writer,
+            cache::Publication& publication,
+            const Timing& timing,
+            Report& report) {
+  const auto run = last_encoding_run(options.out, writer, timing, report);
+  if (report.encoded > 0) {
+    log::info("the stage that limits is {}; busy seconds {}",
+              timing.stages.limit(),
+              run.at("stage_seconds").dump());
+  }
+  const bool nothing_left = std::ranges::none_of(publication.items, [](const auto& item) {
+    return (item.flags & cache::kItemEmptyCaption) == 0;
+  });
+  report.failed = static_cast<int64_t>(publication.quarantined.size());
+  const bool withdraw = report.failed > options.max_failed || nothing_left;
+  writer.seal();
+  if (!run.empty() && (withdraw || report.encoded > 0)) keep_last_run(options.out, run);
+  if (withdraw) {
+    writer.withdraw(publication.quarantined);
+    const auto failed = count_of(report.failed, "items");
+    if (report.failed > options.max_failed) {
+      log::error(
+          "{} failed, --max-failed allows {}: no manifest was written; the reasons are in "
+          "quarantine.jsonl\n  hint: mend them, or allow them with --max-failed {}; what was "
+          "encoded is kept",
+          failed,
+          options.max_failed,
+          report.failed);
+    } else {
+      log::error(
+          "{} failed, and none is left: no manifest was written; the reasons are in "
+          "quarantine.jsonl\n  hint: mend them: a cache without items is of no use",
+          failed);
+    }
+    report.exit_code = ExitCode::kTooManyFailed;
+  } else {
+    publication.notes.update(run);  // its stage_seconds too
+    if (writer.publish(publication)) {
+      std::error_code ignored;  // a newer run writes it again
+      std::filesystem::remove(options.out / kLastRunName, ignored);
+    } else {
+      log::info("the cache is as it was; its manifest keeps its time");
+    }
+  }
+  report.seconds = monotonic_seconds() - timing.start_seconds;
 }
 
 double compressed_share(DType dtype) {
@@ -136,8 +226,10 @@ void predict(const cache::Writer& writer,
              int64_t max_bytes) {
   const auto shown = [](int64_t count) { return show_bytes(static_cast<uint64_t>(count)); };
   const int64_t whole = writer.num_bytes() + bytes;
-  log::info(
-      "predicted: about {} for {} samples, {} in all", shown(bytes), num_samples, shown(whole));
+  log::info("predicted: about {} for {}, {} in all",
+            shown(bytes),
+            count_of(num_samples, "samples"),
+            shown(whole));
   if (max_bytes > 0 && whole > max_bytes)
     log::warn("--max-bytes {} will not suffice: this run stops before it is done",
               shown(max_bytes));

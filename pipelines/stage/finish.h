@@ -1,18 +1,26 @@
 // pipelines/stage/finish.h - how both encoding stages talk about a run and end it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "common/tensor/fwd.h"
 #include "formats/cache/writer.h"
+#include "pipelines/stage/options.h"
 #include "pipelines/stage/report.h"
 #include "pipelines/stage/sink.h"
 #include "pipelines/stage/times.h"
+#include "pipelines/stage/write_queue.h"
 
 namespace flux::stage {
+
+/// Seconds on a clock that never goes back.
+double monotonic_seconds();
 
 /// The first line of a run on stderr: version, command line and device; and the same as the cache's
 /// provenance.
@@ -50,19 +58,64 @@ void predict(const cache::Writer& writer,
 /// bf16 0.68, f16 0.86, f32 0.84.
 double compressed_share(DType dtype);
 
-/// Stage times and the stage that limited the run, for the manifest.
-void add_times(const StageTimes& times, cache::Publication& publication);
+/// Throws CacheError if the folder's manifest is of another use than this run's: prompts and not a
+/// data set, or the reverse; a whole cache that would become a part, or another part.
+void require_same_use(const std::filesystem::path& folder,
+                      const std::optional<cache::Manifest>& previous,
+                      const nlohmann::json& plan,
+                      const cache::Shard& shard);
 
-/// The last step: publishes, or with more than `max_failed` quarantined items withdraws the
-/// manifest and sets exit code 6; says which of them it was. Sets report.failed and, from
-/// `start_seconds` of monotonic_seconds(), report.seconds.
-void finish(cache::Writer& writer,
-            const cache::Publication& publication,
-            int64_t max_failed,
-            double start_seconds,
+/// A run's clock and stages.
+struct Timing {
+  StageTimes stages;
+  /// Of what came before the stages, by name ("scan").
+  nlohmann::json before = nlohmann::json::object();
+  double start_seconds = monotonic_seconds();
+};
+
+/// What a manifest's provenance says about the last run that encoded something: `stage_seconds`,
+/// `limit`, `<noun>_per_second`. A run that encoded and publishes nothing (exit 6, a signal, a full
+/// disk) leaves it in the folder's file .last-run.json, for the run that publishes.
+nlohmann::json last_run(const Timing& timing, const Report& report);
+/// Writes that file. Throws ResourceError.
+void keep_last_run(const std::filesystem::path& folder, const nlohmann::json& last_run);
+
+/// Lets `encode` (Sink& -> an object with num_samples and failures) fill the folder through a
+/// WriteQueue. Sets report.encoded; moves items that could not be encoded to the quarantined ones.
+/// What it throws passes, after the run's times were kept.
+template <class Encode>
+void fill(const EncodeOptions& options,
+          cache::Writer& writer,
+          const cache::Layout& layout,
+          Timing& timing,
+          const Encode& encode,
+          cache::Publication& publication,
+          Report& report) {
+  WriteQueue queue(writer, layout, timing.stages, report.noun, options.max_bytes);
+  try {
+    const auto encoded = encode(static_cast<Sink&>(queue));
+    report.encoded = encoded.num_samples;
+    report.changed = std::min(report.changed, report.encoded);
+    quarantine(encoded.failures, publication);
+  } catch (...) {
+    report.encoded = queue.num_written();
+    if (report.encoded > 0) {
+      try {
+        keep_last_run(options.out, last_run(timing, report));
+      } catch (const Error&) {  // what ended the run matters more
+      }
+    }
+    throw;
+  }
+}
+
+/// The last step: publishes, or withdraws the manifest and sets exit code 6 where more than
+/// --max-failed items are quarantined or none is left; says which of them it was. Sets
+/// report.failed and report.seconds.
+void finish(const EncodeOptions& options,
+            cache::Writer& writer,
+            cache::Publication& publication,
+            const Timing& timing,
             Report& report);
-
-/// Seconds on a clock that never goes back.
-double monotonic_seconds();
 
 }  // namespace flux::stage

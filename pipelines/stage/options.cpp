@@ -8,8 +8,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
-#include "formats/cache/journal.h"
-#include "formats/cache/segment_reader.h"
+#include "formats/cache/reader.h"
 
 namespace flux::stage {
 
@@ -156,37 +155,9 @@ cache::Shard parse_shard(const std::string& text) {
   return shard;
 }
 
-namespace {
-
-// The parameters of what is in the folder. What cannot be read is the writer's matter.
-nlohmann::json parameters_of(const std::filesystem::path& folder) {
-  try {
-    if (const auto manifest = cache::read_manifest_if_there(folder))
-      return manifest->recipe.parameters;
-  } catch (const Error&) {
-  }
-  std::error_code error;
-  for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end;
-       entry.increment(error)) {
-    try {
-      const auto name = entry->path().filename().native();
-      if (cache::is_segment_name(name))
-        return cache::Segment(entry->path()).header().recipe.parameters;
-      if (!cache::is_journal_name(name)) continue;
-      const MappedFile file(entry->path());
-      const auto content = cache::parse_journal(file.bytes(), entry->path());
-      if (content.valid_bytes > 0) return content.header.recipe.parameters;
-    } catch (const Error&) {
-    }
-  }
-  return nlohmann::json::object();
-}
-
-}  // namespace
-
 Precision choose_precision(const EncodeOptions& options, Precision otherwise) {
   if (options.precision) return *options.precision;
-  const auto known = parameters_of(options.out).value("precision", nlohmann::json());
+  const auto known = cache::newest_parameters(options.out).value("precision", nlohmann::json());
   return known == "bf16" ? Precision::kBF16 : known == "f32" ? Precision::kF32 : otherwise;
 }
 

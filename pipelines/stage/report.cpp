@@ -16,20 +16,22 @@ double rate(const Report& report) {
 
 }  // namespace
 
+std::string count_of(int64_t count, std::string_view plural) {
+  return fmt::format("{} {}", count, plural.substr(0, plural.size() - (count == 1)));
+}
+
 std::string Report::line() const {
   if (drift) return drift->line();
   if (encoded == 0) {
-    return fmt::format("nothing encoded: kept {} {}, unwanted {}, failed {} in {}",
-                       kept,
-                       noun,
+    return fmt::format("nothing encoded: kept {}, unwanted {}, failed {} in {}",
+                       count_of(kept, noun),
                        unwanted,
                        failed,
                        show_seconds(seconds));
   }
   return fmt::format(
-      "encoded {} {} ({} of them changed), kept {}, unwanted {}, failed {} in {} ({:.3g} {}/s)",
-      encoded,
-      noun,
+      "encoded {} ({} of them changed), kept {}, unwanted {}, failed {} in {} ({:.3g} {}/s)",
+      count_of(encoded, noun),
       changed,
       kept,
       unwanted,

@@ -5,12 +5,16 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/core/error.h"
 #include "pipelines/stage/reproduce.h"
 
 namespace flux::stage {
+
+/// "1 image", "3 images"; `plural` is the plain one with an s.
+std::string count_of(int64_t count, std::string_view plural);
 
 /// Counts distinct samples (latents) or captions (text), but for `failed`, which counts items.
 struct Report {

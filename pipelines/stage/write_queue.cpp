@@ -9,6 +9,7 @@
 #include "common/core/cancel.h"
 #include "common/core/error.h"
 #include "common/core/text.h"
+#include "common/core/threads.h"
 #include "pipelines/stage/finish.h"
 
 namespace flux::stage {
@@ -23,9 +24,15 @@ WriteQueue::WriteQueue(cache::Writer& writer,
       noun_(std::move(noun)),
       max_bytes_(max_bytes),
       compress_time_(times.add("compress")),
-      write_time_(times.add("write")),
-      compressor_([this] { compress(); }),
-      writing_([this] { write(); }) {}
+      write_time_(times.add("write")) {
+  try {
+    threads_ = start_threads(1, [this] { compress(); });
+    threads_.push_back(std::move(start_threads(1, [this] { write(); }).front()));
+  } catch (...) {  // the one that waits already must end before the queues go
+    fail();
+    throw;
+  }
+}
 
 WriteQueue::~WriteQueue() {
   encoded_.close();  // the compressor ends, and then the writing thread

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "formats/cache/writer.h"
 #include "pipelines/stage/bounded_queue.h"
@@ -20,6 +21,7 @@ namespace flux::stage {
 class WriteQueue : public Sink {
  public:
   /// `noun` of the samples ("images"); `max_bytes` of the folder's cache files, 0 = no limit.
+  /// Throws ResourceError if its threads cannot be started.
   WriteQueue(cache::Writer& writer,
              const cache::Layout& layout,
              StageTimes& times,
@@ -56,7 +58,7 @@ class WriteQueue : public Sink {
   std::condition_variable changed_;
   int64_t added_ = 0, arrived_ = 0;
   std::exception_ptr failure_;
-  std::jthread compressor_, writing_;  // last: they end before the rest goes
+  std::vector<std::jthread> threads_;  // last: they end before the rest goes
 };
 
 }  // namespace flux::stage

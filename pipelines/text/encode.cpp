@@ -17,6 +17,7 @@
 #include "common/tensor/memory_errors.h"
 #include "common/tensor/tensor.h"
 #include "pipelines/stage/halving.h"
+#include "pipelines/stage/report.h"
 
 namespace flux::text {
 namespace {
@@ -105,7 +106,7 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
   };
   const auto take = [&](int64_t, int64_t, std::vector<Pooled> part) {
     std::ranges::move(part, std::back_inserter(out));
-    progress.update(std::ssize(out));
+    progress.update(std::ssize(out), times.progress());
   };
   stage::encode_in_batches(std::ssize(jobs), batch_size, compute, take);
   return out;
@@ -169,7 +170,7 @@ void encode_t5(std::span<const Job> jobs,
       sink.add({std::move(info), {std::move(*prompt), std::move(*clip.bytes)}});
       ++out.num_samples;
     }
-    progress.update(begin + count, "limited by " + times.limit());
+    progress.update(begin + count, times.progress());
   };
   stage::encode_in_batches(std::ssize(jobs), batch_size, compute, take);
   sink.flush();
@@ -268,15 +269,15 @@ void log_truncation(const nlohmann::json& truncation, int64_t t5_length) {
   const auto& t5 = truncation[t5_length == 256 ? "t5_256" : "t5_512"];
   const auto& clip = truncation["clip_77"];
   if (t5["captions"] > 0) {
-    log::warn("{} captions have more than {} T5 tokens: {} tokens are cut off",
-              t5["captions"].dump(),
-              t5_length,
-              t5["tokens_lost"].dump());
+    log::warn("{} cut off: {} at T5's {} tokens",
+              stage::count_of(t5["tokens_lost"], "tokens"),
+              stage::count_of(t5["captions"], "captions"),
+              t5_length);
   }
   if (clip["captions"] > 0) {
-    log::info("{} captions have more than 77 CLIP tokens: {} tokens are cut off there; T5 reads on",
-              clip["captions"].dump(),
-              clip["tokens_lost"].dump());
+    log::info("{} cut off: {} at CLIP's 77 tokens; T5 reads on",
+              stage::count_of(clip["tokens_lost"], "tokens"),
+              stage::count_of(clip["captions"], "captions"));
   }
   for (const auto& caption : truncation["worst"]) {
     const std::string lost = t5_length == 256 ? "t5_lost_256" : "t5_lost_512";

@@ -18,6 +18,8 @@ std::string_view pad_policy_word(PadPolicy policy);  // "full", "masked"
 /// An image without caption: end the run before encoding, or the empty caption.
 enum class MissingCaption { kError, kEmpty };
 
+inline constexpr int64_t kDefaultVariants = 8;
+
 struct Options {
   stage::DatasetOptions data;
   std::filesystem::path prompts;  // one a line, instead of a data set
@@ -27,8 +29,9 @@ struct Options {
   int64_t t5_length_tokens = 512;  // 512 or 256
   PadPolicy pad_policy = PadPolicy::kFull;
   MissingCaption missing_caption = MissingCaption::kError;
-  std::optional<int64_t> text_variants;  // of a caption with random parts; 8 if not given
-  int64_t seed = 0;                      // of captions with more outcomes than that
+  std::optional<int64_t>
+      text_variants;  // of a caption with random parts; kDefaultVariants if not given
+  int64_t seed = 0;   // of captions with more outcomes than that
   std::string command_line;
 };
 

@@ -16,8 +16,6 @@
 namespace flux::text {
 namespace {
 
-constexpr int64_t kDefaultVariants = 8;
-
 /// Gives each distinct text a number.
 class Captions {
  public:
@@ -107,6 +105,13 @@ Wanted read_dataset(const Options& options) {
                                     subset.captions,
                                     options.text_variants.value_or(kDefaultVariants),
                                     static_cast<uint64_t>(options.seed));
+      // few draws may be equal by chance
+      const bool few = options.text_variants.value_or(kDefaultVariants) < kDefaultVariants;
+      wanted.has_random_parts =
+          wanted.has_random_parts || variants.size() > 1 ||
+          (few &&
+           dataset::caption_variants(caption.value_or(""), subset.captions, kDefaultVariants, 0)
+                   .size() > 1);
       for (const auto& variant : variants) require_storable(variant.text);
       for (const auto& variant : variants)
         item.uses.push_back({captions.number(variant.text), variant.weight});

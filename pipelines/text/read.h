@@ -33,6 +33,7 @@ struct Wanted {
   std::vector<cache::Quarantined>
       quarantined;  // captions that cannot be used: not UTF-8, empty file, above 1 MiB
   nlohmann::json plan;
+  bool has_random_parts = false;  // a caption can become several texts
 };
 
 /// The captions of a data set: programs enumerated or drawn, and the empty caption where a subset

@@ -15,7 +15,6 @@
 #include "formats/cache/writer.h"
 #include "pipelines/stage/finish.h"
 #include "pipelines/stage/reproduce.h"
-#include "pipelines/stage/write_queue.h"
 #include "pipelines/text/encode.h"
 #include "pipelines/text/nets.h"
 #include "pipelines/text/read.h"
@@ -31,7 +30,8 @@ constexpr char kClipCleaning[] =
 cache::Recipe make_recipe(const Options& options,
                           const ClipFiles& clip,
                           const T5Files& t5,
-                          stage::Precision precision) {
+                          stage::Precision precision,
+                          const Wanted& wanted) {
   cache::Recipe recipe;
   recipe.kind = cache::Kind::kText;
   recipe.parameters = {{"dtype", cache::dtype_word(options.encode.dtype)},
@@ -41,6 +41,10 @@ cache::Recipe make_recipe(const Options& options,
                        {"precision", stage::precision_word(precision)},
                        {"pad_policy", pad_policy_word(options.pad_policy)},
                        {"clip_cleaning", kClipCleaning}};
+  if (wanted.has_random_parts) {
+    recipe.parameters["text_variants"] = options.text_variants.value_or(kDefaultVariants);
+    recipe.parameters["seed"] = options.seed;
+  }
   recipe.weights = {{"t5", t5.weights_sha256}, {"clip", clip.weights_sha256}};
   recipe.tokenizers = {{"t5", t5.tokenizer_sha256}, {"clip", clip.tokenizer_sha256}};
   return recipe;
@@ -87,24 +91,28 @@ int64_t predicted_bytes(std::span<const CaptionTokens> tokens,
 }  // namespace
 
 stage::Report run(const Options& options) {
-  const double start = stage::monotonic_seconds();
+  stage::Timing timing;
   use_huge_pages();
   const c10::Device device = resolve_device(options.encode.device);
   const cache::Provenance provenance =
       stage::begin("flux-cache-text", options.command_line, device);
   Wanted wanted = options.prompts.empty() ? read_dataset(options) : read_prompts(options.prompts);
+  if (options.text_variants && !wanted.has_random_parts) {
+    log::warn(
+        "--text-variants {} has no effect: no caption has random parts (shuffled tags, wildcards)",
+        *options.text_variants);
+  }
   ClipFiles clip = read_clip(options);
   T5Files t5 = read_t5(options);
 
   const auto otherwise = device.is_cuda() ? stage::Precision::kBF16 : stage::Precision::kF32;
   const auto precision = stage::choose_precision(options.encode, otherwise);
-  const cache::Recipe recipe = make_recipe(options, clip, t5, precision);
+  const cache::Recipe recipe = make_recipe(options, clip, t5, precision, wanted);
   const cache::Layout layout = cache::layout_of(recipe.kind, recipe.parameters);
   std::vector<Job> all;
   for (const std::string& caption : wanted.captions)
     all.push_back({caption_key(caption, recipe), caption});
 
-  stage::StageTimes times;
   stage::Report report;
   report.noun = "captions";
   if (options.encode.reproduce > 0) {
@@ -114,8 +122,14 @@ stage::Report run(const Options& options) {
     const auto chosen = reproduction.choose(keys, options.encode.reproduce);
     std::erase_if(all,
                   [&](const Job& job) { return !std::ranges::binary_search(chosen, job.key); });
-    const Encoded encoded = encode_captions(
-        all, std::move(clip), std::move(t5), precision, device, options, times, reproduction);
+    const Encoded encoded = encode_captions(all,
+                                            std::move(clip),
+                                            std::move(t5),
+                                            precision,
+                                            device,
+                                            options,
+                                            timing.stages,
+                                            reproduction);
     report.drift = reproduction.drift(encoded.failures);
     report.exit_code = report.drift->within() ? ExitCode::kOk : ExitCode::kDiffers;
     return report;
@@ -131,6 +145,7 @@ stage::Report run(const Options& options) {
                        recipe,
                        provenance,
                        {.shard = options.encode.shard, .verify_segments = options.encode.rehash});
+  stage::require_same_use(options.encode.out, writer.previous(), wanted.plan, options.encode.shard);
   std::map<Sha256Digest, const Job*> by_key;
   for (const Job& job : all) by_key[job.key] = &job;
   stage::announce(writer,
@@ -157,19 +172,31 @@ stage::Report run(const Options& options) {
                    std::ssize(jobs),
                    predicted_bytes(tokens_of_jobs, layout, options.pad_policy),
                    options.encode.max_bytes);
-    publication.stage_seconds["prepare"] = stage::monotonic_seconds() - start;
-    stage::WriteQueue queue(writer, layout, times, report.noun, options.encode.max_bytes);
-    const Encoded encoded = encode_captions(
-        jobs, std::move(clip), std::move(t5), precision, device, options, times, queue);
-    stage::quarantine(encoded.failures, publication);
-    report.encoded = encoded.num_samples;
-    report.changed = std::min(report.changed, report.encoded);
-  } else if (const auto& previous = writer.previous()) {
-    if (const auto it = previous->provenance.find("truncated"); it != previous->provenance.end())
-      publication.notes["truncated"] = *it;
+    timing.before["prepare"] = stage::monotonic_seconds() - timing.start_seconds;
+    stage::fill(
+        options.encode,
+        writer,
+        layout,
+        timing,
+        [&](stage::Sink& sink) {
+          return encode_captions(jobs,
+                                 std::move(clip),
+                                 std::move(t5),
+                                 precision,
+                                 device,
+                                 options,
+                                 timing.stages,
+                                 sink);
+        },
+        publication,
+        report);
+  } else {
+    publication.late_notes = [&] {
+      const auto tokens = count_tokens(wanted.captions, clip, t5);
+      return nlohmann::json{{"truncated", truncation_json(wanted.captions, tokens)}};
+    };
   }
-  stage::add_times(times, publication);
-  stage::finish(writer, publication, options.encode.max_failed, start, report);
+  stage::finish(options.encode, writer, publication, timing, report);
   return report;
 }
 

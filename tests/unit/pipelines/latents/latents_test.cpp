@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
@@ -86,6 +87,14 @@ class Latents : public testing::Test {
   std::vector<std::byte> latents(int64_t item, size_t variant = 0) const {
     const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
     return cache.read(cache.index().variants(item)[variant]).tensors.at(0);
+  }
+
+  int64_t segment_bytes() const {
+    uintmax_t bytes = 0;
+    for (const auto& entry : fs::directory_iterator(options.encode.out)) {
+      if (entry.path().filename().native().starts_with("seg-")) bytes += entry.file_size();
+    }
+    return static_cast<int64_t>(bytes);
   }
 
   test::TemporaryFolder folder;
@@ -288,14 +297,17 @@ TEST(StageTimes, NameTheStageWhoseThreadsAreBusiest) {
   stage::StageTimes times;
   EXPECT_EQ(times.limit(), "");
   auto &many = times.add("decode", 4), &one = times.add("encode");
-  const auto work = [](stage::StageTime& stage, int milliseconds) {
-    const stage::StageTime::Scope busy(stage);
-    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
-  };
-  work(many, 40);
-  work(one, 20);
+  using namespace std::chrono_literals;
+  many.count(40ms);
+  one.count(20ms);
   EXPECT_EQ(times.limit(), "encode");  // 20 ms of one thread, 10 ms of each of the four
-  EXPECT_GE(times.seconds().at("decode").get<double>(), 0.04);
+  EXPECT_EQ(times.seconds(), (nlohmann::json{{"decode", 0.04}, {"encode", 0.02}}));
+  const std::string line = times.progress();
+  EXPECT_TRUE(line.starts_with("limited by encode (decode ")) << line;
+  EXPECT_NE(line.find("%, encode "), std::string::npos) << line;
+  const auto before = one.busy_seconds();
+  { const stage::StageTime::Scope busy(one); }
+  EXPECT_GE(one.busy_seconds(), before);
 }
 
 TEST_F(Latents, RenamedFolderOrCopyEncodesNothing) {
@@ -354,6 +366,140 @@ TEST_F(Latents, BadImageIsQuarantinedAndStopsNothing) {
   EXPECT_EQ(published.num_items, 3);
   ASSERT_EQ(published.quarantined.size(), 2u);
   EXPECT_NE(published.quarantined[0].reason.find("not a picture"), std::string::npos);
+}
+
+/// Of the manifest: what it says about the last run that encoded something.
+nlohmann::json last_run(const fs::path& out) {
+  const auto all = cache::read_manifest(out).provenance;
+  nlohmann::json some;
+  for (const char* name : {"stage_seconds", "limit", "images_per_second"})
+    some[name] = all.at(name);
+  return some;
+}
+
+TEST_F(Latents, TimesAreThoseOfTheLastRunThatEncoded) {
+  three_photos();
+  run(options);
+  const auto first = last_run(options.encode.out);
+  EXPECT_GT(first.at("images_per_second").get<double>(), 0);
+  EXPECT_GT(first.at("stage_seconds").at("encode").get<double>(), 0);
+  EXPECT_FALSE(first.at("limit").get<std::string>().empty());
+  fs::remove(folder / "photos/c.bmp");
+  EXPECT_EQ(run(options).encoded, 0);
+  EXPECT_EQ(cache::read_manifest(options.encode.out).num_items, 2);  // it was written again
+  EXPECT_EQ(last_run(options.encode.out), first);
+  // a picture that becomes bad takes the manifest away, but not the times
+  folder.write("photos/bad.png", "no picture");
+  EXPECT_EQ(run(options).exit_code, ExitCode::kTooManyFailed);
+  options.encode.max_failed = 1;
+  EXPECT_EQ(run(options).encoded, 0);
+  EXPECT_EQ(last_run(options.encode.out), first);
+  EXPECT_FALSE(fs::exists(options.encode.out / ".last-run.json"));
+}
+
+TEST_F(Latents, TimesOfARunWithoutManifestAreKept) {
+  three_photos();
+  folder.write("photos/bad.png", "no picture");
+  EXPECT_EQ(run(options).exit_code, ExitCode::kTooManyFailed);
+  options.encode.max_failed = 1;
+  EXPECT_EQ(run(options).encoded, 0);
+  const auto first = last_run(options.encode.out);
+  EXPECT_GT(first.at("stage_seconds").at("encode").get<double>(), 0);
+  // likewise of a run that was stopped by an error, when the rest is not wanted any more
+  folder.write("photos/d.bmp", picture(64, 64, 4)),
+      folder.write("photos/e.bmp", picture(64, 64, 5));
+  constexpr int64_t kOneMore = 10'000;  // below what a new segment with two takes
+  options.encode.max_bytes = segment_bytes() + kOneMore;
+  EXPECT_THROW(run(options), ResourceError);
+  options.encode.max_bytes = 0;
+  for (const char* name : {"photos/d.bmp", "photos/e.bmp", "photos/a.bmp"})
+    fs::remove(folder / name);
+  EXPECT_EQ(run(options).encoded, 0);
+  EXPECT_NE(last_run(options.encode.out), first);
+}
+
+TEST_F(Latents, NoItemLeftIsNoCache) {
+  folder.write("photos/bad.png", "no picture");
+  options.encode.max_failed = 5;
+  const auto report = run(options);
+  EXPECT_EQ(report.failed, 1);
+  EXPECT_EQ(report.exit_code, ExitCode::kTooManyFailed);
+  EXPECT_FALSE(fs::exists(manifest()));
+  EXPECT_TRUE(fs::exists(options.encode.out / "quarantine.jsonl"));
+}
+
+TEST_F(Latents, AWholeCacheBecomesNoPart) {
+  three_photos();
+  run(options);
+  const auto before = read_file(manifest());
+  options.encode.shard = {0, 2};
+  EXPECT_THROW(run(options), CacheError);
+  EXPECT_EQ(read_file(manifest()), before);
+  options.encode.out = folder / "part";
+  EXPECT_NO_THROW(run(options));
+  EXPECT_NO_THROW(run(options));
+  options.encode.shard = {1, 2};
+  EXPECT_THROW(run(options), CacheError);
+  options.encode.shard = {};
+  EXPECT_EQ(run(options).exit_code, ExitCode::kOk);  // a part may become whole
+}
+
+TEST_F(Latents, EveryFieldThatChangesIsNamed) {
+  three_photos();
+  const auto file = [&](const std::string& keys) {
+    options.data.images.clear();
+    options.data.dataset = folder.write("d.toml",
+                                        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '" +
+                                            (folder / "photos").string() + "'\n" + keys);
+  };
+  file("");
+  const auto base = options;
+  write_autoencoder(folder / "other.safetensors", 2);
+  struct Change {
+    const char* field;
+    std::function<void()> make;
+    int64_t count = 3;
+  };
+  const std::vector<Change> changes{
+      {"parameters.dtype", [&] { options.encode.dtype = DType::kF16; }},
+      {"parameters.precision", [&] { options.encode.precision = stage::Precision::kBF16; }},
+      {"parameters.store", [&] { options.store = Store::kSample; }},
+      {"parameters.profile", [&] { options.data.profile = Profile::kKohya; }},
+      {"parameters.background",
+       [&] {
+         options.background = {0, 0, 0};
+       }},
+      {"parameters.resolution", [&] { options.width = options.height = 96; }},
+      {"parameters.resize_interpolation", [&] { file("resize_interpolation = 'cubic'\n"); }},
+      {"flip_aug", [&] { file("flip_aug = true\n"); }},
+      {"alpha_mask", [&] { file("alpha_mask = true\n"); }},
+      {"weights.ae", [&] { options.ae = folder / "other.safetensors"; }},
+      {"source_sha256", [&] { folder.write("photos/a.bmp", picture(64, 64, 9)); }, 1}};
+  int number = 0;
+  for (const auto& change : changes) {
+    SCOPED_TRACE(change.field);
+    options = base;
+    file("");
+    options.encode.out = folder / ("cache" + std::to_string(number++));
+    run(options);
+    change.make();
+    const auto report = run(options);
+    EXPECT_EQ(report.changed_by.value(change.field, int64_t{0}), change.count)
+        << report.changed_by.dump();
+    EXPECT_FALSE(report.changed_by.contains("flags"));
+    if (change.count == 3 && std::string_view(change.field) != "parameters.profile" &&
+        std::string_view(change.field) != "parameters.store" &&
+        std::string_view(change.field) != "parameters.resolution") {
+      EXPECT_EQ(report.changed_by.size(), 1u) << report.changed_by.dump();
+    }
+  }
+  // and back: a field that is not there any more
+  options = base;
+  options.encode.out = folder / "back";
+  file("resize_interpolation = 'cubic'\n");
+  run(options);
+  file("");
+  EXPECT_EQ(run(options).changed_by, (nlohmann::json{{"parameters.resize_interpolation", 3}}));
 }
 
 TEST_F(Latents, PictureThatFailsWhenDecodedIsQuarantined) {

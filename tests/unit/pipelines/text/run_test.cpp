@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -26,6 +27,7 @@ namespace fs = std::filesystem;
 using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Not;
 using text::Options;
 
 /// Small models, made once.
@@ -317,6 +319,96 @@ TEST_F(TextPipeline, AnEditedCaptionIsNamedAsTheReason) {
   EXPECT_EQ(shorter.changed_by, (nlohmann::json{{"parameters.t5_length", 2}}));
   ASSERT_EQ(shorter.changed_fields.size(), 1u);
   EXPECT_NE(shorter.changed_fields[0].find("parameters.t5_length"), std::string::npos);
+}
+
+TEST_F(TextPipeline, EveryFieldThatChangesIsNamed) {
+  image("a", "one, two, three, four");
+  const auto shuffled = [&] { dataset("caption_extension = '.txt'\nshuffle_caption = true\n"); };
+  const auto plain = [&] { dataset("caption_extension = '.txt'\n"); };
+  model::TinyOptions tiny;
+  tiny.out = folder.path() / "models2";
+  tiny.seed = 4;
+  model::tiny(tiny);
+  struct Change {
+    const char* field;
+    std::function<void()> before, make;
+  };
+  const std::vector<Change> changes{
+      {"parameters.t5_length", plain, [&] { options.t5_length_tokens = 256; }},
+      {"parameters.pad_policy", plain, [&] { options.pad_policy = text::PadPolicy::kMasked; }},
+      {"parameters.precision", plain, [&] { options.encode.precision = stage::Precision::kBF16; }},
+      {"parameters.dtype", plain, [&] { options.encode.dtype = DType::kF32; }},
+      {"weights.t5", plain, [&] { options.t5 = folder.path() / "models2/t5.safetensors"; }},
+      {"weights.clip", plain, [&] { options.clip = folder.path() / "models2/clip.safetensors"; }},
+      {"caption", plain, [&] { image("a", "one, two"); }},
+      {"parameters.text_variants", shuffled, [&] { options.text_variants = 24; }}};
+  const auto base = options;
+  int number = 0;
+  for (const auto& change : changes) {
+    SCOPED_TRACE(change.field);
+    options = base;
+    image("a", "one, two, three, four");
+    change.before();
+    options.encode.out = folder.path() / ("cache" + std::to_string(number++));
+    text::run(options);
+    change.make();
+    const auto report = text::run(options);
+    EXPECT_GE(report.changed, 1);
+    EXPECT_EQ(report.changed_by, (nlohmann::json{{change.field, report.changed}}));
+  }
+  shuffled();
+  options.text_variants = 2;  // fewer: nothing to encode perhaps, but it is said
+  const auto fewer = text::run(options);
+  EXPECT_THAT(fewer.changed_fields, ElementsAre(HasSubstr("parameters.text_variants")));
+}
+
+TEST_F(TextPipeline, VariantsWithoutRandomPartsAreWarnedOf) {
+  image("a", "one, two");
+  options.text_variants = 4;
+  testing::internal::CaptureStderr();
+  text::run(options);
+  EXPECT_THAT(testing::internal::GetCapturedStderr(), HasSubstr("--text-variants 4 has no effect"));
+  dataset("caption_extension = '.txt'\nshuffle_caption = true\n");
+  for (const int64_t variants : {1, 4}) {
+    options.text_variants = variants;
+    testing::internal::CaptureStderr();
+    text::run(options);
+    EXPECT_THAT(testing::internal::GetCapturedStderr(), Not(HasSubstr("has no effect")));
+  }
+}
+
+TEST_F(TextPipeline, PromptsAndCaptionsDoNotReplaceEachOther) {
+  image("a", "a red circle");
+  text::run(options);
+  const auto before = read_file(options.encode.out / "manifest.json");
+  const auto images = options.data.images;
+  options.data.images.clear();
+  options.prompts = folder.write("prompts.txt", "a red circle\n");
+  EXPECT_THAT(error_of(), AllOf(HasSubstr("4 "), HasSubstr("this run writes prompts")));
+  EXPECT_EQ(read_file(options.encode.out / "manifest.json"), before);
+  options.encode.out = folder.path() / "prompts";
+  EXPECT_EQ(error_of(), "no error");
+  options.prompts.clear();
+  options.data.images = images;
+  EXPECT_THAT(error_of(), AllOf(HasSubstr("4 "), HasSubstr("is a cache of prompts")));
+}
+
+TEST_F(TextPipeline, TimesOfARunWithoutManifestAreKept) {
+  image("a", "a red circle"), image("b", "caf\xE9");
+  EXPECT_EQ(text::run(options).exit_code, ExitCode::kTooManyFailed);
+  options.encode.max_failed = 1;
+  EXPECT_EQ(text::run(options).encoded, 0);
+  const auto provenance = cache::read_manifest(options.encode.out).provenance;
+  EXPECT_GT(provenance.at("captions_per_second").get<double>(), 0);
+  EXPECT_GT(provenance.at("stage_seconds").at("t5").get<double>(), 0);
+  EXPECT_FALSE(provenance.at("limit").get<std::string>().empty());
+  EXPECT_EQ(provenance.at("truncated").at("clip_77").at("tokens_used"), 5);
+  image("a", std::string("a red circle and a square"));
+  text::run(options);
+  image("a", "a red circle");
+  EXPECT_EQ(text::run(options).encoded, 0);  // what it was before; so is what is said about it
+  EXPECT_EQ(cache::read_manifest(options.encode.out).provenance.at("truncated"),
+            provenance.at("truncated"));
 }
 
 TEST_F(TextPipeline, PartsHoldEveryCaptionOnce) {
