@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "common/quant/quant.h"
+
 namespace flux {
 
 /// A low-rank addition to a Linear: W + scale * up @ down.
@@ -17,18 +19,21 @@ struct LowRank {
 
 /// One Linear layer. Copies share the tensors.
 ///
-///   weight  [out, in] float32|bfloat16
-///   bias    [out], or undefined
+///   weight     [out, in] float32|bfloat16
+///   bias       [out], or undefined
+///   quantized  the weight in 8 or 4 bits, frozen; then `weight` is undefined
 struct Linear {
   at::Tensor weight, bias;
   LowRank lora;
+  QuantizedWeight quantized{};
 };
 
 /// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x,
 /// whatever the adapter is stored in. With `up` at zero the result has the bits of the layer
-/// without an adapter.
+/// without an adapter. A quantised weight gives the bits that its plain form in the dtype of x would
+/// give; that form is made anew in forward and backward, in common/quant/scratch.h, and never kept.
 ///
-///   x        [..., in], dtype and device of weight
+///   x        [..., in], dtype and device of weight; for a quantised one float32|bfloat16
 ///   returns  [..., out]
 ///
 /// Gradients flow to x, weight, bias, down and up, each in its own dtype; only those asked for are

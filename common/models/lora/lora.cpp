@@ -29,7 +29,9 @@ void match(const Adapters& adapters, dit::Weights& weights, const Visit& visit) 
     if (found == by_path.end()) return;
     const auto& module = *found->second;
     by_path.erase(found);
-    if (module.down.size(1) != layer.weight.size(1) || module.up.size(0) != layer.weight.size(0))
+    // a streamed weight may not be there
+    if (layer.weight.defined() &&
+        (module.down.size(1) != layer.weight.size(1) || module.up.size(0) != layer.weight.size(0)))
       throw InputError(
           fmt::format("LoRA module {}: down {} and up {} do not fit the model's weight {}",
                       path,

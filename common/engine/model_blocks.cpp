@@ -1,0 +1,306 @@
+#include "common/engine/model_blocks.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+#include "common/core/progress.h"
+#include "common/engine/file_arena.h"
+#include "common/models/flux/names.h"
+#include "common/tensor/memory.h"
+
+namespace flux::engine {
+namespace {
+
+std::span<std::byte> bytes_of(const at::Tensor& record) {
+  return {static_cast<std::byte*>(record.mutable_data_ptr()), record.nbytes()};
+}
+
+}  // namespace
+
+struct ModelBlocks::Home {
+  std::string prefix;   // "double_blocks.3."
+  RecordLayout layout;  // of the record: weights, then what a streamed block takes along
+  int64_t weight_bytes = 0;
+  at::Tensor record;  // while the block is there
+  Lease lease;        // of a streamed one
+  std::vector<Trainable> trainables;
+  /// Of each trainable that lies in the record.
+  struct Slices {
+    size_t value = 0, gradient = 0;
+    std::vector<size_t> states;
+  };
+  std::vector<Slices> slices;
+  bool has_gradients = false;  // the record holds gradients that wait
+};
+
+ModelBlocks::ModelBlocks(const dit::Config& config,
+                         std::shared_ptr<ModelFile> file,
+                         const Optimizer& optimizer,
+                         const ModelOptions& options)
+    : config_(config),
+      file_(std::move(file)),
+      optimizer_(optimizer),
+      options_(options),
+      num_blocks_(config.num_double_blocks + config.num_single_blocks),
+      resident_(options.resident_blocks < 0 ? num_blocks_
+                                            : std::min(options.resident_blocks, num_blocks_)),
+      weights_(dit::empty_weights(config)),
+      homes_(static_cast<size_t>(num_blocks_)) {
+  if (options.train_weights && options.base)
+    throw std::invalid_argument("quantised weights cannot be trained");
+  make_outer();
+  for (int64_t block = 0; block < num_blocks_; ++block) make_home(block);
+  make_store();
+}
+
+ModelBlocks::~ModelBlocks() = default;
+
+bool ModelBlocks::is_plan() const { return options_.device.is_meta(); }
+
+std::vector<at::Tensor> ModelBlocks::new_states(const at::Tensor& value) const {
+  const MemoryScope scope(MemoryCause::kOptimizer);
+  std::vector<at::Tensor> states;
+  for (const StateTensor& state : optimizer_.state_layout(value.sizes(), value.scalar_type()))
+    states.push_back(at::zeros(state.shape, value.options().dtype(state.dtype)));
+  return states;
+}
+
+void ModelBlocks::make_outer() {
+  const MemoryScope scope(MemoryCause::kWeights);
+  std::map<std::string, std::vector<int64_t>> shapes;
+  for (auto& [name, shape] : dit::tensor_shapes(config_)) shapes[name] = shape;
+  dit::for_each_tensor(weights_, [&](const std::string& name, at::Tensor& tensor) {
+    if (name.find("_blocks.") != std::string::npos) return;
+    const auto options = at::TensorOptions().dtype(options_.compute);
+    if (is_plan()) {
+      tensor = at::empty(shapes.at(name), options.device(options_.device));
+    } else {
+      tensor = at::empty(shapes.at(name), options);
+      file_->read_tensor(name, tensor);
+      tensor = tensor.to(options_.device);
+    }
+    if (!options_.train_weights) return;
+    tensor.requires_grad_(true);
+    outer_.push_back({name, tensor, new_states(tensor.detach()), next_id_++});
+  });
+}
+
+void ModelBlocks::make_home(int64_t block) {
+  Home& home = homes_[static_cast<size_t>(block)];
+  home.prefix = block_prefix(config_, block);
+  home.layout = block_layout(config_, block, options_.compute, options_.base);
+  home.weight_bytes = home.layout.bytes();
+  if (options_.train_weights) {
+    const size_t num_weights = home.layout.slices().size();
+    for (size_t i = 0; i < num_weights; ++i) {
+      const Slice weight = home.layout.slices()[i];
+      home.trainables.push_back({home.prefix + weight.name, {}, {}, next_id_++});
+      Home::Slices slices{.value = i, .gradient = 0, .states = {}};
+      if (!is_resident(block)) {
+        for (const auto& state : optimizer_.state_layout(weight.shape, weight.dtype))
+          slices.states.push_back(
+              home.layout.add(state.name + ":" + weight.name, state.shape, state.dtype));
+        if (options_.keep_gradients)
+          slices.gradient =
+              home.layout.add("gradient:" + weight.name,
+                              weight.shape,
+                              options_.several_micro_batches ? at::kFloat : options_.compute);
+      }
+      home.slices.push_back(std::move(slices));
+    }
+  }
+  if (!is_resident(block)) return;
+  const MemoryScope scope(MemoryCause::kWeights);
+  const auto bytes = at::TensorOptions().dtype(at::kByte);
+  if (is_plan()) {
+    home.record = at::empty({home.weight_bytes}, bytes.device(options_.device));
+  } else {
+    home.record = at::empty({home.weight_bytes}, bytes);
+    file_->read(block, bytes_of(home.record));
+    home.record = home.record.to(options_.device);
+  }
+  bind(block);
+  for (Trainable& trainable : home.trainables)
+    trainable.states = new_states(trainable.value.detach());
+}
+
+void ModelBlocks::make_store() {
+  if (resident_ == num_blocks_) return;
+  std::vector<int64_t> bytes;
+  for (int64_t block = 0; block < num_blocks_; ++block)
+    bytes.push_back(is_resident(block) ? 0 : homes_[static_cast<size_t>(block)].layout.bytes());
+  const bool host = options_.stream_from == StreamFrom::kHost;
+  if (is_plan()) {
+    store_ = std::make_shared<PlannedStore>(bytes, options_.train_weights);
+    return;
+  }
+  if (!options_.train_weights && !host) {
+    store_ = file_;
+    return;
+  }
+  if (host)
+    store_ = std::make_shared<MemoryStore>(bytes, MemoryStore::Pin::kIfPossible);
+  else
+    store_ = std::make_shared<FileArena>(options_.scratch, bytes, options_.access);
+  // states and gradients are zero
+  Progress progress("copying weights", "blocks", num_blocks_ - resident_);
+  const HostMemory buffer(*std::max_element(bytes.begin(), bytes.end()), MemoryCause::kRing);
+  for (int64_t block = resident_; block < num_blocks_; ++block) {
+    const std::span<std::byte> weights(
+        buffer.data(), static_cast<size_t>(homes_[static_cast<size_t>(block)].weight_bytes));
+    file_->read(block, weights);
+    store_->write(block, weights);
+    progress.update(block - resident_ + 1);
+  }
+}
+
+void ModelBlocks::train(lora::Adapters& adapters) {
+  const MemoryScope scope(MemoryCause::kWeights);
+  for (lora::Module& module : adapters.modules) {
+    const auto home = std::find_if(homes_.begin(), homes_.end(), [&](const Home& h) {
+      return module.path.starts_with(h.prefix);
+    });
+    auto& trainables = home == homes_.end() ? outer_ : home->trainables;
+    for (auto& [name, tensor] :
+         {std::pair<const char*, at::Tensor&>{".down", module.down}, {".up", module.up}}) {
+      tensor = tensor.to(options_.device).requires_grad_(true);
+      trainables.push_back({module.path + name, tensor, new_states(tensor.detach()), next_id_++});
+    }
+  }
+  lora::attach(adapters, weights_);
+}
+
+int64_t ModelBlocks::first_trained() const {
+  if (!outer_.empty()) return -1;
+  int64_t block = 0;
+  while (block < num_blocks_ && homes_[static_cast<size_t>(block)].trainables.empty()) ++block;
+  return block;
+}
+
+void ModelBlocks::set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value) {
+  Home& home = homes_[static_cast<size_t>(block)];
+  const auto slice = [&](const std::string& name) {
+    return home.layout.find(std::string_view(name).substr(home.prefix.size()));
+  };
+  const auto set = [&](const std::string& name, at::Tensor& tensor) {
+    if (options_.base && is_quantized_name(name)) return;
+    tensor = value(*slice(name));
+  };
+  const auto set_quantized = [&](const std::string& path, Linear& layer) {
+    const std::string name = path + ".weight";
+    if (!options_.base || !is_quantized_name(name)) return;
+    layer.quantized = {*options_.base, value(*slice(name)), value(*slice(scale_name(name)))};
+  };
+  const auto all = [&](auto& of_kind) {
+    dit::for_each_tensor(of_kind, home.prefix, set);
+    dit::for_each_linear(of_kind, home.prefix, set_quantized);
+  };
+  if (block < config_.num_double_blocks)
+    all(weights_.double_blocks[static_cast<size_t>(block)]);
+  else
+    all(weights_.single_blocks[static_cast<size_t>(block - config_.num_double_blocks)]);
+}
+
+void ModelBlocks::bind(int64_t block) {
+  Home& home = homes_[static_cast<size_t>(block)];
+  for (size_t i = 0; i < home.slices.size(); ++i) {
+    Trainable& trainable = home.trainables[i];
+    const Home::Slices& slices = home.slices[i];
+    trainable.value = home.layout.view(home.record, slices.value).requires_grad_(true);
+    if (is_resident(block)) continue;
+    for (const size_t state : slices.states)
+      trainable.states.push_back(home.layout.view(home.record, state));
+    if (home.has_gradients) trainable.gradient = home.layout.view(home.record, slices.gradient);
+  }
+  set_tensors(block, [&](size_t slice) {
+    return options_.train_weights ? home.trainables[slice].value
+                                  : home.layout.view(home.record, slice);
+  });
+}
+
+void ModelBlocks::unbind(int64_t block) {
+  Home& home = homes_[static_cast<size_t>(block)];
+  set_tensors(block, [](size_t) { return at::Tensor(); });
+  for (size_t i = 0; i < home.slices.size(); ++i) {
+    Trainable& trainable = home.trainables[i];
+    trainable.value.reset();
+    trainable.states.clear();
+    trainable.gradient.reset();
+  }
+  home.record.reset();
+}
+
+std::vector<int64_t> ModelBlocks::step_cycle() const {
+  std::vector<int64_t> cycle;
+  for (int64_t block = resident_; block < num_blocks_; ++block) cycle.push_back(block);
+  for (int64_t block = num_blocks_; block-- > std::max(resident_, first_trained());)
+    cycle.push_back(block);
+  return cycle;
+}
+
+Ring& ModelBlocks::ring() {
+  if (!ring_)
+    ring_ = std::make_unique<Ring>(
+        store_, options_.device, step_cycle(), RingOptions{.lookahead = options_.lookahead});
+  return *ring_;
+}
+
+void ModelBlocks::enter(int64_t block) {
+  if (is_resident(block)) return;
+  Home& home = homes_[static_cast<size_t>(block)];
+  home.lease = ring().acquire();
+  if (home.lease.index != block)
+    throw std::logic_error(
+        fmt::format("the ring is at block {}, the loop at {}", home.lease.index, block));
+  home.record = home.lease.record;
+  bind(block);
+}
+
+void ModelBlocks::leave(int64_t block, bool changed) {
+  if (is_resident(block)) return;
+  Home& home = homes_[static_cast<size_t>(block)];
+  if (options_.train_weights && options_.keep_gradients) {
+    const at::NoGradGuard no_grad;
+    home.has_gradients = std::any_of(home.trainables.begin(),
+                                     home.trainables.end(),
+                                     [](const Trainable& t) { return t.gradient.defined(); });
+    for (size_t i = 0; home.has_gradients && i < home.slices.size(); ++i) {
+      const auto kept = home.layout.view(home.record, home.slices[i].gradient);
+      const at::Tensor& gradient = home.trainables[i].gradient;
+      gradient.defined() ? kept.copy_(gradient) : kept.zero_();
+    }
+    changed = changed || home.has_gradients;
+  }
+  unbind(block);
+  ring().release(std::exchange(home.lease, {}), changed);
+}
+
+std::span<Trainable> ModelBlocks::trainables(int64_t block) {
+  return homes_[static_cast<size_t>(block)].trainables;
+}
+
+void ModelBlocks::visit(std::span<const int64_t> blocks,
+                        const std::function<bool(int64_t block)>& work) {
+  std::vector<int64_t> cycle;
+  for (const int64_t block : blocks)
+    if (!is_resident(block)) cycle.push_back(block);
+  if (!cycle.empty()) ring().set_schedule(cycle);
+  for (const int64_t block : blocks) {
+    enter(block);
+    leave(block, work(block));
+  }
+  if (!cycle.empty()) ring().set_schedule(step_cycle());
+}
+
+RingCounts ModelBlocks::ring_counts() const { return ring_ ? ring_->counts() : RingCounts{}; }
+
+int64_t ModelBlocks::ring_bytes() const { return ring_ ? ring_->capacity_bytes() : 0; }
+
+}  // namespace flux::engine

@@ -1,0 +1,104 @@
+// common/engine/model_blocks.h - a transformer whose first blocks stay in memory while the others stream.
+//
+// Double blocks come first and cost as much to compute as single ones with 2.4 times the bytes, so what memory there is
+// goes to them.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/engine/block_loop.h"
+#include "common/engine/model_file.h"
+#include "common/engine/ring.h"
+#include "common/models/lora/lora.h"
+#include "common/optim/optimizer.h"
+
+namespace flux::engine {
+
+/// Where the weights of streamed blocks are between visits.
+enum class StreamFrom {
+  kFile,  // frozen weights: the model's file; trained ones: a scratch file
+  kHost,  // host memory, pinned for a GPU
+};
+
+struct ModelOptions {
+  at::ScalarType compute = at::kBFloat16;  // kFloat|kBFloat16: of weights and activations
+  std::optional<QuantFormat> base{};       // how matrices of frozen blocks are held
+  at::Device device = at::kCPU;
+  bool train_weights = false;    // full fine-tuning
+  int64_t resident_blocks = -1;  // the first blocks that stay in memory; -1: all
+  StreamFrom stream_from = StreamFrom::kFile;
+  int64_t lookahead = 1;  // of the ring: 1 to 3
+  FileAccess access = kDefaultFileAccess;
+  std::filesystem::path scratch{};  // folder, for trained weights that stream from a file
+  /// Trained blocks take their gradients along when they leave, for an update at their next visit; in float32 if
+  /// steps have several micro-batches.
+  bool keep_gradients = false, several_micro_batches = false;
+};
+
+class ModelBlocks final : public Blocks {
+ public:
+  /// `optimizer` makes the states of what is trained; it must outlive this. With a device of Meta nothing is read and
+  /// `file` may be null: a plan. Throws what ModelFile, FileArena and Ring throw.
+  ModelBlocks(const dit::Config& config,
+              std::shared_ptr<ModelFile> file,
+              const Optimizer& optimizer,
+              const ModelOptions& options);
+  ~ModelBlocks() override;
+
+  /// Puts the adapters into the model and trains them: they and their states stay in memory, on the device. Their
+  /// tensors are replaced by those that are trained.
+  void train(lora::Adapters& adapters);
+
+  const dit::Weights& weights() const override { return weights_; }
+  int64_t num_blocks() const { return num_blocks_; }
+  bool is_resident(int64_t block) const override { return block < resident_; }
+  /// The first block with something to train, -1 for what is outside; for LoopOptions.
+  int64_t first_trained() const;
+
+  void enter(int64_t block) override;
+  void leave(int64_t block, bool changed) override;
+  std::span<Trainable> trainables(int64_t block) override;
+  std::span<Trainable> outer_trainables() override { return outer_; }
+  void visit(std::span<const int64_t> blocks,
+             const std::function<bool(int64_t block)>& work) override;
+
+  /// Of the ring; zeros without one.
+  RingCounts ring_counts() const;
+  int64_t ring_bytes() const;
+
+ private:
+  struct Home;  // a block's layout and tensors
+  bool is_plan() const;
+  void make_outer();
+  void make_home(int64_t block);
+  void make_store();
+  std::vector<at::Tensor> new_states(const at::Tensor& value) const;
+  void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
+  void bind(int64_t block);
+  void unbind(int64_t block);
+  std::vector<int64_t> step_cycle() const;
+  Ring& ring();
+
+  dit::Config config_;
+  std::shared_ptr<ModelFile> file_;
+  const Optimizer& optimizer_;
+  ModelOptions options_;
+  int64_t num_blocks_ = 0, resident_ = 0;
+  dit::Weights weights_;
+  std::vector<Home> homes_;
+  std::vector<Trainable> outer_;
+  uint64_t next_id_ = 0;                // of a trainable
+  std::shared_ptr<RecordStore> store_;  // by block; those that stay in memory have no bytes there
+  std::unique_ptr<Ring> ring_;          // made at the first use, when it is known what is trained
+};
+
+}  // namespace flux::engine

@@ -1,0 +1,104 @@
+#include "common/engine/updater.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace flux::engine {
+
+Updater::Updater(Blocks& blocks, Optimizer& optimizer, UpdateOptions options)
+    : blocks_(blocks), optimizer_(optimizer), options_(options) {}
+
+void Updater::begin(int64_t step, double learning_rate) {
+  pending_scalars_ = scalars_;
+  pending_ = std::exchange(waiting_, {});
+  norms_.clear();
+  scalars_ = {step, learning_rate, 1, options_.seed};
+}
+
+LoopHooks Updater::hooks() {
+  return {.before_forward =
+              [this](int64_t block, std::span<Trainable> trainables) {
+                return before_forward(block, trainables);
+              },
+          .ready = [this](int64_t block,
+                          std::span<Trainable> trainables) { return ready(block, trainables); }};
+}
+
+double Updater::clip_scale(double norm) const {
+  // torch.nn.utils.clip_grad_norm_
+  return norm + 1e-6 > options_.max_norm ? options_.max_norm / (norm + 1e-6) : 1;
+}
+
+void Updater::update(std::span<Trainable> trainables, StepScalars scalars) {
+  const at::NoGradGuard no_grad;
+  for (Trainable& t : trainables) {
+    at::Tensor gradient = std::exchange(t.gradient, {});
+    // none reaches the text half of the last double block of a model without single blocks
+    if (!gradient.defined()) gradient = at::zeros_like(t.value);
+    if (options_.clip == ClipMode::kPerParameter)
+      scalars.gradient_scale = clip_scale(norms_.at(t.id));
+    optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id}, scalars);
+  }
+}
+
+void Updater::add_norms(std::span<Trainable> trainables) {
+  for (const Trainable& t : trainables)
+    norms_[t.id] =
+        t.gradient.defined() && !t.gradient.is_meta()
+            ? at::linalg_vector_norm(t.gradient, 2, c10::nullopt, false, at::kFloat).item<double>()
+            : 0;
+}
+
+double Updater::global_norm() const {
+  double sum = 0;
+  for (const auto& [id, norm] : norms_) sum += norm * norm;
+  return std::sqrt(sum);
+}
+
+bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
+  if (options_.clip != ClipMode::kNone || options_.want_norm) add_norms(trainables);
+  if (options_.clip == ClipMode::kGlobal) {
+    waiting_.push_back(block);
+    return false;
+  }
+  for (const Trainable& t : trainables)
+    if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id))) throw NotFinite(t.name);
+  update(trainables, scalars_);
+  return true;
+}
+
+std::optional<double> Updater::finish() {
+  if (norms_.empty()) return std::nullopt;
+  const double norm = global_norm();
+  if (!std::isfinite(norm)) throw NotFinite("all trained tensors");
+  if (options_.clip != ClipMode::kGlobal) return norm;
+  scalars_.gradient_scale = clip_scale(norm);
+  std::erase_if(waiting_, [&](int64_t block) {
+    if (block >= 0 && !blocks_.is_resident(block)) return false;
+    update(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block), scalars_);
+    return true;
+  });
+  return norm;
+}
+
+bool Updater::before_forward(int64_t block, std::span<Trainable> trainables) {
+  if (std::erase(pending_, block) == 0) return false;
+  update(trainables, pending_scalars_);
+  return true;
+}
+
+void Updater::flush() {
+  std::sort(waiting_.begin(), waiting_.end());
+  blocks_.visit(waiting_, [this](int64_t block) {
+    update(blocks_.trainables(block), scalars_);
+    return true;
+  });
+  waiting_.clear();
+}
+
+}  // namespace flux::engine

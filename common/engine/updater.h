@@ -1,0 +1,77 @@
+// common/engine/updater.h - when and how gradients become updates while blocks come and go.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/engine/block_loop.h"
+#include "common/optim/optimizer.h"
+
+namespace flux::engine {
+
+enum class ClipMode {
+  kGlobal,        // by the norm over all gradients: exact, since a block's update waits for it
+  kPerParameter,  // each by its own norm, as sd-scripts' fused backward pass does
+  kNone,
+};
+
+struct UpdateOptions {
+  ClipMode clip = ClipMode::kGlobal;
+  double max_norm = 1;    // > 0; not read with kNone
+  uint64_t seed = 0;      // of stochastic rounding
+  bool want_norm = true;  // with kNone: whether the norm is computed, for the log
+};
+
+/// A gradient is infinite or NaN.
+struct NotFinite : std::runtime_error {
+  explicit NotFinite(const std::string& tensor)
+      : std::runtime_error("the gradient of " + tensor + " is not finite") {}
+};
+
+/// Applies an optimizer to the blocks of a loop:
+///
+///   updater.begin(lr);
+///   loop.step(batches, updater.hooks());
+///   updater.finish();
+///
+/// With kGlobal a block in memory is updated in finish(), and one that has left at its next forward: its gradient stays
+/// with it until then. Otherwise a block is updated in the backward, as soon as its gradients are there, and they go.
+class Updater {
+ public:
+  Updater(Blocks& blocks, Optimizer& optimizer, UpdateOptions options);
+
+  /// Starts an update with this learning rate. Throws nothing.
+  void begin(int64_t step, double learning_rate);
+  LoopHooks hooks();
+  /// Ends it. The norm of all gradients before clipping, nothing if it was not wanted. Throws NotFinite, before
+  /// anything is updated with kGlobal, if a gradient is not finite.
+  std::optional<double> finish();
+
+  /// Whether blocks wait for their update.
+  bool pending() const { return !waiting_.empty(); }
+  /// Makes the updates that wait, without a forward: before weights are saved.
+  void flush();
+
+ private:
+  double clip_scale(double norm) const;
+  double global_norm() const;
+  void add_norms(std::span<Trainable> trainables);
+  void update(std::span<Trainable> trainables, StepScalars scalars);
+  bool before_forward(int64_t block, std::span<Trainable> trainables);
+  bool ready(int64_t block, std::span<Trainable> trainables);
+
+  Blocks& blocks_;
+  Optimizer& optimizer_;
+  UpdateOptions options_;
+  StepScalars scalars_;               // of the step at work, or the last one
+  StepScalars pending_scalars_;       // of the blocks in pending_
+  std::vector<int64_t> waiting_;      // blocks that left with this step's gradients
+  std::vector<int64_t> pending_;      // the same of the step before, until their next forward
+  std::map<uint64_t, double> norms_;  // by parameter, so that their sum has one order
+};
+
+}  // namespace flux::engine
