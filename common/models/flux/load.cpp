@@ -131,25 +131,37 @@ Config read_config(const NetTensors& net) {
   return c;
 }
 
-TensorMap canonical_tensors(const NetTensors& net, const Config& config) {
+std::map<std::string, std::vector<CanonicalPart>> canonical_parts(const NetTensors& net,
+                                                                  const Config& config) {
   const bool diffusers = is_diffusers(net);
-  auto tensors = expect_tensors(
+  const auto tensors = expect_tensors(
       net.path, net_title(NetKind::kFlux), net.tensors, shapes_of(config, diffusers), {});
-  if (!diffusers) return tensors;
-  std::map<std::string, std::vector<at::Tensor>> parts;
+  std::map<std::string, std::vector<CanonicalPart>> parts;
+  if (!diffusers) {
+    for (const auto& [name, tensor] : tensors) parts[name] = {{tensor}};
+    return parts;
+  }
   for (const auto& entry : diffusers_layout(config)) {
     const auto& tensor = tensors.at(entry.name);
     auto& of_one = parts[entry.bfl];
-    of_one.push_back(entry.swap_halves ? swap_halves(tensor) : tensor);
-    if (of_one.front().scalar_type() != tensor.scalar_type())
+    of_one.push_back({tensor, entry.swap_halves});
+    if (of_one.front().tensor.scalar_type() != tensor.scalar_type())
       throw InputError(fmt::format("{}: {} is {}, but the part before it is {}",
                                    show(net.path),
                                    entry.name,
                                    c10::toString(tensor.scalar_type()),
-                                   c10::toString(of_one.front().scalar_type())));
+                                   c10::toString(of_one.front().tensor.scalar_type())));
   }
+  return parts;
+}
+
+TensorMap canonical_tensors(const NetTensors& net, const Config& config) {
   TensorMap out;
-  for (auto& [name, list] : parts) out[name] = list.size() == 1 ? list[0] : at::cat(list, 0);
+  for (const auto& [name, parts] : canonical_parts(net, config)) {
+    std::vector<at::Tensor> rows;
+    for (const auto& [tensor, swap] : parts) rows.push_back(swap ? swap_halves(tensor) : tensor);
+    out[name] = rows.size() == 1 ? rows[0] : at::cat(rows, 0);
+  }
   return out;
 }
 

@@ -1,10 +1,13 @@
 // common/models/flux/load.h - a FLUX transformer out of a weight file, and its tensors in either
 // layout.
 #pragma once
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <filesystem>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "common/models/flux/config.h"
@@ -24,6 +27,16 @@ Config read_config(const NetTensors& net);
 /// else is as it was. Throws InputError that lists missing, surplus and misshapen tensors under the
 /// names of the file.
 TensorMap canonical_tensors(const NetTensors& net, const Config& config);
+
+/// What a BFL tensor is made of in a file: one tensor, or several whose rows follow each other.
+struct CanonicalPart {
+  at::Tensor tensor;         // as in the file
+  bool swap_halves = false;  // the second half of its rows comes first
+};
+/// canonical_tensors() before anything is joined: by BFL name, in the order of rows. Reads no
+/// values. Throws InputError, as that does.
+std::map<std::string, std::vector<CanonicalPart>> canonical_parts(const NetTensors& net,
+                                                                  const Config& config);
 
 /// The diffusers layout of `canonical`: every tensor a view, but for the swapped last modulation.
 TensorMap to_diffusers(const Config& config, const TensorMap& canonical);

@@ -118,25 +118,44 @@ bool settled(std::span<const FileStamp> stamps, int64_t opened_ns) {
 
 }  // namespace
 
-Sha256Digest weights_sha256(const TensorMap& canonical) {
+Sha256Digest weights_sha256(const std::map<std::string, TensorStream>& canonical) {
   Sha256 hash;
   hash.add(kDefinition).add_u64(canonical.size());
   for (const auto& [name, tensor] : canonical) {
     cancel::check();  // 10 GB take seconds
-    const at::Tensor contiguous = tensor.contiguous();
-    hash.add_field(name)
-        .add_field(dtype_name(dtype_of(contiguous)))
-        .add_u64(static_cast<uint64_t>(contiguous.dim()));
-    for (const int64_t length : contiguous.sizes()) hash.add_u64(static_cast<uint64_t>(length));
-    const auto bytes = host_bytes(contiguous);
-    hash.add_u64(bytes.size()).add(bytes);
+    hash.add_field(name).add_field(dtype_name(tensor.dtype)).add_u64(tensor.shape.size());
+    uint64_t elements = 1;
+    for (const int64_t length : tensor.shape) {
+      hash.add_u64(static_cast<uint64_t>(length));
+      elements *= static_cast<uint64_t>(length);
+    }
+    hash.add_u64(elements * static_cast<uint64_t>(dtype_bits(tensor.dtype)) / 8);
+    tensor.add_data(hash);
   }
   return hash.digest();
+}
+
+Sha256Digest weights_sha256(const TensorMap& canonical) {
+  std::map<std::string, TensorStream> streams;
+  for (const auto& [name, tensor] : canonical)
+    streams[name] = {dtype_of(tensor), tensor.sizes().vec(), [&tensor = tensor](Sha256& hash) {
+                       const at::Tensor contiguous = tensor.contiguous();
+                       hash.add(host_bytes(contiguous));
+                     }};
+  return weights_sha256(streams);
 }
 
 Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
                                        std::string_view net,
                                        const TensorMap& canonical,
+                                       bool rehash) {
+  return remembered_weights_sha256(
+      stamps, net, [&] { return weights_sha256(canonical); }, rehash);
+}
+
+Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
+                                       std::string_view net,
+                                       const std::function<Sha256Digest()>& compute,
                                        bool rehash) {
   const auto path = stamps.empty() ? std::nullopt : memo_path();
   const std::string key = memo_key(stamps, net);
@@ -144,7 +163,7 @@ Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
     if (const auto known = remembered(read_memo(*path), key)) return *known;
   }
   const int64_t started_ns = now_ns();
-  const Sha256Digest digest = weights_sha256(canonical);
+  const Sha256Digest digest = compute();
   if (path && settled(stamps, started_ns)) {
     try {
       remember(*path, key, digest);

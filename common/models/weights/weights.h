@@ -10,6 +10,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <span>
@@ -17,6 +18,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/core/dtype.h"
 #include "common/core/hash.h"
 #include "common/tensor/fwd.h"
 #include "common/tensor/weight_file.h"
@@ -99,6 +101,15 @@ TensorMap expect_tensors(const std::filesystem::path& path,
 /// those of the file.
 Sha256Digest weights_sha256(const TensorMap& canonical);
 
+/// A tensor that need not be in memory.
+struct TensorStream {
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;
+  std::function<void(Sha256& hash)> add_data;  // adds the data, as stored in the file
+};
+/// The same of tensors by canonical name.
+Sha256Digest weights_sha256(const std::map<std::string, TensorStream>& canonical);
+
 /// weights_sha256, remembered in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then
 /// flux-stages/hashes.json) under the stamps of all files and `net` ("flux", "vae", "t5", "clip"),
 /// so that the next run of a tool need not read 24 GB for it. `rehash` ignores what is remembered.
@@ -108,6 +119,11 @@ Sha256Digest weights_sha256(const TensorMap& canonical);
 Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
                                        std::string_view net,
                                        const TensorMap& canonical,
+                                       bool rehash = false);
+/// The same; `compute` makes the hash where it is not remembered.
+Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
+                                       std::string_view net,
+                                       const std::function<Sha256Digest()>& compute,
                                        bool rehash = false);
 
 }  // namespace flux
