@@ -128,12 +128,21 @@ std::string type_name(Type type) {
 
 /// A value as a message shows it.
 std::string shown(const toml::value& value) {
-  if (value.is_string()) return "\"" + printable(shortened(value.as_string().str, 60)) + "\"";
+  constexpr size_t kMaxText = 60, kMaxElements = 4;
+  if (value.is_string()) return "\"" + printable(shortened(value.as_string().str, kMaxText)) + "\"";
   if (value.is_boolean()) return value.as_boolean() ? "true" : "false";
   if (value.is_integer()) return std::to_string(value.as_integer());
-  if (value.is_floating()) return fmt::format("{}", value.as_floating());
-  if (value.is_array()) return fmt::format("a list of {}", value.as_array().size());
-  return value.is_table() ? "a table" : "a date or time";
+  if (value.is_floating()) {
+    const std::string text = fmt::format("{}", value.as_floating());
+    return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
+  }
+  if (value.is_table()) return "a table";
+  if (!value.is_array()) return "a date or time";
+  const auto& list = value.as_array();
+  if (list.size() > kMaxElements) return fmt::format("a list of {}", list.size());
+  std::vector<std::string> parts;
+  for (const auto& element : list) parts.push_back(element.is_array() ? "a list" : shown(element));
+  return "[" + join_some(parts) + "]";
 }
 
 bool has_type(const toml::value& value, Type type) {
@@ -193,7 +202,7 @@ void check_value(const toml::value& value, const Key& key, const Place& place) {
     if (std::find(std::begin(kInterpolations), std::end(kInterpolations), name) ==
         std::end(kInterpolations)) {
       place.fail("'" + printable(name) +
-                 "' is none of lanczos, area, bilinear, bicubic, nearest, box");
+                 "' is none of lanczos, area, bilinear, linear, bicubic, cubic, nearest, box");
     }
   }
 }
@@ -470,6 +479,13 @@ Subset read_subset(const toml::value& table,
   }
   if (table.contains("image_dir")) s.folder = base / table.at("image_dir").as_string().str;
   s.caption_extensions = {scope.text("caption_extension", ".caption")};
+  const auto& extension = s.caption_extensions.front();
+  if (!extension.starts_with('.') && s.metadata_file.empty()) {
+    log::warn("{}: key caption_extension: \"{}\" has no dot: the caption of x.png is x{}",
+              place.text(),
+              extension,
+              extension);
+  }
   const auto* class_tokens = scope.find("class_tokens");
   s.has_class_tokens = class_tokens != nullptr && s.metadata_file.empty();
   if (s.has_class_tokens) s.class_tokens = class_tokens->as_string().str;
@@ -491,13 +507,15 @@ Subset read_subset(const toml::value& table,
 const std::vector<toml::value>& tables_of(const toml::value& parent,
                                           const char* name,
                                           const Place& place) {
-  if (!parent.contains(name)) place.fail(std::string("[[") + name + "]] is required");
+  const std::string title =
+      name == std::string_view("subsets") ? "[[datasets.subsets]]" : "[[datasets]]";
+  if (!parent.contains(name)) place.fail(title + " is required");
   const auto& value = parent.at(name);
   if (!value.is_array() || value.as_array().empty() ||
       !std::all_of(value.as_array().begin(), value.as_array().end(), [](const auto& v) {
         return v.is_table();
       })) {
-    place.fail(std::string(name) + " must be tables: [[" + name + "]]");
+    place.fail(std::string(name) + " must be tables: " + title);
   }
   return value.as_array();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <system_error>
+#include <vector>
 
 #include "common/core/error.h"
 #include "common/core/file.h"
@@ -24,20 +25,22 @@ std::string_view extension_of(std::string_view name) {
   return dot == std::string_view::npos ? std::string_view() : name.substr(dot + 1);
 }
 
+// Endings of pictures; in profile kohya all letters small, or all capitals.
+std::vector<std::string_view> image_extensions(Profile profile) {
+  std::vector<std::string_view> out = {"png", "jpg", "jpeg", "webp", "bmp"};
+  if (profile == Profile::kDefault) out.insert(out.end(), {"gif", "tif", "tiff"});
+  return out;
+}
+
 bool is_image_name(std::string_view name, Profile profile) {
-  static constexpr std::string_view kKohya[] = {"png", "jpg", "jpeg", "webp", "bmp"};
-  static constexpr std::string_view kMore[] = {"gif", "tif", "tiff"};
   if (name.starts_with('.')) return false;  // hidden: "._x.jpg" of macOS is no picture
   const auto extension = extension_of(name);
   const auto lower = lower_ascii(extension);
-  if (profile == Profile::kKohya) {  // all letters small, or all capitals
-    const bool capitals = std::none_of(
-        extension.begin(), extension.end(), [](char c) { return c >= 'a' && c <= 'z'; });
-    if (extension != lower && !capitals) return false;
-  } else if (std::find(std::begin(kMore), std::end(kMore), lower) != std::end(kMore)) {
-    return true;
-  }
-  return std::find(std::begin(kKohya), std::end(kKohya), lower) != std::end(kKohya);
+  const bool capitals =
+      std::none_of(extension.begin(), extension.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+  if (profile == Profile::kKohya && extension != lower && !capitals) return false;
+  const auto known = image_extensions(profile);
+  return std::find(known.begin(), known.end(), lower) != known.end();
 }
 
 // Names of the images in a folder, bytewise sorted. A link to nothing is listed: it fails as an
@@ -109,8 +112,23 @@ Json parse_json(std::string_view text, const fs::path& file, int64_t line) {
   }
 }
 
+// The picture that a metadata file means: sd-scripts' tools write names without an ending too.
+fs::path picture_of(const fs::path& named, Profile profile) {
+  std::error_code ignored;
+  if (is_image_name(named.filename().native(), profile) || fs::exists(named, ignored)) return named;
+  for (const auto extension : image_extensions(profile)) {
+    for (const bool capitals : {false, true}) {
+      fs::path file = named;
+      file += ".";
+      for (const char c : extension) file += capitals ? static_cast<char>(c - 'a' + 'A') : c;
+      if (fs::exists(file, ignored)) return file;
+    }
+  }
+  return named;  // fails as an item, by its name
+}
+
 // The images that a metadata file names.
-std::vector<Image> read_metadata(const Subset& subset) {
+std::vector<Image> read_metadata(const Subset& subset, Profile profile) {
   const auto& file = subset.metadata_file;
   const auto extension = lower_ascii(extension_of(file.native()));
   if (extension != "json" && extension != "jsonl") {
@@ -140,6 +158,7 @@ std::vector<Image> read_metadata(const Subset& subset) {
           image.file.lexically_relative(fs::absolute(root, error).lexically_normal());
       if (!relative.empty() && *relative.begin() != "..") image.name = relative.native();
     }
+    image.file = picture_of(image.file, profile);
     image.metadata_caption = metadata_caption(entry, subset, where);
     images.push_back(std::move(image));
   };
@@ -191,13 +210,15 @@ std::vector<Image> list_subset(const Subset& subset, Profile profile) {
   const bool metadata = !subset.metadata_file.empty();
   const auto& source = metadata ? subset.metadata_file : subset.folder;
   try {
-    auto images = metadata ? read_metadata(subset) : list_folder(source, profile);
+    auto images = metadata ? read_metadata(subset, profile) : list_folder(source, profile);
     if (images.empty()) {
-      throw InputError(show(source) + ": no images in it",
-                       metadata ? "name images in it"
-                       : profile == Profile::kKohya
-                           ? "images are png jpg jpeg webp bmp, in small letters or capitals"
-                           : "images are png jpg jpeg webp bmp gif tif tiff");
+      throw InputError(
+          show(source) + ": no images in it",
+          metadata
+              ? "name images in it"
+              : fmt::format("images are {}{}",
+                            fmt::join(image_extensions(profile), " "),
+                            profile == Profile::kKohya ? ", in small letters or capitals" : ""));
     }
     return images;
   } catch (const InputError& error) {

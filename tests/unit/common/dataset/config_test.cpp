@@ -164,6 +164,24 @@ TEST_F(DatasetFile, ReadsMetadata) {
   EXPECT_HAS(error_of(toml), "m.jsonl: line 1: not JSON");
 }
 
+TEST_F(DatasetFile, FindsPicturesThatMetadataNamesWithoutAnEnding) {
+  const std::string toml =
+      "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nimage_dir = "
+      "'cats'\n";
+  folder.write("m.json",
+               R"({"a": {"caption": "x"}, "b": {}, "v1.5": {}, "gone": {}, "c.png": {}})");
+  folder.write("cats/v1.5.webp", "x");
+  folder.write("cats/b.JPG", "x");
+  const auto r = resolve(toml);
+  ASSERT_EQ(r.images.size(), 5u);
+  EXPECT_EQ(r.images[0].file, folder / "cats/a.png");
+  EXPECT_EQ(r.images[0].name, "a");
+  EXPECT_EQ(r.images[1].file, folder / "cats/b.JPG");
+  EXPECT_EQ(r.images[2].file, folder / "cats/c.png");
+  EXPECT_EQ(r.images[3].file, folder / "cats/gone");
+  EXPECT_EQ(r.images[4].file, folder / "cats/v1.5.webp");
+}
+
 TEST_F(DatasetFile, FindsCaptions) {
   folder.write("cats/a.caption", "from a file\nsecond");
   folder.write("cats/x_1_2_3_4.png", "x");
@@ -358,6 +376,11 @@ TEST_F(DatasetFile, SaysWhereAKeyBelongsAndWhatItHolds) {
   EXPECT_HAS(error_of(kCats + "batch_size = 2\n"), "it belongs in [general], [[datasets]]");
   EXPECT_HAS(error_of("[general]\nbatch_size = 'two'\n" + kCats),
              "must be a whole number, not \"two\"");
+  EXPECT_HAS(error_of("[general]\nbatch_size = 2.0\n" + kCats), "a whole number, not 2.0");
+  EXPECT_HAS(error_of("[general]\nresolution = [64, 64.5]\n" + kCats), "not [64, 64.5]");
+  EXPECT_HAS(error_of("[[datasets]]\nresolution = 64\n"), "[[datasets.subsets]] is required");
+  EXPECT_HAS(warnings_of(kCats + "caption_extension = 'txt'\n"),
+             "key caption_extension: \"txt\" has no dot: the caption of x.png is xtxt");
   EXPECT_HAS(error_of("[[datasets]]\nresolution = 64\n[[datasets.subset]]\nimage_dir = 'cats'\n"),
              "did you mean subsets?");
   folder.write("m.json", R"({"a.png": {"caption": "x"}})");
