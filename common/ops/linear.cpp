@@ -8,7 +8,9 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 
+#include "common/quant/scratch.h"
 #include "common/tensor/tensor.h"
 
 namespace flux {
@@ -23,9 +25,21 @@ at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
   return at::mm(a.t().contiguous(), b);
 }
 
-// One node for base and adapter: x is kept once, and only what is asked for is computed.
+/// Calls `use` with the weight as a matrix of the dtype of `x`.
+template <class Use>
+auto with_weight(const at::Tensor& weight,
+                 const QuantizedWeight& quantized,
+                 const at::Tensor& x,
+                 const Use& use) {
+  if (!quantized.defined()) return use(weight);
+  const PlainWeight plain(quantized, x.scalar_type());
+  return use(*plain);
+}
+
+// One node for base and adapter: x is kept once, and only what is asked for is computed. Of a
+// quantised weight `weight` is the codes.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kScale, kNumArguments };
+  enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kScale, kQuantized, kNumArguments };
 
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& x,
@@ -33,8 +47,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Tensor>& bias,
                             const std::optional<at::Tensor>& down,
                             const std::optional<at::Tensor>& up,
-                            double scale) {
-    auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+                            double scale,
+                            const QuantizedWeight& quantized) {
+    auto y = with_weight(weight, quantized, x, [&](const at::Tensor& w) {
+      return bias ? at::addmm(*bias, x, w.t()) : at::mm(x, w.t());
+    });
     at::Tensor down_product, down_cast, up_cast;
     if (down) {
       down_cast = down->to(x.scalar_type());
@@ -44,7 +61,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     }
     const bool x_needed = weight.requires_grad() || (down && down->requires_grad());
     context->save_for_backward(
-        {x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast});
+        {x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast, quantized.scales});
+    context->saved_data["quant_format"] = static_cast<int64_t>(quantized.format);
     context->saved_data["scale"] = scale;
     context->saved_data["has_bias"] = bias.has_value();
     context->saved_data["low_rank_type"] = down ? down->scalar_type() : at::kFloat;
@@ -64,7 +82,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       return context->needs_input_grad(argument > kBias ? argument - missing : argument);
     };
     variable_list out(kNumArguments);
-    if (wanted(kX)) out[kX] = at::mm(grad, weight);
+    QuantizedWeight quantized;
+    if (saved[5].defined()) {
+      const auto format = context->saved_data["quant_format"].toInt();
+      quantized = {static_cast<QuantFormat>(format), weight, saved[5]};
+    }
+    if (wanted(kX))
+      out[kX] = with_weight(
+          weight, quantized, grad, [&](const at::Tensor& w) { return at::mm(grad, w); });
     if (wanted(kWeight)) out[kWeight] = transposed_product(grad, x);
     if (missing == 0 && wanted(kBias)) out[kBias] = grad.sum(0);
     if (down.defined()) {
@@ -78,45 +103,68 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
-void require(bool holds,
-             std::string_view what,
-             const at::Tensor& tensor,
-             const at::Tensor& weight) {
-  if (holds) return;
-  throw std::invalid_argument(fmt::format("linear: {} {} {} does not fit weight {} {}",
-                                          what,
-                                          shape_text(tensor),
-                                          c10::toString(tensor.scalar_type()),
-                                          shape_text(weight),
-                                          c10::toString(weight.scalar_type())));
-}
+/// What must fit a layer: its sizes, and the dtype that its products have.
+struct LayerSize {
+  int64_t out, in;
+  std::string text;  // for messages
+
+  explicit LayerSize(const Linear& layer) {
+    const auto &weight = layer.weight, &codes = layer.quantized.codes;
+    if (weight.defined() == codes.defined())
+      throw std::invalid_argument(weight.defined() ? "linear: both a weight and a quantised one"
+                                                   : "linear: no weight");
+    const auto& matrix = weight.defined() ? weight : codes;
+    text = fmt::format("{} {}", shape_text(matrix), c10::toString(matrix.scalar_type()));
+    if (matrix.dim() != 2)
+      throw std::invalid_argument(fmt::format("linear: weight {} is no matrix", text));
+    out = weight.defined() ? weight.size(0) : layer.quantized.out();
+    in = weight.defined() ? weight.size(1) : layer.quantized.in();
+  }
+
+  void require(bool holds, std::string_view what, const at::Tensor& tensor) const {
+    if (holds) return;
+    throw std::invalid_argument(fmt::format("linear: {} {} {} does not fit weight {}",
+                                            what,
+                                            shape_text(tensor),
+                                            c10::toString(tensor.scalar_type()),
+                                            text));
+  }
+};
 
 }  // namespace
 
 at::Tensor linear(const Linear& layer, const at::Tensor& x) {
   const auto& w = layer.weight;
   const auto &down = layer.lora.down, &up = layer.lora.up;
-  require(
-      w.dim() == 2 && x.dim() >= 1 && x.size(-1) == w.size(1) && x.scalar_type() == w.scalar_type(),
+  const LayerSize size(layer);
+  const auto type = x.scalar_type();
+  size.require(
+      x.dim() >= 1 && x.size(-1) == size.in &&
+          (w.defined() ? type == w.scalar_type() : type == at::kFloat || type == at::kBFloat16),
       "x",
-      x,
-      w);
+      x);
   if (layer.bias.defined())
-    require(layer.bias.dim() == 1 && layer.bias.size(0) == w.size(0), "bias", layer.bias, w);
+    size.require(layer.bias.dim() == 1 && layer.bias.size(0) == size.out, "bias", layer.bias);
   if (down.defined()) {
-    require(down.dim() == 2 && down.size(1) == w.size(1), "down", down, w);
-    require(up.defined() && up.dim() == 2 && up.size(0) == w.size(0) && up.size(1) == down.size(0),
-            "up",
-            up,
-            w);
+    size.require(down.dim() == 2 && down.size(1) == size.in, "down", down);
+    size.require(
+        up.defined() && up.dim() == 2 && up.size(0) == size.out && up.size(1) == down.size(0),
+        "up",
+        up);
   }
   auto shape = x.sizes().vec();
-  shape.back() = w.size(0);
+  shape.back() = size.out;
   const auto rows = x.reshape({-1, x.size(-1)});
   const auto given = [](const at::Tensor& t) {
     return t.defined() ? std::optional(t) : std::nullopt;
   };
-  return LinearFunction::apply(rows, w, given(layer.bias), given(down), given(up), layer.lora.scale)
+  return LinearFunction::apply(rows,
+                               w.defined() ? w : layer.quantized.codes,
+                               given(layer.bias),
+                               given(down),
+                               given(up),
+                               layer.lora.scale,
+                               layer.quantized)
       .view(shape);
 }
 
