@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -299,6 +301,38 @@ toml::value parse(const std::string& text, const std::string& name, const Place&
   }
 }
 
+// A dataset file in JSON, as sd-scripts takes it too, has the same tables and keys.
+toml::value from_json(const nlohmann::json& json, const Place& place) {
+  if (json.is_object()) {
+    toml::table table;
+    for (const auto& [name, member] : json.items())
+      table.emplace(name, from_json(member, place.in(printable(name))));
+    return table;
+  }
+  if (json.is_array()) {
+    toml::array list;
+    for (const auto& element : json) list.push_back(from_json(element, place));
+    return list;
+  }
+  if (json.is_string()) return json.get<std::string>();
+  if (json.is_boolean()) return json.get<bool>();
+  if (json.is_number_float()) return json.get<double>();
+  if (json.is_null()) place.fail("null is no value", "leave the key out");
+  if (json.is_number_unsigned() && json.get<uint64_t>() > INT64_MAX)
+    place.fail(json.dump() + " is out of range");
+  return json.get<int64_t>();
+}
+
+toml::value parse_file(const std::string& text,
+                       const std::filesystem::path& file,
+                       const Place& place) {
+  if (lower_ascii(file.extension().native()) != ".json") return parse(text, file.native(), place);
+  check_nesting(text, place);
+  const auto json = parse_json(text, file);
+  if (!json.is_object()) place.fail("must be an object with \"datasets\"");
+  return from_json(json, place);
+}
+
 /// What the command line gives, and which of it was needed.
 struct CommandLine {
   toml::value values;
@@ -577,7 +611,7 @@ Resolved read_config(const std::filesystem::path& file,
   const std::string text = read_file(file, kMaxFileBytes);
   if (const auto bad = first_invalid_utf8(text))
     top.fail("not UTF-8 at byte " + std::to_string(*bad));
-  const auto root = parse(text, file.native(), top);
+  const auto root = parse_file(text, file, top);
   CommandLine command_line{parse_fallbacks(fallbacks), {}};
   for (const auto& [name, value] : root.as_table()) {
     if (name == "general" || name == "datasets") continue;

@@ -92,12 +92,13 @@ struct Fallback {
   std::string key, value;
 };
 
-/// Reads a dataset file. Relative paths in it are taken from `base`; empty = the working folder, as
-/// in sd-scripts. Throws InputError naming file and key, with the nearest known name: not TOML,
-/// unknown key, wrong type, value out of range, contradictory values, absent folder or metadata
-/// file, no image to train on, one folder twice in a dataset (however it is spelled; profile default).
-/// Warns once of each key that has no effect. `pixels` false: who reads captions alone does not need a
-/// resolution; without one PixelOptions are left as they are.
+/// Reads a dataset file: TOML, or JSON if its name ends in .json. Relative paths in it are taken from
+/// `base`; empty = the working folder, as in sd-scripts. Throws InputError naming file and key, with
+/// the nearest known name: not TOML, unknown key, wrong type, value out of range, contradictory
+/// values, absent folder or metadata file, no image to train on, one folder twice in a dataset
+/// (however it is spelled; profile default). Warns once of each key that has no effect. `pixels`
+/// false: who reads captions alone does not need a resolution; without one PixelOptions are left as
+/// they are.
 Resolved resolve_file(const std::filesystem::path& toml,
                       Profile profile,
                       const std::vector<Fallback>& fallbacks = {},

@@ -93,25 +93,6 @@ std::optional<std::string> metadata_caption(const Json& entry,
   return out.empty() ? flat : out;
 }
 
-// `line` is the number of the text's first line.
-Json parse_json(std::string_view text, const fs::path& file, int64_t line) {
-  try {
-    return Json::parse(text);
-  } catch (const Json::parse_error& error) {
-    // "[json.exception.parse_error.101] parse error at line 1, column 2: ... - what is wrong"
-    const std::string_view said = error.what();
-    const size_t dash = said.find(" - ");
-    const auto before = text.substr(0, std::min(error.byte, text.size()));
-    throw InputError(
-        fmt::format("{}: line {}: not JSON: {}",
-                    show(file),
-                    line + std::count(before.begin(), before.end(), '\n'),
-                    printable(dash == said.npos ? "cannot be read" : said.substr(dash + 3))));
-  } catch (const Json::exception&) {  // a number beyond all bounds
-    throw InputError(fmt::format("{}: line {}: not JSON: a value out of range", show(file), line));
-  }
-}
-
 // The picture that a metadata file means: sd-scripts' tools write names without an ending too.
 fs::path picture_of(const fs::path& named, Profile profile) {
   std::error_code ignored;
@@ -299,6 +280,24 @@ bool is_there(const fs::path& path) {
 }
 
 }  // namespace
+
+Json parse_json(std::string_view text, const fs::path& file, int64_t line) {
+  try {
+    return Json::parse(text);
+  } catch (const Json::parse_error& error) {
+    // "[json.exception.parse_error.101] parse error at line 1, column 2: ... - what is wrong"
+    const std::string_view said = error.what();
+    const size_t dash = said.find(" - ");
+    const auto before = text.substr(0, std::min(error.byte, text.size()));
+    throw InputError(
+        fmt::format("{}: line {}: not JSON: {}",
+                    show(file),
+                    line + std::count(before.begin(), before.end(), '\n'),
+                    printable(dash == said.npos ? "cannot be read" : said.substr(dash + 3))));
+  } catch (const Json::exception&) {  // a number beyond all bounds
+    throw InputError(fmt::format("{}: line {}: not JSON: a value out of range", show(file), line));
+  }
+}
 
 const Subset& Resolved::subset(int64_t index) const {
   const auto found =

@@ -144,6 +144,34 @@ TEST_F(DatasetFile, ListsByExtensionOfTheProfile) {
   EXPECT_EQ(resolve(kCats, Profile::kKohya).images.size(), 2u);
 }
 
+TEST_F(DatasetFile, ReadsTheSameKeysFromJson) {
+  const auto read = [&](const std::string& json) {
+    return resolve_file(folder.write("set.json", json), Profile::kDefault, {}, folder.path());
+  };
+  const auto error = [&](const std::string& json) -> std::string {
+    try {
+      read(json);
+    } catch (const InputError& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  const auto r = read(R"({"general": {"shuffle_caption": true, "caption_dropout_rate": 0.5},
+      "datasets": [{"resolution": [96, 64], "subsets": [{"image_dir": "cats", "num_repeats": 3}]}]})");
+  ASSERT_EQ(r.images.size(), 2u);
+  EXPECT_EQ(r.subsets[0].pixels.width, 96);
+  EXPECT_EQ(r.subsets[0].num_repeats, 3);
+  EXPECT_TRUE(r.subsets[0].captions.shuffle);
+  EXPECT_EQ(r.subsets[0].captions.dropout_rate, 0.5);
+  EXPECT_HAS(error("{\n\"datasets\": [}"), "set.json: line 2: not JSON: unexpected '}'");
+  EXPECT_HAS(error("[]"), "set.json: must be an object");
+  EXPECT_HAS(error(R"({"general": {"flip_aug": null}})"), "general: flip_aug: null is no value");
+  EXPECT_HAS(error(R"({"datasets": [{"resolution": 64, "resolutoin": 1, "subsets": [{}]}]})"),
+             "did you mean resolution?");
+  EXPECT_HAS(error(R"({"datasets": [{"resolution": 18446744073709551615}]})"), "out of range");
+  EXPECT_HAS(error(std::string(1000, '[')), "nested too deeply");
+}
+
 TEST_F(DatasetFile, ReadsMetadata) {
   const std::string toml =
       "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.jsonl'\nimage_dir = "
