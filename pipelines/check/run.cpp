@@ -89,8 +89,9 @@ Report run(const Options& options, Report::Print print) {
   // gradient, which another order of its sum can turn: the verdict is that of the arithmetic, the
   // same on any number of cores.
   if (device.is_cpu()) at::set_num_threads(1);
-  log::info("{} cases on {} in {}",
+  log::info("{} {} on {} in {}",
             folders.size(),
+            folders.size() == 1 ? "case" : "cases",
             device.str(),
             options.precision == Precision::kBF16 ? "bf16" : "f32");
   Report report(std::move(print));
@@ -98,6 +99,7 @@ Report run(const Options& options, Report::Print print) {
     cancel::check();
     run_case(folder, options, device, report);
   }
+  cancel::check();  // a signal during the last case is no other than one before it
   return report;
 }
 

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "common/core/cancel.h"
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/hash.h"
@@ -200,6 +201,15 @@ TEST_F(FluxCheck, FailsWhereARecordedThingHoldsNothingToCompare) {
     EXPECT_EQ(outcome.report.num_failed(), 1) << failures(outcome);
     EXPECT_THAT(outcome.lines, Contains(AllOf(HasSubstr(named), EndsWith("FAIL"))));
   }
+}
+
+TEST_F(FluxCheck, StopsAtASignalDuringTheLastCaseToo) {
+  Options options;
+  options.folders = {kGolden / "models/timesteps"};
+  options.device = DeviceChoice::kCpu;
+  EXPECT_THROW(run(options, [](const std::string&) { cancel::set(ExitCode::kTerminate); }),
+               Interrupted);
+  cancel::set(std::nullopt);
 }
 
 TEST_F(FluxCheck, NamesUnknownKinds) {
