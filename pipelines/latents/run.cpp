@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
+#include <span>
 #include <unordered_map>
 
 #include "common/core/error.h"
@@ -82,15 +84,14 @@ cache::Recipe make_recipe(const Options& options,
   return recipe;
 }
 
-// Bytes that `samples` will have in the cache.
-int64_t predicted_bytes(const std::vector<Sample>& samples, const Options& options) {
-  const int64_t channels = options.store == Store::kSample ? 16 : 32;
-  double bytes = 0;
-  for (const auto& s : samples)
-    bytes += static_cast<double>(s.placement.bucket.height / 8 * (s.placement.bucket.width / 8));
-  bytes *= static_cast<double>(channels * dtype_bits(options.encode.dtype) / 8) *
-           stage::compressed_share(options.encode.dtype);
-  return static_cast<int64_t>(bytes) + 256 * std::ssize(samples);
+// Bytes of the tensors of `samples`, uncompressed; of masks, which are mostly of one value, none.
+double raw_bytes(std::span<const Sample> samples, const cache::Layout& layout) {
+  double values = 0;
+  for (const auto& s : samples) {
+    const auto& bucket = s.placement.bucket;
+    values += static_cast<double>(layout.channels * (bucket.height / 8) * (bucket.width / 8));
+  }
+  return values * static_cast<double>(dtype_bits(layout.dtype)) / 8;
 }
 
 }  // namespace
@@ -114,17 +115,34 @@ stage::Report run(const Options& options) {
   keys.seed = options.seed;
   const auto recipe = make_recipe(options, resolved, keys);
 
-  const auto encode = [&](std::vector<Sample> samples, stage::Sink& sink) {
-    const auto type = precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
-    return with_memory_errors(
-        "not enough memory to encode images",
-        "use a smaller --resolution, --precision bf16, or --device cpu",
-        [&] {
-          const auto encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
-          weights.encoder.clear();  // the mapped file counts as memory of this process
-          return encode_samples(
-              resolved, std::move(samples), encoder, device, options, timing.stages, sink);
-        });
+  const auto layout = cache::layout_of(recipe.kind, recipe.parameters);
+  std::optional<vae::Encoder> encoder;
+  const auto encode =
+      [&](std::vector<Sample> samples, stage::StageTimes& times, stage::Sink& sink) {
+        const auto type = precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
+        return with_memory_errors(
+            "not enough memory to encode images",
+            "use a smaller --resolution, --precision bf16, or --device cpu",
+            [&] {
+              if (!encoder)
+                encoder = vae::Encoder::load(weights.encoder, weights.config, type, device);
+              weights.encoder.clear();  // the mapped file counts as memory of this process
+              return encode_samples(
+                  resolved, std::move(samples), *encoder, device, options, times, sink);
+            });
+      };
+  // Of FLUX's autoencoder it is known how well its latents compress, of others it is measured.
+  const auto share = [&](const std::vector<Sample>& samples) {
+    constexpr int64_t kFluxChannels = 128;
+    const double known = stage::compressed_share(layout.dtype);
+    if (weights.config.channels == kFluxChannels) return known;
+    std::vector<Sample> few;
+    for (const size_t place : stage::measured_places(samples.size())) few.push_back(samples[place]);
+    stage::StageTimes uncounted;
+    stage::Measurement measurement(layout);
+    const auto encoded = encode(few, uncounted, measurement);
+    if (!encoded.failures.empty()) return known;
+    return static_cast<double>(measurement.compressed_bytes()) / raw_bytes(few, layout);
   };
   stage::Report report;
   report.noun = "images";
@@ -136,7 +154,7 @@ stage::Report run(const Options& options) {
     const auto chosen = reproduction.choose(wanted, options.encode.reproduce);
     std::erase_if(samples,
                   [&](const Sample& s) { return !std::ranges::binary_search(chosen, s.key); });
-    const auto encoded = encode(std::move(samples), reproduction);
+    const auto encoded = encode(std::move(samples), timing.stages, reproduction);
     report.drift = reproduction.drift(encoded.failures);
     report.exit_code = report.drift->within() ? ExitCode::kOk : ExitCode::kDiffers;
     return report;
@@ -170,17 +188,17 @@ stage::Report run(const Options& options) {
   timing.before["scan"] = stage::monotonic_seconds() - timing.start_seconds;
 
   if (!wanted.samples.empty()) {
-    stage::predict(writer,
-                   options.encode.out,
-                   std::ssize(wanted.samples),
-                   predicted_bytes(wanted.samples, options),
-                   options.encode.max_bytes);
+    report.predicted_bytes = stage::predict(writer,
+                                            options.encode,
+                                            std::ssize(wanted.samples),
+                                            raw_bytes(wanted.samples, layout),
+                                            share(wanted.samples));
     stage::fill(
         options.encode,
         writer,
-        cache::layout_of(recipe.kind, recipe.parameters),
+        layout,
         timing,
-        [&](stage::Sink& sink) { return encode(std::move(wanted.samples), sink); },
+        [&](stage::Sink& sink) { return encode(std::move(wanted.samples), timing.stages, sink); },
         publication,
         report);
   }

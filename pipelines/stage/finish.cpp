@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <span>
 #include <system_error>
 #include <tuple>
 
@@ -219,27 +220,51 @@ double compressed_share(DType dtype) {
   }
 }
 
-void predict(const cache::Writer& writer,
-             const std::filesystem::path& folder,
-             int64_t num_samples,
-             int64_t bytes,
-             int64_t max_bytes) {
+std::vector<size_t> measured_places(size_t count) {
+  constexpr size_t kMost = 4;
+  std::vector<size_t> places;
+  const size_t some = std::min(count, kMost);
+  for (size_t i = 0; i < some; ++i) places.push_back(i * count / some);
+  return places;
+}
+
+void Measurement::add(EncodedSample sample) {
+  const std::vector<std::span<const std::byte>> tensors(sample.tensors.begin(),
+                                                        sample.tensors.end());
+  for (const auto& frame : cache::prepare(layout_, sample.info, tensors).frames)
+    bytes_ += static_cast<int64_t>(frame.size());
+}
+
+void Measurement::stop_if_asked() { cancel::check(); }
+
+int64_t predict(const cache::Writer& writer,
+                const EncodeOptions& options,
+                int64_t num_samples,
+                double raw_bytes,
+                double share) {
+  // measured: HDF5's own structures of a segment, and a sample's row in its tables
+  constexpr int64_t kSegmentBytes = 8 << 10, kRowBytes = 128;
+  const int64_t segments =
+      (num_samples + cache::kMaxSegmentSamples - 1) / cache::kMaxSegmentSamples;
+  const int64_t bytes =
+      static_cast<int64_t>(raw_bytes * share) + segments * kSegmentBytes + num_samples * kRowBytes;
   const auto shown = [](int64_t count) { return show_bytes(static_cast<uint64_t>(count)); };
   const int64_t whole = writer.num_bytes() + bytes;
   log::info("predicted: about {} for {}, {} in all",
             shown(bytes),
             count_of(num_samples, "samples"),
             shown(whole));
-  if (max_bytes > 0 && whole > max_bytes)
+  if (options.max_bytes > 0 && whole > options.max_bytes)
     log::warn("--max-bytes {} will not suffice: this run stops before it is done",
-              shown(max_bytes));
+              shown(options.max_bytes));
   std::error_code error;
-  const auto space = std::filesystem::space(folder, error);
+  const auto space = std::filesystem::space(options.out, error);
   if (!error && static_cast<uint64_t>(bytes) > space.available)
     log::warn("{}: {} are free there, {} are needed",
-              show(folder),
+              show(options.out),
               show_bytes(space.available),
               shown(bytes));
+  return bytes;
 }
 
 double monotonic_seconds() {

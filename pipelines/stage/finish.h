@@ -47,16 +47,33 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
 /// 129, 130 or 143).
 void stop_if_asked(cache::Writer& writer, std::string_view noun);
 
-/// What is predicted to be written: `num_samples` samples of `bytes` in all; logged, with a warning if
-/// the disk or --max-bytes has no room for it.
-void predict(const cache::Writer& writer,
-             const std::filesystem::path& folder,
-             int64_t num_samples,
-             int64_t bytes,
-             int64_t max_bytes);
-/// Share of a tensor's bytes that is left after compression, measured on latents and embeddings:
-/// bf16 0.68, f16 0.86, f32 0.84.
+/// What is predicted to be written: `num_samples` samples of `raw_bytes` in all, of which `share` is
+/// left after compression, and the segments' tables; logged, with a warning if the disk or
+/// --max-bytes has no room for it. Returns the bytes.
+int64_t predict(const cache::Writer& writer,
+                const EncodeOptions& options,
+                int64_t num_samples,
+                double raw_bytes,
+                double share);
+/// Share of a tensor's bytes that is left after compression, measured on FLUX's own latents and
+/// embeddings: bf16 0.68, f16 0.86, f32 0.84.
 double compressed_share(DType dtype);
+/// Places of the few of `count` samples whose compression is measured: spread evenly.
+std::vector<size_t> measured_places(size_t count);
+
+/// Takes samples only to see how small they become, for nets of which no share is known.
+class Measurement : public Sink {
+ public:
+  explicit Measurement(const cache::Layout& layout) : layout_(layout) {}
+  void add(EncodedSample sample) override;
+  void flush() override {}
+  void stop_if_asked() override;
+  int64_t compressed_bytes() const { return bytes_; }
+
+ private:
+  const cache::Layout layout_;
+  int64_t bytes_ = 0;
+};
 
 /// Throws CacheError if the folder's manifest is of another use than this run's: prompts and not a
 /// data set, or the reverse; a whole cache that would become a part, or another part.

@@ -28,6 +28,7 @@ struct Report {
       changed_fields;    // of parameters, weights, tokenizers, plan; "NAME: now X, before Y"
   int64_t unwanted = 0;  // in the folder, but wanted by no item: left to flux-cache gc
   int64_t failed = 0;
+  int64_t predicted_bytes = 0;  // of the samples to encode, before it began
   double seconds = 0;
   std::optional<Drift> drift;  // of a run with --reproduce: the only thing it reports
   ExitCode exit_code = ExitCode::kOk;

@@ -72,20 +72,18 @@ std::vector<cache::WantedItem> items_of(const Wanted& wanted, const std::vector<
   return items;
 }
 
-// Bytes that the captions will have in the cache. Masked rows behind the last token are zero, and
-// take nothing.
-int64_t predicted_bytes(std::span<const CaptionTokens> tokens,
-                        const cache::Layout& layout,
-                        PadPolicy policy) {
+// Bytes of the captions' tensors, uncompressed; without masked rows behind the last token, which
+// are zero and take nothing.
+double raw_bytes(std::span<const CaptionTokens> tokens,
+                 const cache::Layout& layout,
+                 PadPolicy policy) {
   double values = 0;
   for (const CaptionTokens& caption : tokens) {
     const int64_t rows =
         policy == PadPolicy::kFull ? layout.t5_length : std::min(caption.t5, layout.t5_length);
     values += static_cast<double>(rows * layout.t5_width + layout.clip_width);
   }
-  return static_cast<int64_t>(values * static_cast<double>(dtype_bits(layout.dtype)) / 8 *
-                              stage::compressed_share(layout.dtype)) +
-         512 * std::ssize(tokens);
+  return values * static_cast<double>(dtype_bits(layout.dtype)) / 8;
 }
 
 }  // namespace
@@ -167,11 +165,36 @@ stage::Report run(const Options& options) {
     publication.notes["truncated"] = truncation;
     std::vector<CaptionTokens> tokens_of_jobs;
     for (const size_t place : places) tokens_of_jobs.push_back(tokens[place]);
-    stage::predict(writer,
-                   options.encode.out,
-                   std::ssize(jobs),
-                   predicted_bytes(tokens_of_jobs, layout, options.pad_policy),
-                   options.encode.max_bytes);
+    // Of FLUX's nets it is known how well their embeddings compress, of others it is measured.
+    const auto share = [&] {
+      constexpr int64_t kFluxT5Width = 4096;
+      const double known = stage::compressed_share(layout.dtype);
+      if (layout.t5_width == kFluxT5Width) return known;
+      std::vector<Job> few;
+      std::vector<CaptionTokens> tokens_of_few;
+      for (const size_t place : stage::measured_places(jobs.size())) {
+        few.push_back(jobs[place]);
+        tokens_of_few.push_back(tokens_of_jobs[place]);
+      }
+      stage::StageTimes uncounted;
+      stage::Measurement measurement(layout);
+      const Encoded encoded = encode_captions(few,
+                                              read_clip(options),
+                                              read_t5(options),
+                                              precision,
+                                              device,
+                                              options,
+                                              uncounted,
+                                              measurement);
+      if (!encoded.failures.empty()) return known;
+      return static_cast<double>(measurement.compressed_bytes()) /
+             raw_bytes(tokens_of_few, layout, options.pad_policy);
+    };
+    report.predicted_bytes = stage::predict(writer,
+                                            options.encode,
+                                            std::ssize(jobs),
+                                            raw_bytes(tokens_of_jobs, layout, options.pad_policy),
+                                            share());
     timing.before["prepare"] = stage::monotonic_seconds() - timing.start_seconds;
     stage::fill(
         options.encode,

@@ -418,6 +418,22 @@ TEST_F(Latents, TimesOfARunWithoutManifestAreKept) {
   EXPECT_NE(last_run(options.encode.out), first);
 }
 
+TEST_F(Latents, PredictsTheBytesOfAnyNet) {
+  for (int i = 0; i < 12; ++i)
+    folder.write("photos/" + std::to_string(i) + ".bmp",
+                 picture(90, i % 2 ? 60 : 120, 100 + static_cast<uint64_t>(i)));
+  for (const auto store : {Store::kMeanLogvar, Store::kSample}) {
+    for (const auto dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+      options.store = store, options.encode.dtype = dtype;
+      options.encode.out = folder / ("cache" + std::to_string(static_cast<int>(store)) +
+                                     std::to_string(static_cast<int>(dtype)));
+      const auto predicted = static_cast<double>(run(options).predicted_bytes);
+      const auto bytes = static_cast<double>(segment_bytes());
+      EXPECT_NEAR(predicted, bytes, 0.25 * bytes);
+    }
+  }
+}
+
 TEST_F(Latents, NoItemLeftIsNoCache) {
   folder.write("photos/bad.png", "no picture");
   options.encode.max_failed = 5;

@@ -411,6 +411,23 @@ TEST_F(TextPipeline, TimesOfARunWithoutManifestAreKept) {
             provenance.at("truncated"));
 }
 
+TEST_F(TextPipeline, PredictsTheBytesOfAnyNet) {
+  for (int i = 0; i < 12; ++i)
+    image("i" + std::to_string(i), "a photo of" + std::string(static_cast<size_t>(4 * i), 'x'));
+  for (const auto policy : {text::PadPolicy::kFull, text::PadPolicy::kMasked}) {
+    for (const auto dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+      options.pad_policy = policy, options.encode.dtype = dtype;
+      options.encode.out = folder.path() / ("cache" + std::to_string(static_cast<int>(policy)) +
+                                            std::to_string(static_cast<int>(dtype)));
+      const auto predicted = static_cast<double>(text::run(options).predicted_bytes);
+      double bytes = 0;
+      for (const auto& segment : cache::read_manifest(options.encode.out).segments)
+        bytes += static_cast<double>(segment.bytes);
+      EXPECT_NEAR(predicted, bytes, 0.25 * bytes);
+    }
+  }
+}
+
 TEST_F(TextPipeline, PartsHoldEveryCaptionOnce) {
   for (int i = 0; i < 9; ++i) image("i" + std::to_string(i), "photo " + std::to_string(i));
   int64_t sum = 0;
