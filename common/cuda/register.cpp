@@ -20,6 +20,19 @@
 /// Asked by common/tensor/device.cpp after it has opened this library.
 extern "C" int flux_cuda_device_count() { return static_cast<int>(c10::cuda::device_count()); }
 
+/// Asked by common/engine/record_store.cpp: pins host memory, so that copies to the GPU do not wait for the CPU.
+/// Whether that worked; it may not, by the limit on locked memory.
+extern "C" int flux_cuda_pin(void* memory, size_t bytes) {
+  if (cudaHostRegister(memory, bytes, cudaHostRegisterPortable) == cudaSuccess) return 1;
+  cudaGetLastError();  // the next call shall not see it
+  return 0;
+}
+extern "C" int flux_cuda_unpin(void* memory) {
+  if (cudaHostUnregister(memory) == cudaSuccess) return 1;
+  cudaGetLastError();
+  return 0;
+}
+
 namespace flux {
 namespace {
 

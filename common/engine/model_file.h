@@ -25,7 +25,7 @@ struct ModelFileOptions {
   c10::ScalarType dtype = c10::ScalarType::BFloat16;
   /// Quantises the blocks' matrices while they are read. Not needed for a file that is quantised
   /// already: its codes and scales are read as they are.
-  std::optional<QuantFormat> quant;
+  std::optional<QuantFormat> quant = std::nullopt;
   FileAccess access = kDefaultFileAccess;
 };
 
@@ -53,7 +53,7 @@ class ModelFile final : public RecordStore {
   int64_t num_records() const override;
   int64_t record_bytes(int64_t index) const override;
   using RecordStore::read;
-  /// Throws InputError naming file and tensor if the file ends early or cannot be read.
+  /// Throws InputError naming the file if it ends early or cannot be read.
   void read(int64_t index, int64_t offset, std::span<std::byte> to) const override;
   void prefetch(int64_t index) const override;
   std::vector<std::pair<int64_t, int64_t>> parts(int64_t index, int64_t max_bytes) const override;
