@@ -2,8 +2,10 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "common/ops/linear.h"
 #include "common/ops/qk_norm_rope.h"
 #include "common/optim/adamw.h"
+#include "common/quant/quant.h"
 #include "common/tensor/device.h"
 #include "tests/support/golden.h"
 
@@ -61,6 +63,22 @@ TEST_F(Cuda, AdamWEqualsItsCpuTwin) {
     }
     EXPECT_LT(test::relative_error(results[1], results[0]), type == at::kFloat ? 1e-7 : 1e-3);
   }
+}
+
+TEST_F(Cuda, QuantisedWeightsHaveTheBitsOfTheCpuTwin) {
+  at::manual_seed(3);
+  for (const auto format : {QuantFormat::kFp8, QuantFormat::kNf4})
+    for (const auto type : {at::kFloat, at::kBFloat16}) {
+      auto weight = (at::randn({257, 200}) * 0.02).to(type);
+      weight[3].zero_();
+      const auto cpu = quantize(weight, format), cuda = quantize(weight.to(*device_), format);
+      EXPECT_TRUE(at::equal(cuda.codes.cpu().view(at::kByte), cpu.codes.view(at::kByte)));
+      EXPECT_TRUE(at::equal(cuda.scales.cpu(), cpu.scales));
+      EXPECT_TRUE(at::equal(dequantize(cuda, type).cpu(), dequantize(cpu, type)));
+      const auto x = at::randn({3, 200}).to(type).to(*device_);
+      EXPECT_TRUE(
+          at::equal(linear({{}, {}, {}, cuda}, x), linear({dequantize(cuda, type), {}, {}}, x)));
+    }
 }
 
 }  // namespace
