@@ -17,6 +17,7 @@
 #include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/lost_file.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 #include "common/core/version.h"
 
@@ -128,9 +129,13 @@ void Tool::State::read_config() {
   try {
     std::istringstream stream(text);
     document = toml::parse(stream, config.filename().native());
+  } catch (const toml::exception& error) {
+    throw UsageError(fmt::format("{}: line {}: not TOML: {}",
+                                 show(config),
+                                 error.location().line(),
+                                 toml_reason(error.what())));
   } catch (const std::exception& error) {
-    throw UsageError(
-        fmt::format("{}: not valid TOML\n  {}", show(config), printable(error.what())));
+    throw UsageError(fmt::format("{}: not TOML: {}", show(config), toml_reason(error.what())));
   }
   for (const auto& [key, value] : document.as_table()) {
     const std::string wanted = normal_key(key);

@@ -15,6 +15,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 
 namespace flux::dataset {
@@ -262,28 +263,6 @@ void check_nesting(std::string_view text, const Place& place) {
   }
 }
 
-// What toml11 says, without its drawing and its names: "[error] toml::parse_boolean: WHAT", lines of
-// the file, and under them "^--- MORE".
-std::string reason_of(std::string_view said) {
-  const auto without = [](std::string_view text, std::string_view mark) {
-    const size_t at = text.find(mark);
-    return at == std::string_view::npos ? std::string_view() : text.substr(at + mark.size());
-  };
-  std::string_view what = said.substr(0, said.find('\n')), more;
-  if (what.find("toml::") != std::string_view::npos)
-    what = trim(without(without(what, "toml::"), ": "));
-  for (const auto& line : split(said, '\n')) {
-    if (trim(line).starts_with('|') && line.find("--- ") != std::string::npos)
-      more = said.substr(said.find(line), line.size());
-  }
-  more = trim(without(more, "--- "));
-  while (what.ends_with('.')) what.remove_suffix(1);
-  if (more == "here") more = {};
-  std::string out(what);
-  if (!more.empty()) out += (out.empty() ? "" : ": ") + std::string(more);
-  return out.empty() ? "cannot be read" : out;
-}
-
 toml::value parse(const std::string& text, const std::string& name, const Place& place) {
   check_nesting(text, place);
   std::istringstream stream(text);
@@ -291,13 +270,12 @@ toml::value parse(const std::string& text, const std::string& name, const Place&
     return toml::parse(stream, name);
   } catch (const toml::exception& error) {
     const std::string_view said = error.what();
-    place.fail(
-        fmt::format("line {}: not TOML: {}", error.location().line(), printable(reason_of(said))),
-        said.find("parse_basic_string") != std::string_view::npos
-            ? "a backslash in \"...\" is an escape; paths with it go in '...'"
-            : "");
+    place.fail(fmt::format("line {}: not TOML: {}", error.location().line(), toml_reason(said)),
+               said.find("parse_basic_string") != std::string_view::npos
+                   ? "a backslash in \"...\" is an escape; paths with it go in '...'"
+                   : "");
   } catch (const std::exception& error) {
-    place.fail("not TOML: " + printable(reason_of(error.what())));
+    place.fail("not TOML: " + toml_reason(error.what()));
   }
 }
 
@@ -421,7 +399,7 @@ class Vain {
 };
 
 // What a subset's keys need to have an effect.
-void note_vain(const Scope& scope, const Subset& s, const Dataset& d, Vain& vain) {
+void note_vain(const Scope& scope, const Subset& s, const Dataset& d, Profile profile, Vain& vain) {
   const auto& c = s.captions;
   const bool tags = c.shuffle || c.tag_dropout_rate > 0 || c.token_warmup_step > 0,
              metadata = !s.metadata_file.empty();
@@ -443,7 +421,13 @@ void note_vain(const Scope& scope, const Subset& s, const Dataset& d, Vain& vain
   vain.note(scope, "validation_seed", d.validation_split > 0, "it needs validation_split");
   for (const char* name :
        {"min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"}) {
-    vain.note(scope, name, s.pixels.buckets, "it needs enable_bucket = true");
+    const bool limit = std::string_view(name).ends_with("_reso"),
+               ignored = limit && s.pixels.no_upscale && profile == Profile::kKohya;
+    vain.note(scope,
+              name,
+              s.pixels.buckets && !ignored,
+              s.pixels.buckets ? "bucket_no_upscale leaves it out, as in sd-scripts"
+                               : "it needs enable_bucket = true");
   }
   for (const char* name : {"caption_extension", "class_tokens"})
     vain.note(scope, name, !metadata, "captions come from metadata_file");
@@ -673,7 +657,7 @@ Resolved read_config(const std::filesystem::path& file,
       }
       if (!twins.take(metadata ? subset.metadata_file : subset.folder, i + 1, at, profile))
         continue;
-      note_vain(inner, subset, d, vain);
+      note_vain(inner, subset, d, profile, vain);
       out.subsets.push_back(std::move(subset));
     }
   }

@@ -8,6 +8,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 #include "common/dataset/config.h"
 #include "common/dataset/dataset.h"
@@ -285,15 +286,11 @@ Json parse_json(std::string_view text, const fs::path& file, int64_t line) {
   try {
     return Json::parse(text);
   } catch (const Json::parse_error& error) {
-    // "[json.exception.parse_error.101] parse error at line 1, column 2: ... - what is wrong"
-    const std::string_view said = error.what();
-    const size_t dash = said.find(" - ");
     const auto before = text.substr(0, std::min(error.byte, text.size()));
-    throw InputError(
-        fmt::format("{}: line {}: not JSON: {}",
-                    show(file),
-                    line + std::count(before.begin(), before.end(), '\n'),
-                    printable(dash == said.npos ? "cannot be read" : said.substr(dash + 3))));
+    throw InputError(fmt::format("{}: line {}: not JSON: {}",
+                                 show(file),
+                                 line + std::count(before.begin(), before.end(), '\n'),
+                                 json_reason(error.what())));
   } catch (const Json::exception&) {  // a number beyond all bounds
     throw InputError(fmt::format("{}: line {}: not JSON: a value out of range", show(file), line));
   }

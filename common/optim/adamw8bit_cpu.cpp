@@ -6,22 +6,15 @@
 namespace flux {
 namespace {
 
-FLUX_TILE_INLINE void decode(
-    const uint8_t* codes, float absmax, const float* map, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = map[codes[i]] * absmax;
-}
-
 /// Returns the largest absolute value.
-FLUX_TILE_INLINE float encode(const float* values,
-                              const uint32_t* cells,
-                              int64_t n,
-                              uint8_t* codes) {
+FLUX_TILE_INLINE float encode(
+    const TileFunctions& f, const float* values, const uint32_t* cells, int64_t n, uint8_t* codes) {
   // magnitudes are ordered as their bits, and the largest of integers is found in any order
   uint32_t largest_bits = 0;
   for (int64_t i = 0; i < n; ++i)
     largest_bits = std::max(largest_bits, bits_of(values[i]) & 0x7FFFFFFFu);
-  const float largest = float_of(largest_bits), divisor = largest > 0 ? largest : 1.0f;
-  for (int64_t i = 0; i < n; ++i) codes[i] = nearest8(values[i] / divisor, cells);
+  const float largest = float_of(largest_bits);
+  f.encode8(values, largest > 0 ? largest : 1.0f, cells, n, codes);
   return largest;
 }
 
@@ -34,6 +27,7 @@ FLUX_CLONES void adamw8bit_range(const Operands& o,
                                  int64_t begin,
                                  int64_t end) {
   const AdamW8bitScalars s = scalars;
+  const TileFunctions& f = tile_functions();
   const Map8 &map1 = map8(true), &map2 = map8(false);
   auto *const codes1 = static_cast<uint8_t*>(o.states[0]), *const codes2 =
                                                                static_cast<uint8_t*>(o.states[1]);
@@ -45,14 +39,14 @@ FLUX_CLONES void adamw8bit_range(const Operands& o,
     for (int64_t from = 0; from < count; from += kBlock8) {
       const int64_t n = std::min(kBlock8, count - from), block = (at + from) / kBlock8;
       float *const pb = p + from, *const gb = g + from;
-      decode(codes1 + at + from, absmax1[block], map1.values, n, m);
-      decode(codes2 + at + from, absmax2[block], map2.values, n, v);
+      f.decode8(codes1 + at + from, absmax1[block], map1.values, n, m);
+      f.decode8(codes2 + at + from, absmax2[block], map2.values, n, v);
       for (int64_t i = 0; i < n; ++i) {
         adamw8bit_moments(gb[i], m + i, v + i, s);
         pb[i] = adamw8bit_weight(pb[i], m[i], v[i], s);
       }
-      absmax1[block] = encode(m, map1.cells, n, codes1 + at + from);
-      absmax2[block] = encode(v, map2.cells, n, codes2 + at + from);
+      absmax1[block] = encode(f, m, map1.cells, n, codes1 + at + from);
+      absmax2[block] = encode(f, v, map2.cells, n, codes2 + at + from);
     }
     store_weights(o, p, at, count);
   }

@@ -10,13 +10,13 @@ namespace {
 
 constexpr int kExponents = 7;
 
-/// torch.linspace(0.1, 1, count) in float32: from both ends, so that both are exact.
+/// torch.linspace(0.1, 1, count) in float32: from both ends, so that both are exact, each value rounded once.
 std::vector<float> linspace(int count) {
   const float start = 0.1f, end = 1.0f, step = (end - start) / static_cast<float>(count - 1);
   std::vector<float> out;
   for (int i = 0; i < count; ++i) {
-    out.push_back(i < count / 2 ? start + step * static_cast<float>(i)
-                                : end - step * static_cast<float>(count - i - 1));
+    out.push_back(i < count / 2 ? std::fma(step, static_cast<float>(i), start)
+                                : std::fma(-step, static_cast<float>(count - i - 1), end));
   }
   return out;
 }

@@ -24,13 +24,17 @@ struct Map8 {
 
 /// The nearest code of x in [-1, 1]; anything else gives some code.
 FLUX_HOST_DEVICE uint8_t nearest8(float x, const uint32_t* cells) {
-  const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, negative = bits >> 31;
-  uint32_t cell = magnitude >> 16;
-  cell = cell < kFirstCell ? kFirstCell : cell > kLastCell ? kLastCell : cell;
-  const uint32_t entry = cells[cell - kFirstCell + (negative ? kNumCells : 0)];
-  // below the first cell the bits say nothing, but no midpoint lies there or in the first cell
-  const uint32_t beyond = (magnitude & 0xFFFFu) > (entry & 0xFFFFu) ? 1u : 0u;
-  return static_cast<uint8_t>((entry >> 16) + (negative ? 0u - beyond : beyond));
+  // without branches, and with signed indices, so that loops over it vectorise
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
+  const auto sign = static_cast<int32_t>(bits >> 31);
+  int32_t cell = static_cast<int32_t>(magnitude >> 16);
+  cell = cell < static_cast<int32_t>(kFirstCell) ? static_cast<int32_t>(kFirstCell) : cell;
+  cell = cell > static_cast<int32_t>(kLastCell) ? static_cast<int32_t>(kLastCell) : cell;
+  // below the first cell the lower bits say nothing, but neither lies there a midpoint nor in the first cell
+  const uint32_t entry =
+      cells[cell - static_cast<int32_t>(kFirstCell) + sign * static_cast<int32_t>(kNumCells)];
+  const int32_t beyond = (magnitude & 0xFFFFu) > (entry & 0xFFFFu) ? 1 : 0;
+  return static_cast<uint8_t>(static_cast<int32_t>(entry >> 16) + beyond * (1 - 2 * sign));
 }
 
 }  // namespace flux

@@ -50,10 +50,11 @@ FLUX_HOST_DEVICE float rounded(float value) {
 /// infinity. Source: sd-scripts' copy_stochastic_, which guards none of these.
 FLUX_HOST_DEVICE uint16_t round_stochastic(float value, uint32_t random) {
   const uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
-  const uint32_t sum = (magnitude + random) >> 16;
-  const uint32_t finite = sum < 0x7F7Fu ? sum : 0x7F7Fu;
-  const uint32_t other = magnitude > 0x7F800000u ? 0x7FC0u : 0x7F80u;
-  return static_cast<uint16_t>(sign | (magnitude >= 0x7F800000u ? other : finite));
+  uint32_t upper = (magnitude + random) >> 16;
+  upper = upper > 0x7F7Fu ? 0x7F7Fu : upper;
+  upper = magnitude >= 0x7F800000u ? 0x7F80u : upper;
+  upper = magnitude > 0x7F800000u ? 0x7FC0u : upper;
+  return static_cast<uint16_t>(sign | upper);
 }
 
 /// A stream of 16-bit numbers: number i is half i % 8 (lower halves first) of the Philox4x32-10 block

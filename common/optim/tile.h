@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/optim/operands.h"
+#include "common/optim/tile_simd.h"
 
 // An address sanitizer is not ready yet when the loader picks a version.
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
@@ -47,30 +48,6 @@ FLUX_TILE_INLINE void load_gradient(const Operands& o, int64_t begin, int64_t n,
     for (int64_t i = 0; i < n; ++i) out[i] *= o.gradient_scale;
 }
 
-/// Random numbers begin .. begin + n of the stream, n <= kTile; begin is a multiple of kTile.
-FLUX_TILE_INLINE void random_tile(const RoundingKey& key, int64_t begin, int64_t n, uint16_t* out) {
-  constexpr int64_t kBlocks = kTile / 8;
-  uint32_t words[4][kBlocks];
-  const auto first = static_cast<uint64_t>(begin) / 8;
-  const int64_t blocks = (n + 7) / 8;
-  for (int64_t b = 0; b < blocks; ++b) {
-    // a tile begins at a multiple of its blocks, so that the lower half does not wrap within it
-    uint32_t c0 = static_cast<uint32_t>(first) + static_cast<uint32_t>(b),
-             c1 = static_cast<uint32_t>(first >> 32), c2 = key.high[0], c3 = key.high[1];
-    philox_block(c0, c1, c2, c3, key.key[0], key.key[1]);
-    words[0][b] = c0;
-    words[1][b] = c1;
-    words[2][b] = c2;
-    words[3][b] = c3;
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    for (int64_t w = 0; w < 4; ++w) {
-      out[8 * b + 2 * w] = static_cast<uint16_t>(words[w][b]);
-      out[8 * b + 2 * w + 1] = static_cast<uint16_t>(words[w][b] >> 16);
-    }
-  }
-}
-
 /// The weights before the step.
 FLUX_TILE_INLINE void load_weights(const Operands& o, int64_t begin, int64_t n, float* out) {
   if (o.keep == Keep::kMaster && !o.first) return load_tile(o.extra, false, begin, n, out);
@@ -91,7 +68,9 @@ FLUX_TILE_INLINE void store_weights(const Operands& o, const float* in, int64_t 
       return store_tile(in, o.parameter, true, begin, n);
     case Keep::kStochastic: {
       uint16_t random[kTile];
-      random_tile(o.key, o.offset + begin, n, random);
+      // a tile begins at a multiple of its blocks, so that the lower half of the counter does not wrap in it
+      tile_functions().random(
+          o.key, static_cast<uint64_t>(o.offset + begin) / 8, (n + 7) / 8, random);
       for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(in[i], random[i]);
       return;
     }

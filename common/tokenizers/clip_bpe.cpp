@@ -13,6 +13,7 @@
 
 #include "common/core/error.h"
 #include "common/core/file.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 #include "common/tokenizers/added_tokens.h"
 #include "common/tokenizers/byte_symbols.h"
@@ -293,7 +294,8 @@ auto naming(const fs::path& name, const Parse& parse) {
         fmt::format("{}: {}", show(name), e.what()),
         "CLIP's tokenizer is a folder with vocab.json and merges.txt, or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
-    throw InputError(fmt::format("{}: not a CLIP vocabulary: {}", show(name), printable(e.what())));
+    throw InputError(
+        fmt::format("{}: not a CLIP vocabulary: {}", show(name), json_reason(e.what())));
   }
 }
 

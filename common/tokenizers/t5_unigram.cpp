@@ -13,6 +13,7 @@
 
 #include "common/core/error.h"
 #include "common/core/file.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 #include "common/tokenizers/added_tokens.h"
 #include "common/tokenizers/charsmap.h"
@@ -278,7 +279,7 @@ T5Tokenizer T5Tokenizer::parse(std::string_view bytes, const fs::path& name) {
                      "T5's tokenizer is spiece.model or tokenizer.json");
   } catch (const nlohmann::json::exception& e) {
     throw InputError(
-        fmt::format("{}: not a T5 tokenizer.json: {}", show(name), printable(e.what())));
+        fmt::format("{}: not a T5 tokenizer.json: {}", show(name), json_reason(e.what())));
   }
 }
 

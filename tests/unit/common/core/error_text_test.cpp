@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "common/core/error.h"
+#include "common/core/reason.h"
 #include "common/core/text.h"
 
 namespace flux {
@@ -71,6 +72,32 @@ TEST(Text, IsCutBetweenCharacters) {
   EXPECT_EQ(shortened("abc", 3), "abc");
   EXPECT_EQ(shortened("abcd", 3), "abc...");
   EXPECT_EQ(shortened("a\u00e9b", 2), "a...");  // the second byte of a letter
+}
+
+TEST(Reason, SaysWhatTomlParsersSayWithoutTheirNamesAndDrawings) {
+  EXPECT_EQ(
+      toml_reason("[error] toml::insert_value: value (\"a\") already exists.\n --> set.toml\n   |\n"
+                  " 2 | a = 2 # --- x\n   |     ^--- value defined twice"),
+      "value (\"a\") already exists: value defined twice");
+  EXPECT_EQ(
+      toml_reason(
+          "[error] toml::parse_boolean: \n --> set.toml\n 1 | a = tru\n   |     ^--- the next "
+          "token is not a boolean"),
+      "the next token is not a boolean");
+  EXPECT_EQ(toml_reason("[error] toml::parse_x: wrong\x1b\n   | ^--- here"), "wrong\\x1b");
+  EXPECT_EQ(toml_reason(""), "cannot be read");
+}
+
+TEST(Reason, SaysWhatJsonParsersSayWithoutTheirNamesAndNumbers) {
+  EXPECT_EQ(
+      json_reason("[json.exception.parse_error.101] parse error at line 1, column 2: syntax error "
+                  "while parsing object key - unexpected end of input; expected string literal"),
+      "unexpected end of input; expected string literal");
+  EXPECT_EQ(json_reason("[json.exception.type_error.302] type must be string, but is number"),
+            "type must be string, but is number");
+  EXPECT_EQ(json_reason("[json.exception.out_of_range.403] key 'model' not found"),
+            "key 'model' not found");
+  EXPECT_EQ(json_reason(""), "cannot be read");
 }
 
 }  // namespace

@@ -129,7 +129,8 @@ TEST(Tool, RefusesABadConfigFile) {
   };
   EXPECT_NE(error("max_setps = 1").find("unknown key in"), std::string::npos);
   EXPECT_NE(error("max_setps = 1").find("did you mean --max-steps?"), std::string::npos);
-  EXPECT_NE(error("max_steps = ").find("not valid TOML"), std::string::npos);
+  EXPECT_NE(error("\nmax_steps = ").find("line 2: not TOML: missing value"), std::string::npos);
+  EXPECT_EQ(error("max_steps = ").find("toml::"), std::string::npos);
   EXPECT_NE(error("max_steps = [1]").find("must be a string, a number or true/false"),
             std::string::npos);
   EXPECT_NE(error("max_steps = 1.5").find("'1.5' is not a whole number"), std::string::npos);
@@ -162,6 +163,19 @@ TEST(Tool, PrintsNoResultAfterASignal) {
 TEST(Tool, QuotesItsCommandLine) {
   const Tool tool("t", {"--out", "it's", "--x=1"});
   EXPECT_EQ(tool.command_line(), "t --out 'it'\\''s' --x=1");
+}
+
+TEST(RunTool, EveryUsageErrorHasAHint) {
+  const auto said = [](const UsageError& error) {
+    char name[] = "t";
+    char* argv[] = {name, nullptr};
+    testing::internal::CaptureStderr();
+    run_tool("t", 1, argv, [&](Tool&) -> ExitCode { throw error; });
+    return testing::internal::GetCapturedStderr();
+  };
+  EXPECT_EQ(said(UsageError("x")),
+            "t: error: x\n  hint: --help lists all flags and their values\n");
+  EXPECT_EQ(said(UsageError("x", "y")), "t: error: x\n  hint: y\n");
 }
 
 TEST(RunTool, TurnsExceptionsIntoExitCodes) {

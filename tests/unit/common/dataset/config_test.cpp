@@ -331,6 +331,10 @@ TEST_F(DatasetFile, WarnsOnceOfEachKeyWithoutEffect) {
     EXPECT_HAS(warnings_of(with("", text, "")), dataset + key + none);
     EXPECT_EQ(warnings_of(with("", std::string(text) + "\n" + needs, "")), "");
   }
+  const auto no_upscale =
+      with("", "enable_bucket = true\nmin_bucket_reso = 32\nbucket_no_upscale = true", "");
+  EXPECT_HAS(warnings_of(no_upscale, Profile::kKohya), dataset + "min_bucket_reso" + none);
+  EXPECT_EQ(warnings_of(no_upscale), "");
   // what asks for nothing
   EXPECT_EQ(warnings_of(with("keep_tokens = 0\nkeep_tokens_separator = ''\ncaption_separator = ','",
                              "bucket_no_upscale = false",
