@@ -427,8 +427,15 @@ int guarded(Tool& tool, const std::function<ExitCode(Tool&)>& body) {
   const auto report = [&](const char* what) { log::error("{}", what); };
   try {
     const ExitCode code = body(tool);
-    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) throw ResourceError("stdout cannot be written");
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+      throw ResourceError("stdout cannot be written",
+                          "give it a file or program that takes what is written");
     return static_cast<int>(code);
+  } catch (const UsageError& error) {
+    const std::string what = error.what();
+    const bool advises = what.find("\n  hint: ") != std::string::npos;
+    report((what + (advises ? "" : "\n  hint: --help lists all flags and their values")).c_str());
+    return static_cast<int>(error.exit_code());
   } catch (const Error& error) {
     report(error.what());
     return static_cast<int>(error.exit_code());

@@ -123,7 +123,7 @@ std::vector<uint8_t> orient(std::vector<uint8_t> pixels, Size size, int orientat
 
 void check_size(Size size) {
   if (size.width < 1 || size.height < 1) {
-    throw InputError("a picture of " + std::to_string(size.width) + "x" +
+    throw InputError("its head is damaged: it says " + std::to_string(size.width) + "x" +
                      std::to_string(size.height) + " pixels");
   }
   if (size.width > kMaxPixels / size.height) {

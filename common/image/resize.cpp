@@ -147,7 +147,7 @@ std::vector<uint8_t> resize_with_opencv(Pixels<kChannels> image, Size size, int 
   } catch (const cv::Exception& error) {
     if (error.code == cv::Error::StsNoMem) throw std::bad_alloc();
     throw InputError("the picture cannot be scaled to " + std::to_string(size.width) + "x" +
-                     std::to_string(size.height) + ": " + error.err);
+                     std::to_string(size.height));
   }
   return out;
 }

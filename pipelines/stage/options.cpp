@@ -32,7 +32,7 @@ void check(const DatasetOptions& options,
   const int given = (options.dataset.empty() ? 0 : 1) + (options.images.empty() ? 0 : 1) +
                     (other.empty() ? 0 : 1);
   if (given == 0) throw UsageError("nothing to read: one of " + flags + " is required");
-  if (given > 1) throw UsageError("only one of " + flags + " can be given");
+  if (given > 1) throw UsageError("only one of " + flags + " can be given", "leave the others out");
 }
 
 dataset::Resolved resolve(const DatasetOptions& options, int64_t width, int64_t height) {

@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +16,7 @@
 #include "common/core/cancel.h"
 #include "common/core/error.h"
 #include "common/core/rng.h"
+#include "common/core/sanitizer.h"
 #include "common/image/bucket.h"
 #include "common/models/vae/vae.h"
 #include "common/tensor/tensor.h"
@@ -25,6 +28,7 @@
 #include "pipelines/latents/scan.h"
 #include "pipelines/stage/halving.h"
 #include "pipelines/stage/times.h"
+#include "pipelines/stage/write_queue.h"
 #include "tests/support/temporary_folder.h"
 
 namespace flux::latents {
@@ -309,6 +313,42 @@ TEST(StageTimes, NameTheStageWhoseThreadsAreBusiest) {
   { const stage::StageTime::Scope busy(one); }
   EXPECT_GE(one.busy_seconds(), before);
 }
+
+#if !FLUX_ADDRESS_SANITIZER
+// Exit code 7: a queue in a process with room for `stacks` more threads is an error, and ends.
+[[noreturn]] void make_queue(const fs::path& out, double stacks) {
+  cache::Recipe recipe;
+  recipe.parameters = {{"dtype", "bf16"}, {"channels", 32}};
+  cache::Writer writer(out, recipe, {});
+  rlimit stack{};
+  getrlimit(RLIMIT_STACK, &stack);
+  std::ifstream statm("/proc/self/statm");
+  rlim_t pages = 0;
+  statm >> pages;
+  const rlim_t room = pages * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) +
+                      static_cast<rlim_t>(stacks * static_cast<double>(stack.rlim_cur));
+  const rlimit space{room, RLIM_INFINITY};
+  setrlimit(RLIMIT_AS, &space);
+  alarm(120);  // a hang
+  try {
+    stage::StageTimes times;
+    stage::WriteQueue queue(
+        writer, cache::layout_of(recipe.kind, recipe.parameters), times, "images", 0);
+  } catch (const ResourceError&) {
+    std::_Exit(7);
+  }
+  std::_Exit(1);
+}
+
+TEST_F(Latents, AQueueWithoutThreadsIsAnError) {
+  rlimit stack{};
+  getrlimit(RLIMIT_STACK, &stack);
+  if (stack.rlim_cur == RLIM_INFINITY) GTEST_SKIP() << "stacks of unlimited size";
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  for (const double stacks : {0.5, 1.5})
+    EXPECT_EXIT(make_queue(folder / "queue", stacks), testing::ExitedWithCode(7), "");
+}
+#endif
 
 TEST_F(Latents, RenamedFolderOrCopyEncodesNothing) {
   three_photos();
