@@ -93,6 +93,7 @@ void check_captions(const Case& c);
 void check_images(const Case& c);
 void check_resize(const Case& c);
 void check_plans(const Case& c);
+void check_optim(const Case& c);
 void check_hostile_safetensors(const Case& c);
 void check_hostile_images(const Case& c);
 void check_hostile_captions(const Case& c);

@@ -35,6 +35,7 @@ constexpr Kind kKinds[] = {
     {"data-images", check_images},
     {"data-resize", check_resize},
     {"data-plans", check_plans},
+    {"optim", check_optim},
     {"hostile-safetensors", check_hostile_safetensors},
     {"hostile-images", check_hostile_images},
     {"hostile-captions", check_hostile_captions},
