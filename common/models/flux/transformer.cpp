@@ -2,7 +2,6 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/gelu.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/silu.h>
 #include <fmt/format.h>
@@ -12,6 +11,7 @@
 #include <string>
 
 #include "common/ops/attention.h"
+#include "common/ops/gelu.h"
 #include "common/ops/modulate.h"
 #include "common/ops/qk_norm_rope.h"
 #include "common/tensor/tensor.h"
@@ -28,7 +28,7 @@ at::Tensor embed(const Embedder& layers, const at::Tensor& x) {
 }
 
 at::Tensor mlp(const Stream& weights, const at::Tensor& x) {
-  return linear(weights.mlp_out, at::gelu(linear(weights.mlp_in, x), "tanh"));
+  return linear(weights.mlp_out, gelu_tanh(linear(weights.mlp_in, x)));
 }
 
 /// What the modulations of a block read, [B, H]. Once a block, so that the block gives one float32 gradient
@@ -167,8 +167,7 @@ at::Tensor single_block(const SingleBlock& weights,
   const auto heads =
       qk_norm_rope(parts[0], weights.query_scale, weights.key_scale, rope.cos, rope.sin);
   const auto attended = attention(heads.q, heads.k, heads.v, mask);
-  return gated_residual(
-      x, mod[2], linear(weights.linear2, at::cat({attended, at::gelu(parts[1], "tanh")}, -1)));
+  return gated_residual(x, mod[2], linear(weights.linear2, concat_gelu(attended, parts[1])));
 }
 
 at::Tensor final_layer(const Weights& weights,
