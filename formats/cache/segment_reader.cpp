@@ -203,7 +203,9 @@ std::span<const std::byte> Segment::frame(int64_t row,
                      buffer);
 }
 
-void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) const {
+void Segment::read(int64_t row,
+                   std::span<const std::span<std::byte>> tensors,
+                   FrameChecksum checksum) const {
   if (row < 0 || row >= num_samples() ||
       tensors.size() !=
           static_cast<size_t>(num_tensors(layout_, samples_[static_cast<size_t>(row)]))) {
@@ -221,8 +223,8 @@ void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) c
       throw std::invalid_argument(
           fmt::format("tensor {} has {} bytes, the buffer {}", i, expected, out.size()));
     }
-    std::string wrong =
-        decode_frame(frame(row, i, buffer), dtype_bits(tensor_dtype(layout_, i)) / 8, out, &hash);
+    std::string wrong = decode_frame(
+        frame(row, i, buffer), dtype_bits(tensor_dtype(layout_, i)) / 8, out, &hash, checksum);
     if (wrong.empty() && layout_.kind == Kind::kLatents && i == 1) wrong = mask_problem(out);
     if (!wrong.empty()) file_.refuse(fmt::format("sample {} tensor {} {}", row, i, wrong));
   }
@@ -234,7 +236,7 @@ void Segment::read(int64_t row, std::span<const std::span<std::byte>> tensors) c
   }
 }
 
-std::vector<std::vector<std::byte>> Segment::read(int64_t row) const {
+std::vector<std::vector<std::byte>> Segment::read(int64_t row, FrameChecksum checksum) const {
   if (row < 0 || row >= num_samples())
     throw std::invalid_argument(fmt::format("sample {} of {}", row, num_samples()));
   std::vector<std::vector<std::byte>> out;
@@ -243,7 +245,7 @@ std::vector<std::vector<std::byte>> Segment::read(int64_t row) const {
         static_cast<size_t>(tensor_bytes(layout_, samples_[static_cast<size_t>(row)], i)));
   }
   const std::vector<std::span<std::byte>> spans(out.begin(), out.end());
-  read(row, spans);
+  read(row, spans, checksum);
   return out;
 }
 

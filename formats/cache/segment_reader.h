@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "formats/cache/codec.h"
 #include "formats/cache/hdf5_file.h"
 #include "formats/cache/schema.h"
 #include "formats/cache/segment_writer.h"
@@ -26,9 +27,13 @@ class Segment {
   int64_t num_samples() const { return static_cast<int64_t>(samples_.size()); }
   std::span<const SampleInfo> samples() const { return samples_; }
 
-  /// Decodes sample `row` into `tensors`, whose sizes must be tensor_bytes(); verifies tensor_xxh3.
-  void read(int64_t row, std::span<const std::span<std::byte>> tensors) const;
-  std::vector<std::vector<std::byte>> read(int64_t row) const;
+  /// Decodes sample `row` into `tensors`, whose sizes must be tensor_bytes(); verifies tensor_xxh3
+  /// and, unless told to skip it, the checksum of each frame.
+  void read(int64_t row,
+            std::span<const std::span<std::byte>> tensors,
+            FrameChecksum checksum = FrameChecksum::kCompare) const;
+  std::vector<std::vector<std::byte>> read(int64_t row,
+                                           FrameChecksum checksum = FrameChecksum::kCompare) const;
   /// The sample with its frames as they are stored, for copying into another segment.
   Record record(int64_t row) const;
 

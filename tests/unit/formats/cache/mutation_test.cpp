@@ -63,8 +63,10 @@ void expect_segment_refused_or_identical(const fs::path& file) {
     bool same =
         segment.header() == header &&
         std::equal(infos.begin(), infos.end(), segment.samples().begin(), segment.samples().end());
-    for (int64_t i = 0; i < segment.num_samples(); ++i)
+    for (int64_t i = 0; i < segment.num_samples(); ++i) {
+      same = segment.read(i, FrameChecksum::kSkip) == tensors[static_cast<size_t>(i)] && same;
       same = segment.read(i) == tensors[static_cast<size_t>(i)] && same;
+    }
     return same;
   });
 }

@@ -5,8 +5,10 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <zstd.h>
 
 #include <atomic>
+#include <bit>
 #include <fstream>
 #include <functional>
 #include <thread>
@@ -255,6 +257,42 @@ TEST(Frame, GivesBackAnyBytes) {  // property
     ASSERT_NE(decode_frame(frame, 1, longer), "");
     ASSERT_NE(decode_frame(std::span(frame).first(frame.size() - 1), width, out), "");
   }
+}
+
+TEST(Frame, IsReadWithoutItsChecksumOnRequestOnly) {
+  std::vector<std::byte> data(5000, std::byte{3}), out(data.size());
+  auto frame = encode_frame(data, 2);
+  frame.back() ^= std::byte{1};  // of the checksum
+  for (int i = 0; i < 2; ++i) {  // one choice does not stay for the next
+    EXPECT_THAT(decode_frame(frame, 2, out), HasSubstr("is damaged"));
+    EXPECT_EQ(decode_frame(frame, 2, out, nullptr, FrameChecksum::kSkip), "");
+    EXPECT_EQ(out, data);
+  }
+}
+
+// What zstd level 1 makes of `values` after the shuffle, by its plain interface.
+size_t level_1_bytes(std::span<const uint16_t> values) {
+  std::vector<unsigned char> shuffled, frame(ZSTD_compressBound(2 * values.size()));
+  for (const int shift : {0, 8}) {
+    for (const uint16_t value : values)
+      shuffled.push_back(static_cast<unsigned char>(value >> shift));
+  }
+  return ZSTD_compress(frame.data(), frame.size(), shuffled.data(), shuffled.size(), 1);
+}
+
+TEST(Frame, OfNoiseHasNoChanceRepeatsAndOfRepeatsAll) {
+  constexpr size_t kCount = 300000;
+  const RandomStream random(1, Purpose::kNoise);
+  std::vector<uint16_t> noise(kCount), repeats(kCount);
+  for (size_t i = 0; i < kCount; ++i) {  // bfloat16
+    noise[i] =
+        static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(random.normal(i))) >> 16);
+    repeats[i] = noise[i % 5003];
+  }
+  EXPECT_LT(static_cast<double>(encode_frame(std::as_bytes(std::span(noise)), 2).size()),
+            0.99 * static_cast<double>(level_1_bytes(noise)));
+  EXPECT_LE(static_cast<double>(encode_frame(std::as_bytes(std::span(repeats)), 2).size()),
+            1.01 * static_cast<double>(level_1_bytes(repeats)) + 20);
 }
 
 TEST(Index, GivesBackAnyItems) {  // property
