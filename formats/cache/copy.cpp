@@ -38,7 +38,7 @@ std::string read_back(const fs::path& path) {
   return file_xxh3_128(path);
 }
 
-bool is_there(const fs::path& folder, const Wanted& file, bool verify) {
+bool has(const fs::path& folder, const Wanted& file, bool verify) {
   std::error_code error;
   const auto bytes = fs::file_size(folder / file.name, error);
   if (error || bytes != static_cast<uintmax_t>(file.bytes)) return false;
@@ -105,12 +105,10 @@ std::optional<Manifest> manifest_there(const fs::path& to, Kind kind) {
   return there;
 }
 
-}  // namespace
-
-CopyReport copy_cache(const fs::path& from,
-                      const fs::path& to,
-                      bool verify,
-                      const std::function<void(int64_t, int64_t)>& progress) {
+CopyReport copy(const fs::path& from,
+                const fs::path& to,
+                bool verify,
+                const std::function<void(int64_t, int64_t)>& progress) {
   read_manifest(from);  // throws: no complete cache
   const std::string text = read_file(from / kManifestName);
   const Manifest manifest = parse_manifest(text, from / kManifestName);
@@ -119,6 +117,7 @@ CopyReport copy_cache(const fs::path& from,
     throw CacheError(fmt::format("{}: is the cache that is to be copied", show(to)),
                      "name another folder");
   }
+  refuse_foreign_files(to);
   make_folder(to);
   const WriterLock lock(to);
   manifest_there(to, manifest.recipe.kind);
@@ -138,7 +137,7 @@ CopyReport copy_cache(const fs::path& from,
   };
   for (const auto& entry : manifest.segments) {
     const Wanted file{entry.name, entry.bytes, entry.xxh3_128};
-    if (is_there(to, file, verify)) {
+    if (has(to, file, verify)) {
       ++report.already;
     } else {
       const auto source = open_source(from, file);
@@ -152,19 +151,18 @@ CopyReport copy_cache(const fs::path& from,
     advance(file.bytes);
   }
 
-  const fs::path list = to / kQuarantineName;
   const std::string quarantined = quarantine_text(manifest.quarantined);
-  if ((fs::exists(list) ? read_file(list) : std::string()) != quarantined) {
-    write_quarantine(to, manifest.quarantined);
+  if (write_quarantine(to, manifest.quarantined)) {
     report.copied_bytes += std::ssize(quarantined);
     report.changed = true;
   }
   const bool same_index = there && there->index_xxh3_128 == index.xxh3_128 &&
-                          is_there(to, index, true);  // small, and the manifest vouches for it
+                          has(to, index, true);  // small, and the manifest vouches for it
   if (!same_index || read_file(to / kManifestName) != text) {
     const auto source = open_source(from, index);
-    publish_files(to, text, same_index ? std::span<const std::byte>() : source->bytes());
-    if (verify) require_read_back(to, index);
+    publish_files(to, text, same_index ? std::span<const std::byte>() : source->bytes(), [&] {
+      if (verify) require_read_back(to, index);
+    });
     report.copied_bytes += std::ssize(text) + (same_index ? 0 : index.bytes);
     report.changed = true;
   }
@@ -175,6 +173,17 @@ CopyReport copy_cache(const fs::path& from,
   advance(index.bytes);
   report.changed = report.changed || report.copied > 0;
   report.num_bytes = total + std::ssize(text) + std::ssize(quarantined);
+  return report;
+}
+
+}  // namespace
+
+CopyReport copy_cache(const fs::path& from,
+                      const fs::path& to,
+                      bool verify,
+                      const std::function<void(int64_t, int64_t)>& progress) {
+  CopyReport report;
+  read_unchanged({from}, [&] { report = copy(from, to, verify, progress); });
   return report;
 }
 

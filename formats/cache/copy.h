@@ -25,8 +25,9 @@ struct CopyReport {
 /// to date, segments that the new manifest does not name stay until gc.
 ///
 /// `progress` gets bytes done and in total. Throws CacheError: `from` is no complete cache or is
-/// damaged, `to` is the same folder or holds another kind, another writer is at work in `to`, the
-/// copy does not read back. Throws ResourceError if a write fails.
+/// damaged or has changed while it was read, `to` is the same folder, holds another kind or a file
+/// that is not ours, another writer is at work in `to`, the copy does not read back (index and
+/// segments are read back before there is a manifest). Throws ResourceError if a write fails.
 CopyReport copy_cache(const std::filesystem::path& from,
                       const std::filesystem::path& to,
                       bool verify,

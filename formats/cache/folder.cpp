@@ -38,19 +38,6 @@ std::vector<std::string> names_in(const fs::path& folder) {
   return names;
 }
 
-bool is_temporary_name(std::string_view name) {
-  constexpr std::string_view kStarts[] = {".seg-",
-                                          ".manifest.json",
-                                          ".last-run.json",
-                                          ".index.h5",
-                                          ".quarantine.jsonl",
-                                          ".writer.lock",
-                                          ".reader-"};
-  return name.find(".tmp-") != std::string_view::npos &&
-         std::ranges::any_of(kStarts,
-                             [&](std::string_view start) { return name.starts_with(start); });
-}
-
 void remove_if_there(const fs::path& path) {
   if (unlink(path.c_str()) != 0 && errno != ENOENT) {
     const int number = errno;
@@ -85,10 +72,12 @@ std::string quarantine_text(std::span<const Quarantined> quarantined) {
   return text;
 }
 
-void write_quarantine(const fs::path& folder, std::span<const Quarantined> quarantined) {
+bool write_quarantine(const fs::path& folder, std::span<const Quarantined> quarantined) {
   const fs::path path = folder / kQuarantineName;
-  if (quarantined.empty()) return remove_if_there(path);
-  write_file_if_changed(path, quarantine_text(quarantined));
+  if (!quarantined.empty()) return write_file_if_changed(path, quarantine_text(quarantined));
+  const bool was_there = is_there(path);
+  remove_if_there(path);
+  return was_there;
 }
 
 std::string plain_message(const std::exception& error, const fs::path& path) {
@@ -110,7 +99,7 @@ std::string file_xxh3_128(const fs::path& path) {
   try {
     return xxh3_128_hex(MappedFile(path).bytes());
   } catch (const InputError& error) {
-    throw CacheError(error.what());
+    throw CacheError(error.what(), "check the file and its permissions");
   }
 }
 
@@ -167,7 +156,8 @@ std::vector<WantedItem> items_of(const Index& index) {
 // finish_publication() mends, never a manifest with another index.
 void publish_files(const fs::path& folder,
                    std::string_view text,
-                   std::span<const std::byte> index_bytes) {
+                   std::span<const std::byte> index_bytes,
+                   const std::function<void()>& before_manifest) {
   const fs::path path = folder / kManifestName;
   AtomicFile manifest_file(path);
   manifest_file.write(text);
@@ -182,6 +172,7 @@ void publish_files(const fs::path& folder,
     remove_if_there(path);
     sync_folder(folder);  // else a power cut may leave the new index and the old manifest
     index_file.commit();
+    if (before_manifest) before_manifest();
   }
   manifest_file.commit();
 }
@@ -201,8 +192,7 @@ bool has_bytes(const fs::path& path, int64_t bytes, const std::string& xxh3_128)
 }  // namespace
 
 bool has_unfinished_publication(const fs::path& folder) {
-  std::error_code error;
-  if (fs::exists(folder / kManifestName, error)) return false;
+  if (is_there(folder / kManifestName)) return false;
   return std::ranges::any_of(names_in(folder), [](const std::string& name) {
     return is_temporary_of(name, kManifestName);
   });
@@ -309,6 +299,16 @@ void Folder::refuse_kind(const fs::path& path, Kind kind) const {
                    "give each cache a folder of its own");
 }
 
+bool Folder::publish_again() {
+  const Manifest manifest = *previous;
+  Publication publication;
+  publication.items = items_of(previous_index);
+  publication.plan = manifest.plan;
+  publication.plan_digest = manifest.plan_digest;
+  publication.quarantined = manifest.quarantined;
+  return publish(publication, manifest.provenance);
+}
+
 bool Folder::publish(const Publication& publication, const nlohmann::json& provenance) {
   std::set<uint32_t> used;  // positions in segments
   std::set<Sha256Digest> keys;
@@ -389,7 +389,7 @@ bool Folder::publish(const Publication& publication, const nlohmann::json& prove
     manifest.index_bytes = static_cast<int64_t>(index_bytes.size());
     manifest.index_xxh3_128 = xxh3_128_hex(index_bytes);
   }
-  write_quarantine(folder, manifest.quarantined);
+  wrote_quarantine = write_quarantine(folder, manifest.quarantined);
   if (previous && same_content(manifest, *previous)) return false;
 
   if (publication.late_notes) manifest.provenance.update(publication.late_notes());

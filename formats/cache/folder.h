@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "formats/cache/files.h"
 #include "formats/cache/index.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/segment_reader.h"
@@ -20,13 +21,9 @@
 
 namespace flux::cache {
 
-inline constexpr char kQuarantineName[] = "quarantine.jsonl";
-
 std::string utc_now();
 /// Names of the folder's entries, sorted. Throws ResourceError.
 std::vector<std::string> names_in(const std::filesystem::path& folder);
-/// What an interrupted AtomicFile or lock leaves behind.
-bool is_temporary_name(std::string_view name);
 /// Throws ResourceError.
 void remove_if_there(const std::filesystem::path& path);
 void remove_temporary_files(const std::filesystem::path& folder);
@@ -34,7 +31,8 @@ void remove_temporary_files(const std::filesystem::path& folder);
 int64_t frames_bytes(const Record& record);
 /// The bytes of quarantine.jsonl; empty: there is to be no file.
 std::string quarantine_text(std::span<const Quarantined> quarantined);
-void write_quarantine(const std::filesystem::path& folder,
+/// Returns whether the file had to be changed.
+bool write_quarantine(const std::filesystem::path& folder,
                       std::span<const Quarantined> quarantined);
 /// The message of an error about `path` without the path, the hint and line breaks.
 std::string plain_message(const std::exception& error, const std::filesystem::path& path);
@@ -49,10 +47,12 @@ std::string sample_problem(const Segment& segment, int64_t row);
 std::vector<WantedItem> items_of(const Index& index);
 
 /// Puts a new manifest in place, and a new index unless `index_bytes` is empty, so that a kill in
-/// between leaves no manifest with another index. Throws ResourceError.
+/// between leaves no manifest with another index. `before_manifest` is called when a new index is
+/// in place and the manifest is not: where it throws there is none. Throws ResourceError.
 void publish_files(const std::filesystem::path& folder,
                    std::string_view manifest_text,
-                   std::span<const std::byte> index_bytes);
+                   std::span<const std::byte> index_bytes,
+                   const std::function<void()>& before_manifest = {});
 /// Ends a publication that was killed behind the point where the old manifest was gone: both new
 /// files are there and whole under their temporary names, or the index is published already. Else
 /// does nothing. Under the writer's lock.
@@ -95,6 +95,9 @@ struct Folder {
   /// Writes quarantine.jsonl, index and manifest for `publication`, unless they say so already.
   /// `provenance` is the manifest's. Returns whether it wrote a manifest.
   bool publish(const Publication& publication, const nlohmann::json& provenance);
+  /// publish() of what the manifest says already, for segments that have moved.
+  bool publish_again();
+  bool wrote_quarantine = false;  // by publish()
 };
 
 }  // namespace flux::cache

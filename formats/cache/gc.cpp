@@ -28,16 +28,10 @@ int64_t file_bytes(const fs::path& path) {
   return error ? 0 : static_cast<int64_t>(bytes);
 }
 
-bool is_of_the_format(std::string_view name) {
-  return is_segment_name(name) || is_journal_name(name) || is_temporary_name(name) ||
-         is_reader_lock_name(name) || name == kManifestName || name == kIndexName ||
-         name == kQuarantineName;
-}
-
 int64_t bytes_of(const fs::path& folder) {
   int64_t bytes = 0;
   for (const auto& name : names_in(folder)) {
-    if (is_of_the_format(name)) bytes += file_bytes(folder / name);
+    if (is_file_of_cache(name)) bytes += file_bytes(folder / name);
   }
   return bytes;
 }
@@ -51,9 +45,12 @@ struct Plan {
 
 }  // namespace
 
-GcReport collect_garbage(const fs::path& folder, bool dry_run) {
-  std::error_code error;
-  if (!fs::is_directory(folder, error) || !has_unfinished_publication(folder))
+GcReport collect_garbage(const fs::path& folder,
+                         bool dry_run,
+                         const std::function<void(int64_t, int64_t)>& progress) {
+  require_folder(folder);
+  refuse_foreign_files(folder);
+  if (!has_unfinished_publication(folder))
     read_manifest(folder);  // throws before anything is made in a folder that is no cache
   require_no_readers(folder);
   std::optional<WriterLock> lock;
@@ -67,11 +64,7 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
   state.recipe = state.previous->recipe;
   state.shard = state.previous->shard;
   const Manifest manifest = *state.previous;
-  if (file_xxh3_128(folder / kIndexName) != manifest.index_xxh3_128) {
-    throw CacheError(fmt::format("{}: is not the manifest's", show(folder / kIndexName)),
-                     repair_hint(folder));
-  }
-  state.previous_index = read_index(folder / kIndexName, state.recipe.kind);
+  state.previous_index = read_index_of(folder, manifest);
 
   GcReport report;
   report.kept_samples = manifest.num_samples;
@@ -80,19 +73,20 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
   for (const auto& entry : manifest.segments) wanted[entry.name];
   for (const auto& variant : state.previous_index.variants()) {
     if (variant.segment == kOtherShard) continue;
-    if (variant.segment >= manifest.segments.size()) {
-      throw CacheError(fmt::format("{}: names segment {} of {}",
-                                   show(folder / kIndexName),
-                                   variant.segment,
-                                   manifest.segments.size()),
-                       repair_hint(folder));
-    }
     wanted[manifest.segments[variant.segment].name].insert(variant.row);
   }
 
+  // segments are looked into, and some are read and written
+  int64_t total = 0, done = 0;
+  const auto names = names_in(folder);
+  for (const auto& name : names) total += is_segment_name(name) ? file_bytes(folder / name) : 0;
+  const auto advance = [&](int64_t bytes) {
+    done += bytes;
+    if (progress) progress(done, total);
+  };
   Plan plan;
   int64_t freed = 0;
-  for (const auto& name : names_in(folder)) {
+  for (const auto& name : names) {
     const fs::path path = folder / name;
     if (is_temporary_name(name) || is_reader_lock_name(name)) {
       plan.others.push_back(name);
@@ -103,6 +97,7 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
       report.removed_samples += std::ssize(parse_journal(MappedFile(path).bytes(), path).records);
     }
     if (!is_segment_name(name)) continue;
+    advance(file_bytes(path));
     const auto rows = wanted.find(name);
     std::optional<Segment> segment;
     try {
@@ -148,7 +143,9 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
   report.bytes_after = report.bytes_before - freed;
   if (dry_run) return report;
 
+  for (const auto& [name, rows] : plan.rewrite) total += file_bytes(folder / name);
   for (const auto& [name, rows] : plan.rewrite) {
+    advance(0);
     const Segment segment(folder / name);
     std::vector<Record> records;
     for (const int64_t row : rows) {
@@ -158,6 +155,7 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
       records.push_back(segment.record(row));
     }
     state.publish_segment(segment.header(), records);
+    advance(file_bytes(folder / name));
   }
   for (const auto& variant : state.previous_index.variants()) {
     if (variant.segment == kOtherShard || state.places.contains(variant.key)) continue;
@@ -167,12 +165,7 @@ GcReport collect_garbage(const fs::path& folder, bool dry_run) {
                                  manifest.segments[variant.segment].name),
                      repair_hint(folder));
   }
-  Publication publication;
-  publication.items = items_of(state.previous_index);
-  publication.plan = manifest.plan;
-  publication.plan_digest = manifest.plan_digest;
-  publication.quarantined = manifest.quarantined;
-  state.publish(publication, manifest.provenance);
+  state.publish_again();
 
   // a reader that came meanwhile may have read the old manifest; one that comes later reads the new
   require_no_readers(folder);

@@ -8,6 +8,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/folder.h"
 #include "formats/cache/header.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/tables.h"
@@ -148,11 +149,36 @@ Index read_index(const std::filesystem::path& path, Kind kind) {
   return out;
 }
 
-Index read_index_of(const std::filesystem::path& folder, Kind kind, std::string_view xxh3_128) {
+Index read_index_of(const std::filesystem::path& folder, const Manifest& manifest) {
   const auto path = folder / kIndexName;
-  if (xxh3_128_hex(MappedFile(path).bytes()) != xxh3_128)
-    throw CacheError(show(path) + ": is not the manifest's");
-  return read_index(path, kind);
+  return with_repair_hint(folder, [&] {
+    if (!is_there(path)) throw CacheError(show(path) + ": is absent; the manifest names it");
+    const std::string found = file_xxh3_128(path);
+    if (found != manifest.index_xxh3_128) {
+      throw CacheError(fmt::format("{}: is damaged: XXH3-128 {}, the manifest says {}",
+                                   show(path),
+                                   found,
+                                   manifest.index_xxh3_128),
+                       repair_hint(folder));
+    }
+    Index index = read_index(path, manifest.recipe.kind);
+    for (const auto& variant : index.variants()) {
+      if (variant.segment == kOtherShard && manifest.shard.count > 1) continue;
+      if (variant.segment >= manifest.segments.size()) {
+        throw CacheError(fmt::format(
+            "{}: names segment {} of {}", show(path), variant.segment, manifest.segments.size()));
+      }
+      const SegmentEntry& segment = manifest.segments[variant.segment];
+      if (variant.row >= segment.num_samples) {
+        throw CacheError(fmt::format("{}: names sample {} of {} in {}",
+                                     show(path),
+                                     variant.row,
+                                     segment.num_samples,
+                                     segment.name));
+      }
+    }
+    return index;
+  });
 }
 
 }  // namespace flux::cache

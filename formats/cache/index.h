@@ -12,6 +12,8 @@
 
 namespace flux::cache {
 
+struct Manifest;
+
 /// On an item: not part of the data set, but the record used where a caption is dropped (text); the
 /// join leaves it out.
 inline constexpr uint32_t kItemEmptyCaption = 1;
@@ -71,8 +73,8 @@ class Index {
 std::vector<std::byte> encode_index(const Index& index, Kind kind);
 /// Throws CacheError naming the first rule of FORMAT.md that the file breaks.
 Index read_index(const std::filesystem::path& path, Kind kind);
-/// The index of a folder, once its XXH3-128 is the one that the manifest says. Throws CacheError;
-/// InputError if it cannot be read.
-Index read_index_of(const std::filesystem::path& folder, Kind kind, std::string_view xxh3_128);
+/// The index of a manifest: its XXH3-128 is the one that the manifest says, and it names only
+/// segments and samples that the manifest has. Throws CacheError with the hint to repair.
+Index read_index_of(const std::filesystem::path& folder, const Manifest& manifest);
 
 }  // namespace flux::cache

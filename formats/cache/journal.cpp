@@ -21,7 +21,7 @@
 namespace flux::cache {
 namespace {
 
-constexpr std::string_view kHeaderMagic = "FXCJHEAD", kRecordMagic = "FXCJSMPL";
+constexpr std::string_view kHeaderMagic = kJournalMagic, kRecordMagic = "FXCJSMPL";
 constexpr size_t kMaxBlock = size_t{1} << 30;
 constexpr auto kSyncEvery = std::chrono::seconds(1);
 
@@ -279,7 +279,10 @@ void Journal::remove() {
   unlink(path_.c_str());
 }
 
-bool is_journal_name(std::string_view name) { return name.starts_with(".journal-"); }
+bool is_journal_name(std::string_view name) {
+  constexpr std::string_view kStart = ".journal-";
+  return name.starts_with(kStart) && is_hex(name.substr(kStart.size()), 16);
+}
 
 JournalContent parse_journal(std::span<const std::byte> bytes, const std::filesystem::path& path) {
   JournalContent out;

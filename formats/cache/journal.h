@@ -52,6 +52,9 @@ class Journal {
   std::jthread flusher_;
 };
 
+/// What a journal starts with.
+inline constexpr std::string_view kJournalMagic = "FXCJHEAD";
+/// ".journal-<16 hex digits>"
 bool is_journal_name(std::string_view name);
 
 struct JournalContent {

@@ -18,6 +18,7 @@
 #include "common/core/file.h"
 #include "common/core/hash.h"
 #include "common/core/text.h"
+#include "formats/cache/files.h"
 #include "formats/cache/schema.h"
 
 namespace flux::cache {
@@ -69,10 +70,14 @@ std::string this_process() {
   return owner.dump() + "\n";
 }
 
+// Nothing: there is no file of this name. Empty: one that tells nothing (a folder, no permission).
 std::optional<std::string> content(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return std::nullopt;
-  return std::string(std::istreambuf_iterator<char>(file), {});
+  constexpr uint64_t kMaxBytes = 1 << 16;
+  try {
+    return read_file(path, kMaxBytes);
+  } catch (const InputError&) {
+    return is_there(path) ? std::optional(std::string()) : std::nullopt;
+  }
 }
 
 // Whether the process that wrote this lock has certainly ended.
@@ -158,11 +163,18 @@ void remove_dead(const fs::path& folder, const fs::path& path, const std::string
 }  // namespace
 
 WriterLock::WriterLock(const fs::path& folder)
-    : path_(folder / ".writer.lock"), owner_(this_process()) {
+    : path_(folder / kWriterLockName), owner_(this_process()) {
   for (int attempt = 0; attempt < 100; ++attempt) {
     if (make_lock(path_, owner_)) return;
     const auto other = content(path_);
     if (!other) continue;  // released meanwhile
+    std::error_code error;
+    if (const auto status = fs::symlink_status(path_, error);
+        fs::exists(status) && !fs::is_regular_file(status)) {
+      throw CacheError(
+          fmt::format("{}: has the name of the writer's lock, but is not a file", show(path_)),
+          "remove it, or move it away");
+    }
     if (!is_dead(*other)) {
       throw CacheError(
           fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
@@ -170,7 +182,9 @@ WriterLock::WriterLock(const fs::path& folder)
     }
     remove_dead(folder, path_, *other);
   }
-  throw CacheError(fmt::format("{}: the writer lock changes hands all the time", show(folder)));
+  throw CacheError(
+      fmt::format("{}: the writer lock changes hands all the time", show(folder)),
+      fmt::format("let one tool at a time write there; if none does, remove {}", show(path_)));
 }
 
 WriterLock::~WriterLock() {
@@ -208,7 +222,7 @@ std::vector<fs::path> require_no_readers(const fs::path& folder) {
     const fs::path& path = entry->path();
     if (!is_reader_lock_name(path.filename().native())) continue;
     const auto owner = content(path);
-    if (!owner && !fs::exists(path)) continue;  // released meanwhile
+    if (!owner && !is_there(path)) continue;  // released meanwhile
     if (!owner || !is_dead(*owner)) {
       throw CacheError(
           fmt::format(

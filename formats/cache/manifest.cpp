@@ -34,8 +34,10 @@ class Fields {
   }
 
   [[noreturn]] void refuse(const std::string& field, const std::string& text) const {
-    throw CacheError(fmt::format(
-        "{}: {}{}", show(path_), field.empty() ? "" : "'" + printable(field) + "' ", text));
+    throw CacheError(
+        fmt::format(
+            "{}: {}{}", show(path_), field.empty() ? "" : "'" + printable(field) + "' ", text),
+        repair_hint(path_.parent_path()));
   }
   const json& get(const char* field) {
     seen_.insert(field);
@@ -132,30 +134,32 @@ json to_json(const Manifest& manifest) {
 // nlohmann keeps the last of two members of one name; a manifest has each once.
 json parse_strictly(std::string_view text, const std::filesystem::path& path) {
   constexpr int kMaxDepth = 64;  // writing JSON is recursive
+  const std::string hint = repair_hint(path.parent_path());
   std::vector<std::set<std::string>> open;
   const auto watch = [&](int depth, json::parse_event_t event, json& value) {
     if (depth > kMaxDepth)
-      throw CacheError(fmt::format("{}: is nested deeper than {} levels", show(path), kMaxDepth));
+      throw CacheError(fmt::format("{}: is nested deeper than {} levels", show(path), kMaxDepth),
+                       hint);
     if (event == json::parse_event_t::object_start) open.emplace_back();
     if (event == json::parse_event_t::object_end) open.pop_back();
     if (event == json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
       throw CacheError(
-          fmt::format("{}: '{}' is there twice", show(path), printable(value.get<std::string>())));
+          fmt::format("{}: '{}' is there twice", show(path), printable(value.get<std::string>())),
+          hint);
     }
     return true;
   };
-  json value;
   try {
-    value = json::parse(text, watch);
+    return json::parse(text, watch);
   } catch (const json::parse_error& error) {
     throw CacheError(fmt::format("{}: is not JSON: damaged or cut off at byte {} of {}",
                                  show(path),
                                  error.byte,
-                                 text.size()));
+                                 text.size()),
+                     hint);
   } catch (const json::out_of_range&) {
-    throw CacheError(fmt::format("{}: holds a number that is too large", show(path)));
+    throw CacheError(fmt::format("{}: holds a number that is too large", show(path)), hint);
   }
-  return value;
 }
 
 std::string checksum_of(json object) {
@@ -254,7 +258,8 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
   try {
     check_recipe(out.recipe);
   } catch (const CacheError& error) {
-    throw CacheError(fmt::format("{}: {}", show(path), error.what()));
+    throw CacheError(fmt::format("{}: {}", show(path), error.what()),
+                     repair_hint(path.parent_path()));
   }
   return out;
 }
@@ -262,11 +267,7 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
 Manifest read_manifest(const std::filesystem::path& folder) {
   auto manifest = read_manifest_if_there(folder);
   if (!manifest) {
-    std::error_code error;
-    if (!std::filesystem::is_directory(folder, error)) {
-      throw CacheError(fmt::format("{}: no cache there: the folder does not exist", show(folder)),
-                       "check the path, or make the cache first");
-    }
+    require_folder(folder);
     throw CacheError(
         fmt::format("{}: not a complete cache: it has no {}", show(folder), kManifestName),
         "run the cache tool until it ends without an error: it goes on where it stopped");
@@ -281,7 +282,8 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   if (!std::filesystem::exists(status)) {
     if (error && error != std::errc::no_such_file_or_directory &&
         error != std::errc::not_a_directory) {
-      throw CacheError(fmt::format("{}: cannot be read: {}", show(path), error.message()));
+      throw CacheError(fmt::format("{}: cannot be read: {}", show(path), error.message()),
+                       "check the path and its permissions");
     }
     return std::nullopt;
   }
@@ -289,13 +291,9 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   try {
     text = read_file(path, kMaxManifestBytes);
   } catch (const InputError& failure) {
-    throw CacheError(failure.what());
+    throw CacheError(failure.what(), "check the path and its permissions");
   }
   return parse_manifest(text, path);
-}
-
-std::string repair_hint(const std::filesystem::path& folder) {
-  return fmt::format("flux-cache repair {}, then run the caching tool again", show(folder));
 }
 
 bool same_content(const Manifest& a, const Manifest& b) {
@@ -402,16 +400,18 @@ void require_joinable(const Manifest& latents,
       throw CacheError(fmt::format("{}: is a {} cache, expected {}",
                                    name,
                                    kind_name(manifest.recipe.kind),
-                                   kind_name(kind)));
+                                   kind_name(kind)),
+                       "check which folder was given to which flag");
     }
     if (manifest.shard.count != 1) {
-      throw CacheError(fmt::format("{}: is shard {} of {}, not a whole cache",
-                                   name,
-                                   manifest.shard.index,
-                                   manifest.shard.count),
-                       fmt::format("flux-cache merge {} ... --out DIR with all {} parts, and give DIR",
-                                   name,
-                                   manifest.shard.count));
+      throw CacheError(
+          fmt::format("{}: is shard {} of {}, not a whole cache",
+                      name,
+                      manifest.shard.index,
+                      manifest.shard.count),
+          fmt::format("flux-cache merge {} ... --out DIR with all {} parts, and give DIR",
+                      name,
+                      manifest.shard.count));
     }
   };
   require_kind(latents, latents_name, Kind::kLatents);

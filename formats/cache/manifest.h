@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "formats/cache/files.h"
 #include "formats/cache/schema.h"
 
 namespace flux::cache {
@@ -57,9 +58,6 @@ struct Manifest {
   nlohmann::json provenance = nlohmann::json::object();
 };
 
-inline constexpr char kManifestName[] = "manifest.json";
-inline constexpr char kIndexName[] = "index.h5";
-
 /// The canonical text of FORMAT.md section 6, with its checksum.
 std::string manifest_text(const Manifest& manifest);
 /// Throws CacheError naming `path`, the field, and what it holds and should hold.
@@ -69,8 +67,6 @@ Manifest parse_manifest(std::string_view text, const std::filesystem::path& path
 Manifest read_manifest(const std::filesystem::path& folder);
 /// Nothing if there is no manifest.json; throws as read_manifest does otherwise.
 std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& folder);
-/// What to do about damage: the hint of errors about it.
-std::string repair_hint(const std::filesystem::path& folder);
 /// Equal but for provenance.
 bool same_content(const Manifest& a, const Manifest& b);
 

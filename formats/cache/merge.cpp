@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <map>
+#include <memory>
 #include <set>
 #include <system_error>
 #include <unordered_map>
@@ -38,19 +39,6 @@ struct Source {
   fs::path folder;
   SegmentEntry entry;
 };
-
-Index index_of(const Part& part) {
-  const fs::path path = part.folder / kIndexName;
-  const std::string found = file_xxh3_128(path);
-  if (found != part.manifest.index_xxh3_128) {
-    throw CacheError(fmt::format("{}: is damaged: XXH3-128 {}, the manifest says {}",
-                                 show(path),
-                                 found,
-                                 part.manifest.index_xxh3_128),
-                     repair_hint(part.folder));
-  }
-  return read_index(path, part.manifest.recipe.kind);
-}
 
 void require_same_recipe(const Part& part, const Part& first) {
   const Manifest &a = part.manifest, &b = first.manifest;
@@ -86,8 +74,7 @@ void require_all_shards(const std::vector<Part>& parts) {
     const int64_t more = count - std::ssize(indices) - named;
     if (more > 0) missing += fmt::format("\n  and {} more", more);
   }
-  throw CacheError(fmt::format("{}", missing),
-                   "make it with --shard and the same flags, and name its folder too");
+  throw CacheError(missing, "make it with --shard and the same flags, and name its folder too");
 }
 
 // The union of the parts' bad items; of one item's reasons the first by its text, whatever the
@@ -194,7 +181,7 @@ bool same_file(const fs::path& a, const fs::path& b) {
 // Gives `source` a name in `out`. A segment there under this name has to be the same.
 void bring(const Source& source, const fs::path& out, const Manifest* known, MergeReport& report) {
   const fs::path from = source.folder / source.entry.name, to = out / source.entry.name;
-  if (fs::exists(to)) {
+  if (is_there(to)) {
     ++report.already;
     // what the last merge checked need not be read again
     const auto is_known = [&](const SegmentEntry& entry) { return entry == source.entry; };
@@ -246,19 +233,12 @@ nlohmann::json summed_seconds(const std::vector<Part>& parts) {
   return sum;
 }
 
-}  // namespace
-
-MergeReport merge_caches(std::span<const fs::path> inputs,
-                         const fs::path& out,
-                         const Provenance& provenance,
-                         bool strict,
-                         const Progress& progress) {
+MergeReport merge(std::span<const fs::path> inputs,
+                  const fs::path& out,
+                  const Provenance& provenance,
+                  bool strict,
+                  const Progress& progress) {
   MergeReport report;
-  std::error_code not_there;
-  if (fs::is_directory(out, not_there) && has_unfinished_publication(out)) {
-    const WriterLock lock(out);  // it may be one of the inputs
-    finish_publication(out);
-  }
   std::vector<Part> parts;
   for (const fs::path& folder : inputs) {
     const bool again = std::ranges::any_of(
@@ -285,7 +265,7 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
   for (const auto& item : publication.quarantined) bad.insert(item.item);
   std::unordered_set<Sha256Digest, DigestHash> placed;
   for (const Part& part : parts) {
-    const Index index = index_of(part);
+    const Index index = read_index_of(part.folder, part.manifest);
     for (const auto& variant : index.variants()) {
       if (variant.segment != kOtherShard) placed.insert(variant.key);
     }
@@ -321,7 +301,8 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
       throw CacheError(fmt::format("{} is another file in {} than in {}",
                                    entry.name,
                                    show(part.folder),
-                                   show(found->second.folder)));
+                                   show(found->second.folder)),
+                       "run flux-cache verify on both, and name the whole one alone");
     }
   }
   struct Held {
@@ -330,12 +311,8 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
   };
   std::unordered_map<Sha256Digest, Held, DigestHash> held;
   for (const auto& [name, source] : sources) {
-    std::optional<Segment> segment;
-    try {
-      segment.emplace(source.folder / name);
-    } catch (const CacheError& error) {
-      throw CacheError(error.what(), repair_hint(source.folder));
-    }
+    const auto segment = with_repair_hint(
+        source.folder, [&] { return std::make_unique<const Segment>(source.folder / name); });
     for (const SampleInfo& sample : segment->samples()) {
       if (!wanted.contains(sample.key)) continue;
       const auto [found, is_new] = held.try_emplace(sample.key, Held{sample.tensor_xxh3});
@@ -375,6 +352,11 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
     if (report.linked > 0) sync_folder(out);
     return entries;
   };
+  std::error_code not_there;
+  if (fs::is_directory(out, not_there) && has_unfinished_publication(out)) {
+    const WriterLock lock(out);
+    finish_publication(out);
+  }
   Writer writer(out, parts[0].manifest.recipe, provenance, options);
   report.changed = writer.publish(publication);
   const Manifest result = read_manifest(out);
@@ -382,6 +364,25 @@ MergeReport merge_caches(std::span<const fs::path> inputs,
   report.num_samples = result.num_samples;
   report.num_segments = std::ssize(result.segments);
   report.num_quarantined = std::ssize(result.quarantined);
+  return report;
+}
+
+}  // namespace
+
+MergeReport merge_caches(std::span<const fs::path> inputs,
+                         const fs::path& out,
+                         const Provenance& provenance,
+                         bool strict,
+                         const Progress& progress) {
+  for (const fs::path& input : inputs) {
+    if (!same_file(input, out)) continue;
+    throw UsageError(fmt::format("{}: is one of the parts; parts stay as they are", show(out)),
+                     "name another folder with --out");
+  }
+  refuse_foreign_files(out);
+  MergeReport report;
+  read_unchanged({inputs.begin(), inputs.end()},
+                 [&] { report = merge(inputs, out, provenance, strict, progress); });
   return report;
 }
 

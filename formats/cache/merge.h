@@ -30,7 +30,7 @@ struct MergeReport {
 /// index; one manifest, written last, that says shard 0 of 1. Inputs are only read. They are parts
 /// (shard i of n) or whole caches of the same kind, recipe (parameters, weights, tokenizers), plan
 /// and items, complete, in any order, some perhaps twice; `out` is absent, empty, or holds an
-/// earlier or interrupted merge; it may be one of the inputs. An item that one part quarantined is
+/// earlier or interrupted merge, and is none of the inputs. An item that one part quarantined is
 /// quarantined in the result. Of samples with one key the one in the segment whose name comes first
 /// counts; if their bits differ that is a conflict, which `strict` refuses. Each segment's XXH3-128
 /// is checked before its link counts. A kill at any moment leaves a folder that the same call
@@ -39,7 +39,8 @@ struct MergeReport {
 /// `provenance` tells who merges. `progress` gets bytes of segments done and in total. Throws
 /// CacheError: an input is no complete cache, parts disagree (naming the field or the item), a part
 /// is missing ("shard 1 of 3 is missing"), damaged, conflicts with `strict`, another writer is at
-/// work in `out`, `out` holds another kind. Throws ResourceError if a write fails.
+/// work in `out`, `out` holds another kind or a file that is not ours, an input has changed while it
+/// was read. Throws UsageError if `out` is an input, ResourceError if a write fails.
 MergeReport merge_caches(std::span<const std::filesystem::path> inputs,
                          const std::filesystem::path& out,
                          const Provenance& provenance,

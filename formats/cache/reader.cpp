@@ -14,6 +14,7 @@
 #include "common/core/text.h"
 #include "formats/cache/folder.h"
 #include "formats/cache/header.h"
+#include "formats/cache/journal.h"
 #include "formats/cache/segment_reader.h"
 
 namespace flux::cache {
@@ -41,15 +42,8 @@ struct Cache::State {
 
   // What `read` throws about a segment, with what to do about it.
   template <class Read>
-  auto hinted(Read read) const {
-    try {
-      return read();
-    } catch (const SchemaError&) {
-      throw;
-    } catch (const CacheError& error) {
-      if (std::string_view(error.what()).find("\n  hint: ") != std::string_view::npos) throw;
-      throw CacheError(error.what(), repair_hint(folder));
-    }
+  auto hinted(const Read& read) const {
+    return with_repair_hint(folder, read);
   }
 
   std::shared_ptr<const Segment> find_open(uint32_t number) {
@@ -130,26 +124,7 @@ Cache::Cache(const std::filesystem::path& folder, Kind kind) : state_(std::make_
     if (bytes != static_cast<uintmax_t>(entry.bytes))
       s.refuse(entry.name, fmt::format("has {} bytes, the manifest says {}", bytes, entry.bytes));
   }
-  try {
-    const MappedFile index(folder / kIndexName);
-    const std::string found = xxh3_128_hex(index.bytes());
-    if (found != s.manifest.index_xxh3_128) {
-      s.refuse(
-          kIndexName,
-          fmt::format(
-              "is damaged: XXH3-128 {}, the manifest says {}", found, s.manifest.index_xxh3_128));
-    }
-  } catch (const InputError& error) {
-    throw CacheError(error.what(), repair_hint(folder));
-  }
-  s.index = s.hinted([&] { return read_index(folder / kIndexName, kind); });
-  for (const auto& variant : s.index.variants()) {
-    if (variant.segment == kOtherShard && s.manifest.shard.count > 1) continue;
-    if (variant.segment >= s.manifest.segments.size()) {
-      s.refuse(kIndexName,
-               fmt::format("names segment {} of {}", variant.segment, s.manifest.segments.size()));
-    }
-  }
+  s.index = read_index_of(folder, s.manifest);
 }
 
 Cache::~Cache() = default;
@@ -163,19 +138,49 @@ SampleInfo Cache::read_into(const IndexVariant& variant,
                             std::span<const std::span<std::byte>> tensors) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  state_->hinted([&] { segment->read(variant.row, tensors, FrameChecksum::kSkip); });
+  state_->hinted([&] { segment->read(variant.row, tensors); });
   return info;
 }
 
 Sample Cache::read(const IndexVariant& variant) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  return {info, state_->hinted([&] { return segment->read(variant.row, FrameChecksum::kSkip); })};
+  return {info, state_->hinted([&] { return segment->read(variant.row); })};
 }
 
 SampleInfo Cache::info(const IndexVariant& variant) const {
   const auto segment = state_->segment(variant.segment);
   return state_->info(*segment, variant);
+}
+
+nlohmann::json newest_parameters(const std::filesystem::path& folder) {
+  try {
+    if (const auto manifest = read_manifest_if_there(folder)) return manifest->recipe.parameters;
+  } catch (const CacheError&) {
+    // what made the segments counts, then
+  }
+  std::string newest;
+  nlohmann::json parameters = nlohmann::json::object();
+  const auto take = [&](const SegmentHeader& header) {
+    if (header.created < newest) return;
+    newest = header.created;
+    parameters = header.recipe.parameters;
+  };
+  std::error_code error;
+  if (!std::filesystem::is_directory(folder, error)) return parameters;
+  for (const auto& name : names_in(folder)) {
+    const std::filesystem::path path = folder / name;
+    try {
+      if (is_segment_name(name)) take(Segment(path).header());
+      if (!is_journal_name(name)) continue;
+      const MappedFile file(path);
+      const auto content = parse_journal(file.bytes(), path);
+      if (content.valid_bytes > 0) take(content.header);
+    } catch (const Error&) {
+      // told by what opens it next
+    }
+  }
+  return parameters;
 }
 
 }  // namespace flux::cache

@@ -52,4 +52,9 @@ class Cache {
   std::unique_ptr<State> state_;
 };
 
+/// How the samples of a folder were made last: the parameters of its manifest; without one, of the
+/// newest segment or journal (by the time that it says it was made at); an empty object if nothing
+/// can be read.
+nlohmann::json newest_parameters(const std::filesystem::path& folder);
+
 }  // namespace flux::cache

@@ -40,6 +40,7 @@ class Repair {
   RepairReport run() {
     const fs::path& folder = state_.folder;
     require_cache();
+    refuse_foreign_files(folder);
     const WriterLock lock(folder);
     finish_publication(folder);
     remove_temporary_files(folder);
@@ -53,19 +54,19 @@ class Repair {
       remove_if_there(folder / kManifestName);
       sync_folder(folder);
       state_.previous.reset();
+      // nothing vouches for these any more
+      if (!index_reads_) remove_if_there(folder / kIndexName);
+      if (manifest_reads_) write_quarantine(folder, manifest_.quarantined);
     }
-    for (const Damaged& file : damaged_) salvage(file);
+    for (const Damaged& file : damaged_) {
+      advance(0);
+      salvage(file);
+    }
     take_kind_of_journals();
     report_.recovered = state_.recover_journals(names_);
     bool published = false;
     if (state_.previous) {
-      const Manifest manifest = *state_.previous;
-      Publication publication;
-      publication.items = items_of(state_.previous_index);
-      publication.plan = manifest.plan;
-      publication.plan_digest = manifest.plan_digest;
-      publication.quarantined = manifest.quarantined;
-      published = state_.publish(publication, manifest.provenance);
+      published = state_.publish_again() || state_.wrote_quarantine;
     }
     if (!damaged_.empty()) require_no_readers(folder);
     for (const Damaged& file : damaged_) {
@@ -82,9 +83,8 @@ class Repair {
  private:
   // Before anything is made in a folder that is no cache.
   void require_cache() const {
-    std::error_code error;
     const fs::path& folder = state_.folder;
-    if (!fs::is_directory(folder, error)) read_manifest(folder);  // throws: no such folder
+    require_folder(folder);
     const auto is_ours = [](const std::string& name) {
       return is_segment_name(name) || is_journal_name(name) || name == kManifestName;
     };
@@ -98,16 +98,17 @@ class Repair {
   void read_manifest_and_index() {
     const fs::path& folder = state_.folder;
     names_ = names_in(folder);
-    has_manifest_ = fs::exists(folder / kManifestName);
+    has_manifest_ = is_there(folder / kManifestName);
     try {
       state_.previous = read_manifest_if_there(folder);
     } catch (const SchemaError&) {
       throw;
-    } catch (const CacheError&) {
-      // damaged: it goes
+    } catch (const CacheError& error) {
+      withdraw_for(kManifestName, error);
     }
     if (state_.previous) {
       manifest_ = *state_.previous;
+      manifest_reads_ = true;
       state_.recipe = state_.previous->recipe;
       state_.shard = state_.previous->shard;
       has_kind_ = true;
@@ -116,14 +117,20 @@ class Repair {
     for (const Kind kind : {Kind::kLatents, Kind::kText}) {
       if (has_kind_ && kind != state_.recipe.kind) continue;
       try {
+        if (state_.previous) read_index_of(folder, manifest_);
+      } catch (const SchemaError&) {
+        throw;
+      } catch (const CacheError& error) {
+        withdraw_for(kIndexName, error);
+      }
+      try {
         state_.previous_index = read_index(folder / kIndexName, kind);
-        if (state_.previous && file_xxh3_128(folder / kIndexName) != manifest_.index_xxh3_128)
-          state_.previous.reset();
+        index_reads_ = true;
         break;
       } catch (const SchemaError&) {
         throw;
       } catch (const CacheError&) {
-        state_.previous.reset();
+        // nothing tells the paths
       }
     }
     const Index& index = state_.previous_index;
@@ -131,12 +138,21 @@ class Repair {
       for (const auto& variant : index.variants(i)) {
         if (variant.segment == kOtherShard) continue;
         paths_.try_emplace(variant.key, index.path(i));
-        if (state_.previous && variant.segment < manifest_.segments.size())
-          keys_of_[manifest_.segments[variant.segment].name].insert(variant.key);
-        else
-          state_.previous.reset();  // it names segments that its manifest does not have
+        if (state_.previous) keys_of_[manifest_.segments[variant.segment].name].insert(variant.key);
       }
     }
+  }
+
+  // Without the index, or without itself, the manifest cannot stay: only the data set tells which
+  // items there are.
+  void withdraw_for(const char* name, const CacheError& error) {
+    state_.previous.reset();
+    report_.unreadable = fmt::format("{}: {}", name, plain_message(error, state_.folder / name));
+  }
+
+  void advance(int64_t bytes) {
+    done_ += bytes;
+    if (progress_) progress_(done_, total_);
   }
 
   LostSample lost(const SampleInfo& sample, const std::string& file, std::string reason) const {
@@ -163,17 +179,15 @@ class Repair {
   void check_segments() {
     const fs::path& folder = state_.folder;
     std::map<std::string, int64_t> files;
-    int64_t total = 0, done = 0;
     for (const auto& name : names_) {
       if (!is_segment_name(name)) continue;
       std::error_code error;
       const auto bytes = fs::file_size(folder / name, error);
-      total += files[name] = error ? 0 : static_cast<int64_t>(bytes);
+      total_ += files[name] = error ? 0 : static_cast<int64_t>(bytes);
     }
     for (const auto& [name, bytes] : files) {
       check_segment(name, bytes);
-      done += bytes;
-      if (progress_) progress_(done, total);
+      advance(bytes);
     }
   }
 
@@ -272,9 +286,10 @@ class Repair {
 
   Folder state_;
   std::function<void(int64_t, int64_t)> progress_;
+  int64_t done_ = 0, total_ = 0;  // bytes
   RepairReport report_;
   Manifest manifest_;  // what it said, even where it goes
-  bool has_manifest_ = false, has_kind_ = false;
+  bool has_manifest_ = false, has_kind_ = false, manifest_reads_ = false, index_reads_ = false;
   std::vector<std::string> names_;
   std::vector<Damaged> damaged_;
   std::unordered_map<Sha256Digest, std::string, DigestHash> paths_;  // of the index's samples

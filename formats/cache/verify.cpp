@@ -29,7 +29,9 @@ class Verifier {
       : folder_(folder), progress_(progress) {}
 
   std::vector<Finding> run(bool deep) {
-    if (!fs::exists(folder_ / kManifestName)) read_manifest(folder_);  // throws: no cache
+    require_folder(folder_);
+    refuse_foreign_manifest(folder_);
+    if (!is_there(folder_ / kManifestName)) read_manifest(folder_);  // throws: no cache
     names_ = names_in(folder_);
     for (const auto& name : names_) {
       if (is_segment_name(name)) disk_bytes_ += file_bytes(name).value_or(0);
@@ -40,9 +42,10 @@ class Verifier {
       total_ += manifest_->index_bytes;
       for (const auto& entry : manifest_->segments) total_ += entry.bytes;
       check_quarantine();
-      check_file(kIndexName, manifest_->index_bytes, manifest_->index_xxh3_128);
-      attempt(kIndexName,
-              [&] { index_ = read_index(folder_ / kIndexName, manifest_->recipe.kind); });
+      if (check_file(kIndexName, manifest_->index_bytes, manifest_->index_xxh3_128)) {
+        attempt(kIndexName,
+                [&] { index_ = read_index(folder_ / kIndexName, manifest_->recipe.kind); });
+      }
       if (index_) check_index();
       for (const auto& entry : manifest_->segments)
         check_file(entry.name, entry.bytes, entry.xxh3_128);
@@ -81,7 +84,9 @@ class Verifier {
     return static_cast<int64_t>(bytes);
   }
 
-  void check_file(const std::string& name, int64_t bytes, const std::string& xxh3_128) {
+  // Whether it is the file that the manifest names.
+  bool check_file(const std::string& name, int64_t bytes, const std::string& xxh3_128) {
+    const size_t before = findings_.size();
     const auto found = file_bytes(name);
     if (!found) {
       find(name, {}, "is absent or cannot be read; the manifest names it");
@@ -95,13 +100,14 @@ class Verifier {
       });
     }
     advance(bytes);
+    return findings_.size() == before;
   }
 
   void check_quarantine() {
     const std::string expected = quarantine_text(manifest_->quarantined);
     attempt(kQuarantineName, [&] {
       const fs::path path = folder_ / kQuarantineName;
-      const std::string found = fs::exists(path) ? read_file(path) : std::string();
+      const std::string found = is_there(path) ? read_file(path) : std::string();
       if (found != expected) {
         find(kQuarantineName,
              {},

@@ -42,7 +42,7 @@ struct Writer::State : Folder {
       previous = read_manifest_if_there(folder);
       if (!previous) return;
       refuse_kind(folder / kManifestName, previous->recipe.kind);
-      previous_index = read_index_of(folder, recipe.kind, previous->index_xxh3_128);
+      previous_index = read_index_of(folder, *previous);
     } catch (const SchemaError&) {
       throw;
     } catch (const Error& error) {
@@ -61,22 +61,15 @@ struct Writer::State : Folder {
     }
     for (const auto& name : names) {
       if (!is_segment_name(name)) continue;
-      std::optional<Segment> segment;
-      try {
-        segment.emplace(folder / name);
-      } catch (const SchemaError&) {
-        throw;
-      } catch (const CacheError& error) {
-        throw CacheError(error.what(), repair_hint(folder));
-      }
+      const auto segment =
+          with_repair_hint(folder, [&] { return std::make_unique<const Segment>(folder / name); });
       refuse_kind(segment->path(), segment->layout().kind);
-      SegmentFile file{
-          name, static_cast<int64_t>(fs::file_size(folder / name)), segment->num_samples(), {}};
+      SegmentFile file{name, bytes_of_file(folder / name), segment->num_samples(), {}};
       const auto entry = known.find(name);
       if (entry != known.end() && entry->second->bytes == file.bytes)
         file.xxh3_128 = entry->second->xxh3_128;
       if (options.verify_segments && entry != known.end()) {
-        const auto found = xxh3_128_hex(MappedFile(folder / name).bytes());
+        const auto found = file_xxh3_128(folder / name);
         if (found != entry->second->xxh3_128) {
           throw CacheError(fmt::format("{}: damaged: XXH3-128 {}, the manifest says {}",
                                        show(folder / name),
@@ -171,6 +164,7 @@ Writer::Writer(const fs::path& folder,
   s.provenance = provenance;
   s.options = options;
   s.layout = check_recipe(recipe);
+  refuse_foreign_files(folder);
   make_folder(folder);
   s.lock = std::make_unique<WriterLock>(folder);
   remove_temporary_files(folder);

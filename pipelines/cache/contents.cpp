@@ -24,34 +24,28 @@ constexpr uint32_t kPixelsPerLatent = 8;
 struct Names {
   std::vector<std::string> segments, journals;
   std::optional<FileStamp> manifest;  // another one has another stamp
-  bool others = false;  // files that are not of the format
-  int64_t bytes = 0;    // of those that are
+  bool others = false;                // files that are not of the format
+  int64_t bytes = 0;                  // of those that are
 };
 
 Names names_in_cache(const fs::path& folder) {
+  require_folder(folder);
   std::error_code error;
-  if (!fs::is_directory(folder, error)) {
-    throw CacheError(
-        fmt::format("{}: {}",
-                    show(folder),
-                    fs::exists(folder, error) ? "not a folder" : "there is no such folder"),
-        "give the folder that --out of a cache tool named");
-  }
   Names names;
   fs::directory_iterator entry(folder, error), end;
   for (; !error && entry != end; entry.increment(error)) {
     const std::string name = entry->path().filename().native();
-    const bool ours = is_segment_name(name) || is_journal_name(name) || name == kManifestName ||
-                      name == kIndexName || name == "quarantine.jsonl" || name.starts_with(".");
+    const bool ours = is_file_of_cache(name);
     if (is_segment_name(name)) names.segments.push_back(name);
     if (is_journal_name(name)) names.journals.push_back(name);
-    if (!ours) names.others = true;
+    if (!ours && !name.starts_with(".")) names.others = true;
     std::error_code gone;  // a writer may be at work
     const auto bytes = ours ? fs::file_size(entry->path(), gone) : 0;
     if (!gone) names.bytes += static_cast<int64_t>(bytes);
   }
   if (error)
-    throw CacheError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()));
+    throw CacheError(fmt::format("{}: cannot be listed: {}", show(folder), error.message()),
+                     "check its permissions");
   try {
     names.manifest = file_stamp(folder / kManifestName);
   } catch (const InputError&) {  // none, or one that will be told about when it is read
@@ -80,7 +74,7 @@ class Reader {
     choose_samples();
     if (out_.manifest) {
       const auto& p = out_.manifest->provenance;
-      const auto text = [&](const char* name) { return p.value(name, std::string()); };
+      const auto text = [&](const char* name) { return value_of(p, name, std::string()); };
       out_.header = {out_.manifest->recipe,
                      {text("tool"), text("tool_version"), text("command_line"), text("device")},
                      text("created")};
@@ -120,9 +114,7 @@ class Reader {
     attempt([&] { out_.manifest = read_manifest_if_there(out_.folder); });
     if (!out_.manifest) return;
     take_kind(out_.manifest->recipe.kind, kManifestName);
-    attempt([&] {
-      out_.index = read_index_of(out_.folder, *out_.kind, out_.manifest->index_xxh3_128);
-    });
+    attempt([&] { out_.index = read_index_of(out_.folder, *out_.manifest); });
   }
 
   void read_segment(const std::string& name) {
@@ -130,7 +122,7 @@ class Reader {
     attempt([&] {
       const Segment segment(out_.folder / name);
       take_kind(segment.layout().kind, name);
-      const auto bytes = static_cast<int64_t>(fs::file_size(out_.folder / name));
+      const int64_t bytes = bytes_of_file(out_.folder / name);
       out_.segments.push_back({name, bytes, segment.num_samples(), segment.header()});
       out_.segment_bytes += bytes;
       if (segment.header().created >= out_.header.created) out_.header = segment.header();
@@ -211,6 +203,7 @@ class Reader {
       std::vector<bool> taken(found_in_segments_.size(), false);
       for (int64_t i = 0; i < out_.index->num_items(); ++i) {
         for (const IndexVariant& variant : out_.index->variants(i)) {
+          if (variant.segment == kOtherShard) continue;
           const auto found = found_.find(to_hex(variant.key));
           if (found == found_.end() || found->second == SIZE_MAX || taken[found->second]) continue;
           taken[found->second] = true;
@@ -220,7 +213,8 @@ class Reader {
           out_.samples.push_back(sample);
         }
       }
-      out_.num_unwanted = static_cast<int64_t>(found_in_segments_.size() - out_.samples.size());
+      for (const auto& segment : out_.segments) out_.num_unwanted += segment.num_samples;
+      out_.num_unwanted -= static_cast<int64_t>(out_.samples.size());
       if (recover_) {
         const auto newer = newer_segments();
         for (size_t i = 0; i < found_in_segments_.size(); ++i) {
@@ -267,7 +261,10 @@ Contents look_into(const fs::path& folder, bool recover) {
 
 void require_one_folder(const std::vector<std::string>& folders, const char* example) {
   if (folders.size() != 1)
-    throw UsageError(fmt::format("one folder is needed, {} are given", folders.size()), example);
+    throw UsageError(
+        fmt::format("one folder is needed, {} given",
+                    folders.empty() ? "none is" : fmt::format("{} are", folders.size())),
+        example);
 }
 
 std::string bucket_text(uint32_t height, uint32_t width) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -51,18 +52,33 @@ struct Contents {
   /// the journals, and of segments sealed after the manifest by a run that did not end. Each key
   /// once.
   std::vector<ListedSample> samples;
-  int64_t num_unwanted = 0;     // distinct keys in segments that a manifest does not want
-  int64_t num_in_journals = 0;  // distinct keys in journals and in no segment
-  int64_t num_bytes = 0;        // all files of the format
-  int64_t segment_bytes = 0,
-          decoded_bytes = 0;  // of all segments: the files, their tensors decoded
-  SegmentHeader header;       // of the manifest, else of the newest segment or journal
+  /// With a manifest, samples of segments that flux-cache gc would remove: wanted by no item, or of
+  /// another shard, or there a second time.
+  int64_t num_unwanted = 0;
+  int64_t num_in_journals = 0;                   // distinct keys in journals and in no segment
+  int64_t num_bytes = 0;                         // all files of the format
+  int64_t segment_bytes = 0, decoded_bytes = 0;  // of all segments: the files, tensors decoded
+  SegmentHeader header;  // of the manifest, else of the newest segment or journal
 };
 
 /// `recover` counts and lists what journals hold. A file of the other kind than the manifest, or the
 /// first file without one, is a problem. Throws CacheError: no such folder, nothing of a cache among
 /// other files, a schema that this build does not read.
 Contents look_into(const std::filesystem::path& folder, bool recover);
+
+/// Member `name` of `object`, or `otherwise` where it is absent or of another type: manifests are
+/// users' files.
+template <class T>
+T value_of(const nlohmann::json& object, const char* name, T otherwise) {
+  if (!object.is_object()) return otherwise;
+  const auto found = object.find(name);
+  if (found == object.end()) return otherwise;
+  try {
+    return found->template get<T>();
+  } catch (const nlohmann::json::exception&) {
+    return otherwise;
+  }
+}
 
 /// For verbs that take one folder. Throws UsageError, whose hint is `example`.
 void require_one_folder(const std::vector<std::string>& folders, const char* example);

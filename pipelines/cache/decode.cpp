@@ -28,7 +28,9 @@ std::shared_ptr<const Segment> Segments::of(const ListedSample& sample) {
   const std::lock_guard guard(lock_);
   auto found = std::ranges::find(open_, sample.file, [](const auto& entry) { return entry.first; });
   if (found == open_.end()) {
-    open_.emplace_front(sample.file, std::make_shared<const Segment>(folder_ / sample.file));
+    open_.emplace_front(sample.file, with_repair_hint(folder_, [&] {
+                          return std::make_shared<const Segment>(folder_ / sample.file);
+                        }));
     if (open_.size() > kMaxOpen) open_.pop_back();
   } else {
     open_.splice(open_.begin(), open_, found);
@@ -45,7 +47,8 @@ std::shared_ptr<const Segment> Segments::of(const ListedSample& sample) {
 std::vector<NamedTensor> decode(Segments& segments, const ListedSample& sample) {
   const auto segment = segments.of(sample);
   const Layout& layout = segment->layout();
-  auto tensors = segment->read(sample.row);
+  auto tensors =
+      with_repair_hint(segment->path().parent_path(), [&] { return segment->read(sample.row); });
   std::vector<NamedTensor> out;
   if (layout.kind == Kind::kText) {
     out.push_back({"t5", layout.dtype, {layout.t5_length, layout.t5_width}, std::move(tensors[0])});

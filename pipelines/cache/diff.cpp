@@ -165,7 +165,9 @@ void add_flags(DiffOptions& options, Tool& tool) {
 
 void check(const DiffOptions& options) {
   if (options.folders.size() != 2)
-    throw UsageError(fmt::format("two folders are needed, {} are given", options.folders.size()),
+    throw UsageError(fmt::format("two folders are needed, {} {} given",
+                                 options.folders.size(),
+                                 options.folders.size() == 1 ? "is" : "are"),
                      "flux-cache diff cache/latents other/latents");
 }
 
@@ -208,11 +210,11 @@ Json diff_json(const Difference& d) {
 
 std::string diff_text(const Difference& d) {
   if (d.equal()) {
-    return fmt::format("{} and {}: equal, {} samples and {} items",
+    return fmt::format("{} and {}: equal, {} and {}",
                        show(d.a),
                        show(d.b),
-                       d.num_samples_equal,
-                       d.num_items_equal);
+                       counted(d.num_samples_equal, "sample"),
+                       counted(d.num_items_equal, "item"));
   }
   std::string out = fmt::format("{} and {}: differ\n", show(d.a), show(d.b));
   for (const auto& field : d.fields) out += printable(field) + "\n";
@@ -230,7 +232,9 @@ std::string diff_text(const Difference& d) {
   append(out, d.items_only_a, "items only in " + show(d.a));
   append(out, d.items_only_b, "items only in " + show(d.b));
   append(out, d.items_changed, "items with other samples, weights or repeats");
-  out += fmt::format("equal: {} samples and {} items", d.num_samples_equal, d.num_items_equal);
+  out += fmt::format("equal: {} and {}",
+                     counted(d.num_samples_equal, "sample"),
+                     counted(d.num_items_equal, "item"));
   return out;
 }
 

@@ -69,7 +69,9 @@ std::set<std::string> take_over(const fs::path& out, ExportFormat format) {
     else if (name != kExportIndexName)
       others.push_back(printable(name));
   }
-  if (error) throw InputError(fmt::format("{}: cannot be listed: {}", show(out), error.message()));
+  if (error)
+    throw InputError(fmt::format("{}: cannot be listed: {}", show(out), error.message()),
+                     "check its permissions");
   if (others.empty()) return names;
   std::ranges::sort(others);
   throw InputError(
@@ -176,8 +178,8 @@ void check(const ExportOptions& options) {
 }
 
 std::string ExportReport::line() const {
-  return fmt::format("{} samples in {}: {} written, {} kept{}",
-                     num_samples,
+  return fmt::format("{} in {}: {} written, {} kept{}",
+                     counted(num_samples, "sample"),
                      show(out),
                      written,
                      kept,

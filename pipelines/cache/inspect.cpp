@@ -113,7 +113,7 @@ Json truncation_json(const Truncation& truncation) {
 }
 
 void append_object(std::string& out, const char* title, const Json& object) {
-  if (object.empty()) return;
+  if (!object.is_object() || object.empty()) return;
   out += fmt::format("{}\n", title);
   for (const auto& [name, value] : object.items())
     out += fmt::format("  {:<18} {}\n",
@@ -121,13 +121,27 @@ void append_object(std::string& out, const char* title, const Json& object) {
                        printable(value.is_string() ? value.get<std::string>() : value.dump()));
 }
 
+// Of the run that made the samples: where its time went, which stage limited it, how fast it was.
+void append_last_run(std::string& out, const Json& provenance) {
+  append_object(
+      out, "seconds of the last run", value_of(provenance, "stage_seconds", Json::object()));
+  const auto limit = value_of(provenance, "limit", std::string());
+  if (!limit.empty()) out += fmt::format("limited by           {}\n", printable(limit));
+  for (const char* noun : {"images", "captions"}) {
+    const auto rate = provenance.find(fmt::format("{}_per_second", noun));
+    if (rate != provenance.end() && rate->is_number())
+      out += fmt::format("{:<20} {:.4g} a second\n", noun, rate->get<double>());
+  }
+}
+
 void append_plan(std::string& out, const Contents& c) {
   const Json& plan = c.manifest->plan;
   if (plan.contains("num_prompts")) {
-    out += fmt::format("prompts              {}\n", plan["num_prompts"].dump());
+    out += fmt::format("prompts              {}\n", printable(plan["num_prompts"].dump()));
     return;
   }
-  if (!plan.contains("subsets")) return;
+  const Json subsets = value_of(plan, "subsets", Json());
+  if (!subsets.is_array()) return;
   std::map<uint32_t, std::array<int64_t, 3>> counts;  // subset -> items, visits, validation items
   for (int64_t i = 0; c.index && i < c.index->num_items(); ++i) {
     const auto& item = c.index->item(i);
@@ -138,17 +152,17 @@ void append_plan(std::string& out, const Contents& c) {
     count[2] += item.flags & kItemValidation ? 1 : 0;
   }
   out += "subset  dataset  items  visits  validation  regularisation  flip  caption dropout\n";
-  for (const Json& subset : plan["subsets"]) {
-    const auto& count = counts[subset.value("index", 0u)];
+  for (const Json& subset : subsets) {
+    const auto& count = counts[value_of(subset, "index", 0u)];
     out += fmt::format("{:>6}  {:>7}  {:>5}  {:>6}  {:>10}  {:>14}  {:>4}  {}\n",
-                       subset.value("index", 0),
-                       subset.value("dataset", 0),
+                       value_of(subset, "index", 0),
+                       value_of(subset, "dataset", 0),
                        count[0],
                        count[1],
                        count[2],
-                       subset.value("is_reg", false) ? "yes" : "no",
-                       subset.value("flip_aug", false) ? "yes" : "no",
-                       subset.value("caption_dropout_rate", 0.0));
+                       value_of(subset, "is_reg", false) ? "yes" : "no",
+                       value_of(subset, "flip_aug", false) ? "yes" : "no",
+                       value_of(subset, "caption_dropout_rate", 0.0));
   }
 }
 
@@ -305,28 +319,32 @@ Json inspect_json(const Contents& c, const InspectOptions& options) {
 
 std::string inspect_text(const Contents& c, const InspectOptions& options) {
   const auto& p = c.header.provenance;
-  std::string out = fmt::format("{}: {}{} cache, {}\n",
+  std::string out = fmt::format("{}: {}, {}\n",
                                 show(c.folder),
-                                c.complete ? "" : "unfinished ",
-                                c.kind ? kind_name(*c.kind) : "empty",
+                                c.kind ? fmt::format("{} cache", kind_name(*c.kind)) : "no samples",
                                 c.complete ? "complete" : "not complete");
-  if (!c.kind) return out.substr(0, out.size() - 1);
+  const auto append_problems = [&] {
+    for (const auto& problem : c.problems)
+      out += fmt::format("problem              {}\n", printable(problem));
+  };
+  if (!c.kind) {
+    append_problems();
+    return out.substr(0, out.size() - 1);
+  }
   out += fmt::format("made by              {} {} on {}, {}\n",
                      printable(p.tool),
                      printable(p.tool_version),
                      printable(p.device),
                      printable(c.header.created));
   out += fmt::format("with                 {}\n", printable(p.command_line));
-  out += fmt::format(
-      "samples              {}{}{}\n",
-      c.samples.size(),
-      c.num_unwanted
-          ? fmt::format(", and {} that no item wants (flux-cache gc removes them)", c.num_unwanted)
-          : "",
-      c.num_in_journals
-          ? fmt::format(
-                ", {} of {} in journals", options.recover ? "with" : "and", c.num_in_journals)
-          : "");
+  out += fmt::format("samples              {}", c.samples.size());
+  if (c.num_in_journals && options.recover)
+    out += fmt::format(", {} of them in journals", c.num_in_journals);
+  if (c.num_in_journals && !options.recover)
+    out += fmt::format("; {} more in journals (--recover counts them)", c.num_in_journals);
+  if (c.num_unwanted)
+    out += fmt::format("; {} more that no item wants (flux-cache gc removes them)", c.num_unwanted);
+  out += "\n";
   if (c.manifest) {
     out += fmt::format(
         "items                {}{}\n",
@@ -338,9 +356,9 @@ std::string inspect_text(const Contents& c, const InspectOptions& options) {
   const auto in_segments = static_cast<double>(c.segment_bytes);
   int64_t stored = 0;
   for (const auto& s : c.segments) stored += s.num_samples;
-  out += fmt::format("size                 {} in {} segments",
+  out += fmt::format("size                 {} in {}",
                      show_bytes(static_cast<uint64_t>(c.num_bytes)),
-                     c.segments.size());
+                     counted(std::ssize(c.segments), "segment"));
   if (stored > 0) {
     out += fmt::format(", {:.0f} bytes a sample, {:.3f} of the tensors'",
                        in_segments / static_cast<double>(stored),
@@ -352,9 +370,7 @@ std::string inspect_text(const Contents& c, const InspectOptions& options) {
   append_object(out, "tokenizers", c.header.recipe.tokenizers);
   if (c.manifest) {
     append_plan(out, c);
-    append_object(out,
-                  "seconds of the last run",
-                  c.manifest->provenance.value("stage_seconds", Json::object()));
+    append_last_run(out, c.manifest->provenance);
   }
   if (*c.kind == Kind::kLatents)
     append_latents_tables(out, c);
@@ -366,15 +382,12 @@ std::string inspect_text(const Contents& c, const InspectOptions& options) {
       out += fmt::format("  {}: {}\n", show(item.path), printable(item.reason));
   }
   for (const auto& j : c.journals) {
-    out += fmt::format(
-        "journal              {}: {} samples, {} torn bytes; the next run of the cache tool seals "
-        "it\n",
-        j.name,
-        j.num_samples,
-        j.torn_bytes);
+    out += fmt::format("journal              {}: {}{}; the next run of the cache tool seals it\n",
+                       j.name,
+                       counted(j.num_samples, "sample"),
+                       j.torn_bytes ? fmt::format(", {} torn", counted(j.torn_bytes, "byte")) : "");
   }
-  for (const auto& problem : c.problems)
-    out += fmt::format("problem              {}\n", printable(problem));
+  append_problems();
   if (options.samples) {
     out +=
         "key                                                               tensor_xxh3       "

@@ -75,8 +75,9 @@ Report verify(const VerifyOptions& options) {
     out.text = show(folder) + ": all checksums are right";
     return out;
   }
-  out.text += fmt::format(
-      "{}: {} findings; flux-cache repair drops what is damaged", show(folder), findings.size());
+  out.text += fmt::format("{}: {}; flux-cache repair drops what is damaged",
+                          show(folder),
+                          counted(std::ssize(findings), "finding"));
   out.exit_code = ExitCode::kDiffers;
   return out;
 }
@@ -104,6 +105,7 @@ Report repair(const RepairOptions& options) {
               {"recovered", found.recovered},
               {"salvaged", found.salvaged},
               {"removed_segments", found.removed_segments},
+              {"unreadable", found.unreadable.empty() ? Json() : Json(printable(found.unreadable))},
               {"num_lost", found.lost.size()},
               {"lost", Json::array()}};
   for (const auto& sample : found.lost) {
@@ -119,9 +121,14 @@ Report repair(const RepairOptions& options) {
                             printable(sample.file),
                             printable(sample.reason));
   }
-  out.text += fmt::format("{}: {} samples are good, {} lost, {} saved from damaged segments{}; {}",
+  if (!found.unreadable.empty()) {
+    out.text += fmt::format(
+        "the manifest is gone, since only the data set tells which items there are: {}\n",
+        printable(found.unreadable));
+  }
+  out.text += fmt::format("{}: {} good, {} lost, {} saved from damaged segments{}; {}",
                           show(folder),
-                          found.num_samples,
+                          counted(found.num_samples, "sample"),
                           found.lost.size(),
                           found.salvaged,
                           found.recovered ? fmt::format(", {} from journals", found.recovered) : "",
@@ -178,16 +185,17 @@ Report merge(const MergeOptions& options, const Tool& tool) {
     out.text += fmt::format("other values in two parts: {}\n", printable(key));
   }
   out.text += fmt::format(
-      "{}: {} samples of {} items{}; segments: {} linked, {} copied, {} there already{}{}",
+      "{}: {} of {}{}; segments: {} linked, {} copied, {} there already{}{}",
       show(options.out),
-      found.num_samples,
-      found.num_items,
+      counted(found.num_samples, "sample"),
+      counted(found.num_items, "item"),
       found.num_quarantined ? fmt::format(", {} left out", found.num_quarantined) : "",
       found.linked,
       found.copied,
       found.already,
-      found.conflicts ? fmt::format("; {} samples had other values in two parts", found.conflicts)
-                      : "",
+      found.conflicts
+          ? fmt::format("; {} had other values in two parts", counted(found.conflicts, "sample"))
+          : "",
       found.changed ? "" : "; nothing changed");
   return out;
 }
@@ -205,7 +213,9 @@ void check(const GcOptions& options) { require_one_folder(options.folders, kGcEx
 
 Report gc(const GcOptions& options) {
   const fs::path folder = options.folders[0];
-  const GcReport found = collect_garbage(folder, options.dry_run);
+  std::optional<Progress> progress;
+  const GcReport found = collect_garbage(folder, options.dry_run, progress_of("gc", progress));
+  progress.reset();
   Report out;
   out.json = {{"folder", printable(folder.native())},
               {"dry_run", options.dry_run},
@@ -221,17 +231,16 @@ Report gc(const GcOptions& options) {
     out.json["removed"].push_back(printable(name));
     if (options.dry_run) out.text += fmt::format("would remove {}\n", printable(name));
   }
-  out.text += fmt::format(
-      "{}: {} samples kept, {} {}removed; {} segments gone, {} written anew; {} before, {} {}",
-      show(folder),
-      found.kept_samples,
-      found.removed_samples,
-      options.dry_run ? "to be " : "",
-      found.removed_segments,
-      found.rewritten_segments,
-      size_text(found.bytes_before),
-      size_text(found.bytes_after),
-      options.dry_run ? "expected afterwards" : "now");
+  out.text += fmt::format("{}: {} kept, {} {}removed; {} gone, {} written anew; {} before, {} {}",
+                          show(folder),
+                          counted(found.kept_samples, "sample"),
+                          found.removed_samples,
+                          options.dry_run ? "to be " : "",
+                          counted(found.removed_segments, "segment"),
+                          found.rewritten_segments,
+                          size_text(found.bytes_before),
+                          size_text(found.bytes_after),
+                          options.dry_run ? "expected afterwards" : "now");
   return out;
 }
 
@@ -247,8 +256,10 @@ void add_flags(CopyOptions& options, Tool& tool) {
 void check(const CopyOptions& options) {
   const size_t needed = options.out.empty() ? 2 : 1;
   if (options.folders.size() != needed) {
-    throw UsageError(fmt::format("a cache and the folder of the copy are needed, {} are given",
-                                 options.folders.size() + (2 - needed)),
+    const size_t given = options.folders.size() + (2 - needed);
+    throw UsageError(fmt::format("a cache and the folder of the copy are needed, {} {} given",
+                                 given,
+                                 given == 1 ? "is" : "are"),
                      kCopyExample);
   }
 }
@@ -270,9 +281,9 @@ Report copy(const CopyOptions& options) {
               {"already", found.already},
               {"num_bytes", found.num_bytes},
               {"copied_bytes", found.copied_bytes}};
-  out.text = fmt::format("{}: {} samples, {}; segments: {} copied, {} there already{}",
+  out.text = fmt::format("{}: {}, {}; segments: {} copied, {} there already{}",
                          show(to),
-                         found.num_samples,
+                         counted(found.num_samples, "sample"),
                          size_text(found.num_bytes),
                          found.copied,
                          found.already,

@@ -296,8 +296,8 @@ Json stats_json(const Stats& s) {
 }
 
 std::string stats_text(const Stats& s) {
-  std::string out =
-      fmt::format("{}: {} samples, {}\n", show(s.folder), s.num_samples, kind_name(s.kind));
+  std::string out = fmt::format(
+      "{}: {}, {}\n", show(s.folder), counted(s.num_samples, "sample"), kind_name(s.kind));
   if (!s.tensors.empty()) {
     out += fmt::format("{:<12} {:>12} {:>12} {:>12} {:>12} {:>8} {:>8}\n",
                        "channel",

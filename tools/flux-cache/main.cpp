@@ -37,8 +37,11 @@ ExitCode diff(flux::Tool& tool) {
   flux::cache::add_flags(opts, tool);
   if (!tool.parse()) return ExitCode::kOk;
   flux::cache::check(opts);
-  const auto found = flux::cache::diff(flux::cache::look_into(opts.folders[0], false),
-                                       flux::cache::look_into(opts.folders[1], false));
+  flux::cache::Difference found;
+  flux::cache::read_unchanged({opts.folders[0], opts.folders[1]}, [&] {
+    found = flux::cache::diff(flux::cache::look_into(opts.folders[0], false),
+                              flux::cache::look_into(opts.folders[1], false));
+  });
   show_report(tool, flux::cache::diff_text(found), flux::cache::diff_json(found));
   return found.equal() ? ExitCode::kOk : ExitCode::kDiffers;
 }
@@ -48,7 +51,10 @@ ExitCode stats(flux::Tool& tool) {
   flux::cache::add_flags(opts, tool);
   if (!tool.parse()) return ExitCode::kOk;
   flux::cache::check(opts);
-  const auto found = flux::cache::stats(flux::cache::look_into(opts.folders[0], false));
+  flux::cache::Stats found;
+  flux::cache::read_unchanged({opts.folders[0]}, [&] {
+    found = flux::cache::stats(flux::cache::look_into(opts.folders[0], false));
+  });
   show_report(tool, flux::cache::stats_text(found), flux::cache::stats_json(found));
   return ExitCode::kOk;
 }
@@ -58,8 +64,10 @@ ExitCode export_to(flux::Tool& tool) {
   flux::cache::add_flags(opts, tool);
   if (!tool.parse()) return ExitCode::kOk;
   flux::cache::check(opts);
-  const auto report =
-      flux::cache::export_cache(flux::cache::look_into(opts.folders[0], false), opts);
+  flux::cache::ExportReport report;
+  flux::cache::read_unchanged({opts.folders[0]}, [&] {
+    report = flux::cache::export_cache(flux::cache::look_into(opts.folders[0], false), opts);
+  });
   tool.summary(report.line(), report.json());
   return ExitCode::kOk;
 }

@@ -16,7 +16,10 @@
 #include "common/core/file.h"
 #include "common/core/rng.h"
 #include "formats/cache/copy.h"
+#include "formats/cache/files.h"
+#include "formats/cache/folder.h"
 #include "formats/cache/gc.h"
+#include "formats/cache/journal.h"
 #include "formats/cache/lock.h"
 #include "formats/cache/merge.h"
 #include "formats/cache/reader.h"
@@ -209,13 +212,12 @@ TEST_P(Maintenance, ThreeShardsMergedAreTheWholeCache) {
   EXPECT_EQ(manifest.provenance["stage_seconds"], nlohmann::json({{"encode", 6.0}}));
   for (size_t i = 0; i < parts.size(); ++i) EXPECT_EQ(files_of(parts[i]), before[i]);
 
-  // again, in another order, one part twice, the result among them: nothing changes
+  // again, in another order, one part twice: nothing changes
   const auto written = fs::last_write_time(out / kManifestName);
   fs::last_write_time(out / kManifestName, written - std::chrono::hours(1));
   const auto merged = files_of(out);
   std::swap(parts[0], parts[2]);
   parts.push_back(parts[1]);
-  parts.push_back(out);
   const MergeReport again = merge(parts);
   EXPECT_FALSE(again.changed);
   EXPECT_EQ(again.linked + again.copied, 0);
@@ -262,6 +264,168 @@ TEST_P(Maintenance, MergeNamesWhatPartsDisagreeIn) {
               }),
               HasSubstr(to_hex(sha256("item 7")).substr(0, 16)));
   EXPECT_FALSE(fs::exists(out));
+}
+
+TEST_P(Maintenance, MergeNeverWritesIntoAPart) {
+  const auto parts = make_parts(temporary.path(), recipe, 20, 2);
+  const auto before = files_of(parts[0]);
+  const fs::path alias = temporary.path() / "alias";
+  fs::create_directory_symlink(parts[0], alias);
+  for (const fs::path& folder : {parts[0], alias}) {
+    try {
+      merge_caches(parts, folder, kMerger, false);
+      ADD_FAILURE() << "merged into a part";
+    } catch (const UsageError& error) {
+      EXPECT_THAT(error.what(), AllOf(HasSubstr("is one of the parts"), HasSubstr("hint: ")));
+    }
+  }
+  EXPECT_EQ(files_of(parts[0]), before);
+}
+
+// What repair, gc, merge, copy and the caching tools say about a folder that they write to.
+std::vector<std::string> refusals_of_all(const fs::path& folder,
+                                         const fs::path& whole,
+                                         const Recipe& recipe) {
+  return {refusal([&] { repair_cache(folder); }),
+          refusal([&] { collect_garbage(folder, false); }),
+          refusal([&] { merge_caches(std::vector{whole}, folder, kMerger, false); }),
+          refusal([&] { copy_cache(whole, folder, true); }),
+          refusal([&] { Writer(folder, recipe, test::provenance()); })};
+}
+
+TEST_P(Maintenance, WhatIsNotOursIsNeitherReplacedNorRemoved) {
+  const fs::path whole = temporary.path() / "whole";
+  make_part(whole, recipe, 10, {});
+  const std::map<std::string, std::string> foreign = {
+      {"manifest.json", R"({"name": "an app", "version": 2})"},
+      {"seg-ffffffffffffffff.h5", "notes about the flux-cache"},
+      {"seg-eeeeeeeeeeeeeeee.h5", std::string("\x89HDF\r\n\x1a\n", 8) + std::string(500, 'x')},
+      {".journal-ffffffffffffffff", "dear diary"}};
+  for (const auto& [name, bytes] : foreign) {
+    SCOPED_TRACE(name);
+    fs::remove_all(out);
+    fs::copy(whole, out, fs::copy_options::recursive);
+    write_file_atomic(out / name, bytes);
+    const auto before = files_of(out);
+    for (const auto& text : refusals_of_all(out, whole, recipe)) {
+      EXPECT_THAT(text,
+                  AllOf(HasSubstr(name), HasSubstr("nothing was changed"), HasSubstr("hint: ")));
+    }
+    EXPECT_EQ(files_of(out), before);
+  }
+  // beside a segment of ours alone, too
+  for (const std::string name : {"index.h5", "quarantine.jsonl"}) {
+    SCOPED_TRACE(name);
+    fs::remove_all(out);
+    fs::copy(whole, out, fs::copy_options::recursive);
+    fs::remove(out / kManifestName);
+    write_file_atomic(out / name, "mine\n");
+    const auto before = files_of(out);
+    for (const auto& text : refusals_of_all(out, whole, recipe)) {
+      EXPECT_THAT(text, AllOf(HasSubstr(name), HasSubstr("nothing was changed")));
+    }
+    EXPECT_EQ(files_of(out), before);
+  }
+  // names that only look like ours are let alone
+  fs::remove_all(out);
+  fs::copy(whole, out, fs::copy_options::recursive);
+  for (const std::string name :
+       {".seg-notes.tmp-old", ".journal-notes", "seg-1.h5", ".index.h5.tmp-x"})
+    write_file_atomic(out / name, "mine");
+  const auto before = files_of(out);
+  repair_cache(out);
+  collect_garbage(out, false);
+  Writer(out, recipe, test::provenance());
+  EXPECT_EQ(files_of(out), before);
+}
+
+TEST_P(Maintenance, DamagedFilesOfOursAreRepaired) {
+  const fs::path whole = temporary.path() / "whole";
+  make_part(whole, recipe, 10, {{}, {3}});
+  const std::string segment = names_of(whole, "seg-")[0];
+  const auto text = read_file(whole / kManifestName);
+  const std::vector<std::pair<std::string, std::string>> damaged = {
+      {"manifest.json", ""},
+      {"manifest.json", std::string(100, '\0')},
+      {"manifest.json", "garbage"},
+      {"manifest.json", text.substr(0, 60)},
+      {"manifest.json", text.substr(1)},
+      {segment, ""},
+      {segment, "garbage where the manifest names a segment"},
+      {"index.h5", "garbage"},
+      {"quarantine.jsonl", "garbage"},
+      {".journal-ffffffffffffffff", ""},
+      {".journal-ffffffffffffffff", std::string("FXC\0\0\0\0\0\0", 9)}};
+  for (const auto& [name, bytes] : damaged) {
+    SCOPED_TRACE(name + " " + bytes);
+    fs::remove_all(out);
+    fs::copy(whole, out, fs::copy_options::recursive);
+    write_file_atomic(out / name, bytes);
+    repair_cache(out);
+    EXPECT_EQ(fs::exists(out / segment), name != segment);
+    make_part(out, recipe, 10, {{}, {3}});
+    expect_samples(out, kind, numbers(10, {3}));
+    expect_verified(out);
+  }
+}
+
+TEST_P(Maintenance, ADamagedIndexCostsTheManifestButNoSample) {
+  make_part(out, recipe, 10, {});
+  const auto whole = files_of(out);
+  for (const bool absent : {false, true}) {
+    if (absent)
+      fs::remove(out / kIndexName);
+    else
+      write_file_atomic(out / kIndexName, whole.at(kIndexName).substr(0, 3000));
+    const auto findings = verify_cache(out, true);
+    ASSERT_EQ(findings.size(), 1u);
+    EXPECT_EQ(findings[0].file, kIndexName);
+    const RepairReport report = repair_cache(out);
+    EXPECT_THAT(report.unreadable, HasSubstr("index.h5: "));
+    EXPECT_FALSE(report.complete);
+    EXPECT_TRUE(report.lost.empty());
+    EXPECT_EQ(report.num_samples, 10);
+    Writer writer(out, recipe, test::provenance());
+    std::vector<WantedItem> items;
+    for (uint64_t i = 0; i < 10; ++i) items.push_back(item_of(test::sample(layout, i), i));
+    EXPECT_EQ(writer.compare(items).kept, 10);
+    writer.publish(test::publication(items));
+  }
+}
+
+TEST_P(Maintenance, RepairSaysThatItWroteTheQuarantineList) {
+  make_part(out, recipe, 10, {{}, {3}});
+  const std::string list = read_file(out / kQuarantineName);
+  write_file_atomic(out / kQuarantineName, list + list);
+  EXPECT_TRUE(repair_cache(out).changed);
+  EXPECT_EQ(read_file(out / kQuarantineName), list);
+  EXPECT_FALSE(repair_cache(out).changed);
+}
+
+TEST_P(Maintenance, NoManifestComesBeforeItsIndexWasChecked) {
+  make_part(out, recipe, 10, {});
+  const std::string text = read_file(out / kManifestName), index = read_file(out / kIndexName);
+  EXPECT_THROW(publish_files(out,
+                             text,
+                             as_bytes(index),
+                             [&] {
+                               EXPECT_FALSE(fs::exists(out / kManifestName));
+                               EXPECT_EQ(read_file(out / kIndexName), index);
+                               throw CacheError("does not read back");
+                             }),
+               CacheError);
+  EXPECT_FALSE(fs::exists(out / kManifestName));
+}
+
+TEST_P(Maintenance, TheWritersLockMayBeNoFile) {
+  make_part(out, recipe, 10, {});
+  fs::create_directory(out / kWriterLockName);
+  for (const auto& text : {refusal([&] { Writer(out, recipe, test::provenance()); }),
+                           refusal([&] { repair_cache(out); }),
+                           refusal([&] { collect_garbage(out, false); })}) {
+    EXPECT_THAT(text,
+                AllOf(HasSubstr(".writer.lock"), HasSubstr("not a file"), HasSubstr("hint:")));
+  }
 }
 
 TEST_P(Maintenance, MergeNamesEachFieldAndNotWholeLists) {
@@ -512,6 +676,82 @@ TEST_P(Maintenance, GcKeepsExactlyWhatIsWanted) {
   const auto tidy = files_of(out);
   EXPECT_TRUE(collect_garbage(out, false).removed.empty());
   EXPECT_EQ(files_of(out), tidy);
+}
+
+TEST_P(Maintenance, GcAndRepairStopWhereTheirProgressSaysSoAndGoOn) {
+  const fs::path untidy = temporary.path() / "untidy";
+  make_untidy(untidy, recipe);
+  for (int at = 0;; ++at) {
+    ASSERT_LT(at, 100);
+    fs::remove_all(out);
+    fs::copy(untidy, out, fs::copy_options::recursive);
+    int calls = 0;
+    try {
+      collect_garbage(out, false, [&](int64_t done, int64_t total) {
+        EXPECT_LE(done, total);
+        if (calls++ == at) throw Interrupted(ExitCode::kInterrupt);
+      });
+      EXPECT_GT(at, 3) << "it looks too seldom";
+      break;
+    } catch (const Interrupted&) {
+      expect_samples(out, kind, tidy_numbers());
+      collect_garbage(out, false);
+      expect_samples(out, kind, tidy_numbers());
+      EXPECT_EQ(files_of(out).size(), 3u);
+    }
+  }
+  expect_samples(out, kind, tidy_numbers());
+  expect_verified(out);
+  damage_sample(out, kind, 8);
+  int calls = 0;
+  EXPECT_THROW(repair_cache(out,
+                            [&](int64_t, int64_t) {
+                              if (++calls == 2) throw Interrupted(ExitCode::kInterrupt);
+                            }),
+               Interrupted);
+  EXPECT_EQ(repair_cache(out).num_samples, 63);
+}
+
+TEST(ReadUnchanged, TellsWhatAnotherToolChangedFromDamage) {
+  const test::TemporaryFolder temporary;
+  const fs::path out = temporary.path() / "out";
+  test::make_cache(out, test::recipe(Kind::kText), 0, 3);
+  const auto fail = [] { throw CacheError("a segment cannot be read"); };
+  EXPECT_EQ(refusal([&] { read_unchanged({out}, fail); }), "a segment cannot be read");
+  EXPECT_THAT(refusal([&] {
+                read_unchanged({temporary.path(), out}, [&] {
+                  test::make_cache(out, test::recipe(Kind::kText), 0, 4);
+                  fail();
+                });
+              }),
+              AllOf(HasSubstr(out.native() + ": has changed while it was read"),
+                    HasSubstr("hint: run this again")));
+}
+
+TEST(FilesOfACache, AreKnownByName) {
+  for (const char* name : {"manifest.json",
+                           "index.h5",
+                           "quarantine.jsonl",
+                           "seg-0123456789abcdef.h5",
+                           ".journal-0123456789abcdef",
+                           ".writer.lock",
+                           ".last-run.json",
+                           ".reader-0123456789abcdef.lock"}) {
+    EXPECT_TRUE(is_file_of_cache(name)) << name;
+    const std::string temporary = std::string(".") + name + ".tmp-0123456789abcdef";
+    EXPECT_EQ(is_temporary_name(temporary), !is_journal_name(name)) << temporary;
+  }
+  // as the locks' files are called
+  EXPECT_TRUE(is_temporary_name(".writer.lock.tmp-0123456789abcdef"));
+  EXPECT_TRUE(is_temporary_name(".reader-0123456789abcdef.lock.tmp-0123456789abcdef"));
+  for (const char* name : {"seg-1.h5",
+                           "notes",
+                           ".journal-x",
+                           ".tmp-0123456789abcdef",
+                           "",
+                           ".seg-x.h5.tmp-0123456789abcdef",
+                           ".manifest.json.tmp-1"})
+    EXPECT_FALSE(is_file_of_cache(name)) << name;
 }
 
 TEST(MaintenanceOfMasks, KeepsThemThroughMergeGcAndRepair) {

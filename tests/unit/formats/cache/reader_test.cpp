@@ -17,6 +17,7 @@
 #include "common/core/file.h"
 #include "formats/cache/codec.h"
 #include "formats/cache/manifest.h"
+#include "formats/cache/segment_writer.h"
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
 
@@ -38,7 +39,7 @@ std::string refusal(const std::function<void()>& body) {
 TEST(CacheReader, RefusesAFolderThatIsNotACompleteCache) {
   const test::TemporaryFolder folder;
   EXPECT_THAT(refusal([&] { Cache(folder / "absent", Kind::kText); }),
-              HasSubstr("the folder does not exist"));
+              HasSubstr("there is no such folder"));
   EXPECT_THAT(refusal([&] { Cache(folder.path(), Kind::kText); }),
               HasSubstr("not a complete cache: it has no manifest.json"));
   test::make_cache(folder.path(), test::recipe(Kind::kText), 0, 3);
@@ -135,10 +136,37 @@ TEST(CacheWriter, DoesNotTouchANewerManifest) {
 
 TEST(CacheWriter, SaysWhatToDoAboutADamagedSegment) {
   const test::TemporaryFolder folder;
-  folder.write("seg-0123456789abcdef.h5", "damaged");
+  folder.write("seg-0123456789abcdef.h5", std::string("\x89HDF\r\n\x1a\n cut off", 16));
   EXPECT_THAT(
       refusal([&] { Writer(folder.path(), test::recipe(Kind::kText), test::provenance()); }),
       HasSubstr("hint: flux-cache repair"));
+}
+
+TEST(NewestParameters, AreThoseOfTheLatestSegmentOrJournal) {
+  const test::TemporaryFolder folder;
+  Recipe recipe = test::recipe(Kind::kText);
+  const auto layout = layout_of(recipe.kind, recipe.parameters);
+  const auto data = test::sample(layout, 1);
+  const std::vector<Record> records = {prepare(layout, data.info, data.spans())};
+  EXPECT_EQ(newest_parameters(folder.path()), nlohmann::json::object());
+  EXPECT_EQ(newest_parameters(folder / "absent"), nlohmann::json::object());
+  for (int i = 0; i < 8; ++i) {  // whatever order the folder has
+    recipe.parameters["number"] = i;
+    const auto bytes = encode_segment(
+        {recipe, test::provenance(), fmt::format("2024-01-0{}T00:00:00Z", i == 4 ? 9 : i + 1)},
+        records);
+    folder.write(new_segment_name(), {reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  }
+  folder.write("seg-0000000000000000.h5", "damaged");
+  EXPECT_EQ(newest_parameters(folder.path())["number"], 4);
+  recipe.parameters["number"] = 10;
+  {
+    Writer killed(folder / "killed", recipe, test::provenance());
+    killed.add(data.info, data.spans());
+  }
+  for (const auto& entry : fs::directory_iterator(folder / "killed"))
+    fs::copy(entry.path(), folder.path());
+  EXPECT_EQ(newest_parameters(folder.path())["number"], 10);
 }
 
 TEST(Join, NamesTheFieldAndBothValues) {

@@ -190,5 +190,25 @@ TEST(Export, RefusesAnUnfinishedCache) {
   EXPECT_FALSE(fs::exists(folder / "out"));
 }
 
+TEST(Export, SaysWhatToDoAboutADamagedSample) {
+  const test::TemporaryFolder folder;
+  test::make_cache(folder / "cache", test::recipe(Kind::kLatents), 0, 5);
+  const auto contents = look_into(folder / "cache", false);
+  const fs::path path = folder / "cache" / contents.segments[0].name;
+  std::string bytes = read_file(path);
+  const size_t frame = bytes.rfind("\x28\xb5\x2f\xfd");
+  bytes[frame + 40] ^= 1;
+  write_file_atomic(path, bytes);
+  ExportOptions options;
+  options.out = folder / "out";
+  try {
+    export_cache(contents, options);
+    ADD_FAILURE() << "exported";
+  } catch (const CacheError& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("hint: flux-cache repair"));
+  }
+  EXPECT_FALSE(fs::exists(folder / "out" / "index.jsonl"));
+}
+
 }  // namespace
 }  // namespace flux::cache

@@ -13,6 +13,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/gc.h"
 #include "formats/cache/reader.h"
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
@@ -182,6 +183,95 @@ TEST(Inspect, CountsWhatNoItemWants) {
   EXPECT_EQ(found["complete"], true);
   EXPECT_EQ(found["num_samples"], 5);
   EXPECT_EQ(found["num_unwanted"], 7);
+}
+
+TEST(Inspect, CountsAsUnwantedWhatGcRemoves) {
+  const test::TemporaryFolder folder;
+  const Recipe how = test::recipe(Kind::kLatents);
+  test::make_cache(folder.path(), how, 0, 20);
+  std::vector<WantedItem> items;
+  {
+    Writer writer(folder.path(), how, test::provenance(), {.shard = {1, 3}});
+    for (uint64_t i = 0; i < 20; ++i)
+      items.push_back(test::wanted(test::sample(layout_of(how.kind, how.parameters), i), i));
+    writer.publish(test::publication(items));  // one part of three, over a whole cache
+  }
+  test::make_cache(folder / "other", how, 15, 20);  // samples that are there a second time
+  fs::copy(first_segment(folder / "other"), folder.path());
+  const Contents found = look_into(folder.path(), false);
+  EXPECT_EQ(inspect(folder.path())["num_samples"], found.manifest->num_samples);
+  EXPECT_EQ(found.num_unwanted, 25 - found.manifest->num_samples);
+  EXPECT_EQ(collect_garbage(folder.path(), true).removed_samples, found.num_unwanted);
+  EXPECT_EQ(collect_garbage(folder.path(), false).removed_samples, found.num_unwanted);
+  EXPECT_EQ(inspect(folder.path())["num_unwanted"], 0);
+}
+
+TEST(Inspect, TellsInWordsWhatJournalsHold) {
+  const test::TemporaryFolder folder;
+  const Recipe how = test::recipe(Kind::kText);
+  {
+    Writer writer(folder.path(), how, test::provenance());
+    add_samples(writer, how, 0, 1);
+  }
+  const auto text = [&](bool recover) {
+    InspectOptions options;
+    options.recover = recover;
+    return inspect_text(look_into(folder.path(), recover), options);
+  };
+  EXPECT_THAT(
+      text(false),
+      testing::HasSubstr("samples              0; 1 more in journals (--recover counts them)\n"));
+  EXPECT_THAT(text(true), testing::HasSubstr("samples              1, 1 of them in journals\n"));
+  EXPECT_THAT(text(true),
+              testing::HasSubstr(": 1 sample; the next run of the cache tool seals it"));
+}
+
+TEST(Inspect, ShowsProblemsWhereNothingCanBeRead) {
+  const test::TemporaryFolder folder;
+  folder.write("seg-0123456789abcdef.h5", "damaged");
+  EXPECT_THAT(inspect_text(look_into(folder.path(), false), {}),
+              testing::HasSubstr("problem              " + folder.path().native() +
+                                 "/seg-0123456789abcdef.h5: "));
+}
+
+TEST(Inspect, ShowsWhatTheLastRunTook) {
+  const test::TemporaryFolder folder;
+  const Recipe how = test::recipe(Kind::kText);
+  const auto data = test::sample(layout_of(how.kind, how.parameters), 0);
+  {
+    Writer writer(folder.path(), how, test::provenance());
+    writer.add(data.info, data.spans());
+    auto publication = test::publication({test::wanted(data, 0)});
+    publication.stage_seconds = {{"decode", 1.5}};
+    publication.notes = {{"limit", "encode"}, {"images_per_second", 12.25}};
+    writer.publish(publication);
+  }
+  const Json found = inspect(folder.path());
+  EXPECT_EQ(found["provenance"]["limit"], "encode");
+  EXPECT_EQ(found["provenance"]["images_per_second"], 12.25);
+  EXPECT_EQ(found["provenance"]["stage_seconds"]["decode"], 1.5);
+  const std::string text = inspect_text(look_into(folder.path(), false), {});
+  EXPECT_THAT(text, testing::HasSubstr("limited by           encode\n"));
+  EXPECT_THAT(text, testing::HasSubstr("images               12.25 a second\n"));
+  EXPECT_THAT(text, testing::HasSubstr("in 1 segment,"));
+}
+
+TEST(Inspect, ReadsAManifestWhoseProvenanceIsAnything) {
+  const test::TemporaryFolder folder;
+  test::make_cache(folder.path(), test::recipe(Kind::kText), 0, 3);
+  Manifest manifest = read_manifest(folder.path());
+  manifest.provenance = {{"tool", 7},
+                         {"created", nullptr},
+                         {"stage_seconds", "long"},
+                         {"limit", 1},
+                         {"images_per_second", "many"}};
+  manifest.plan = {{"subsets", {{{"index", "x"}, {"flip_aug", 3}}, 5}}, {"num_prompts", "\x1b"}};
+  folder.write("manifest.json", manifest_text(manifest));
+  EXPECT_EQ(inspect(folder.path())["num_samples"], 3);
+  EXPECT_THAT(inspect_text(look_into(folder.path(), false), {}), testing::HasSubstr("made by"));
+  manifest.plan.erase("num_prompts");
+  folder.write("manifest.json", manifest_text(manifest));
+  EXPECT_THAT(inspect_text(look_into(folder.path(), false), {}), testing::HasSubstr("subset"));
 }
 
 TEST(Inspect, SaysThatAnEmptyFolderHoldsNothing) {

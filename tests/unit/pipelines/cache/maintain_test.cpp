@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "common/core/cancel.h"
@@ -116,12 +117,65 @@ TEST(Gc, RemovesWhatNoItemWants) {
   EXPECT_EQ(verify({{cache.native()}, true}).exit_code, ExitCode::kOk);
 }
 
+TEST(Maintain, SaysThatAFileIsNoFolder) {
+  const test::TemporaryFolder folder;
+  const std::string file = folder.write("file", "x").native();
+  const auto says = [](const std::function<void()>& body) -> std::string {
+    try {
+      body();
+    } catch (const CacheError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  for (const auto& text : {says([&] {
+                             verify({{file}, false});
+                           }),
+                           says([&] { repair({{file}}); }),
+                           says([&] {
+                             gc({{file}, false});
+                           }),
+                           says([&] {
+                             copy({{file}, folder / "out", false});
+                           }),
+                           says([&] { look_into(file, false); })}) {
+    EXPECT_THAT(text, HasSubstr(file + ": is a file, not the folder of a cache\n  hint: "));
+  }
+  for (const auto& text : {says([&] {
+                             verify({{file + "2"}, false});
+                           }),
+                           says([&] { repair({{file + "2"}}); }),
+                           says([&] {
+                             gc({{file + "2"}, false});
+                           })}) {
+    EXPECT_THAT(text, HasSubstr(file + "2: there is no such folder\n  hint: "));
+  }
+}
+
+TEST(Maintain, CountsOneAndMany) {
+  const test::TemporaryFolder folder;
+  const auto cache = folder / "cache";
+  test::make_cache(cache, test::recipe(Kind::kText), 0, 1);
+  EXPECT_THAT(repair({{cache.native()}}).text, HasSubstr(": 1 sample good"));
+  EXPECT_THAT(gc({{cache.native()}, false}).text, HasSubstr(": 1 sample kept"));
+  EXPECT_THAT(copy({{cache.native()}, folder / "copy", false}).text, HasSubstr(": 1 sample, "));
+  fs::remove(cache / kIndexName);
+  const Report found = verify({{cache.native()}, false});
+  EXPECT_EQ(found.json["num_findings"], 1) << found.text;
+  EXPECT_THAT(found.text, HasSubstr(": 1 finding;"));
+  const Report mended = repair({{cache.native()}});
+  EXPECT_THAT(mended.text, HasSubstr("index.h5: "));
+  EXPECT_THAT(mended.json["unreadable"].get<std::string>(), HasSubstr("index.h5: "));
+}
+
 TEST(Maintain, StopsOnASignal) {
   const test::TemporaryFolder folder;
   test::make_cache(folder / "cache", test::recipe(Kind::kText), 0, 20);
   cancel::set(ExitCode::kInterrupt);
   EXPECT_THROW(verify({{(folder / "cache").native()}, true}), Interrupted);
   EXPECT_THROW(copy({{(folder / "cache").native()}, folder / "copy", false}), Interrupted);
+  EXPECT_THROW(gc({{(folder / "cache").native()}, false}), Interrupted);
+  EXPECT_THROW(repair({{(folder / "cache").native()}}), Interrupted);
   cancel::set(std::nullopt);
   EXPECT_FALSE(fs::exists(folder / "copy" / kManifestName));
 }

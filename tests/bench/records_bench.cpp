@@ -1,0 +1,71 @@
+// tests/bench/records_bench.cpp - how fast the blocks of a model file come through a ring, forward
+// and back, when nothing is computed: what a step waits for the disk at least.
+//
+//   flux-model tiny --geometry dev --out F     (23.8 GB; --depth 7,14 makes one of 9 GB)
+//   records_bench FILE cached|dropped|direct [PASSES=2] [THREADS=1] [LOOKAHEAD=1]
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <numeric>
+#include <string_view>
+
+#include "common/core/file.h"
+#include "common/engine/model_file.h"
+#include "common/engine/ring.h"
+
+namespace {
+
+using namespace flux;
+using namespace flux::engine;
+
+double cpu_seconds() {
+  rusage use{};
+  getrusage(RUSAGE_SELF, &use);
+  return static_cast<double>(use.ru_utime.tv_sec + use.ru_stime.tv_sec) +
+         static_cast<double>(use.ru_utime.tv_usec + use.ru_stime.tv_usec) / 1e6;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) return fmt::print(stderr, "records_bench FILE cached|dropped|direct ...\n"), 2;
+  const std::string_view word = argv[2];
+  const FileAccess access = word == "direct"    ? FileAccess::kDirect
+                            : word == "dropped" ? FileAccess::kDropped
+                                                : FileAccess::kCached;
+  const int passes = argc > 3 ? std::atoi(argv[3]) : 2, threads = argc > 4 ? std::atoi(argv[4]) : 1;
+  const int64_t lookahead = argc > 5 ? std::atoi(argv[5]) : 1;
+  const auto file = std::make_shared<ModelFile>(argv[1], ModelFileOptions{.access = access});
+  for (const FileStamp& stamp : file->stamps()) {  // begins with nothing of it in memory
+    const int fd = open(stamp.path.c_str(), O_RDONLY);
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    close(fd);
+  }
+  std::vector<int64_t> blocks(static_cast<size_t>(file->num_records()));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  Ring ring(file,
+            at::Device(at::kCPU),
+            forward_and_back(blocks),
+            {.lookahead = lookahead, .read_threads = threads});
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto before = ring.counts();
+    const double cpu = cpu_seconds();
+    const auto begin = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < blocks.size(); ++i) ring.release(ring.acquire(), false);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    const double bytes = static_cast<double>(ring.counts().bytes_read - before.bytes_read);
+    fmt::print("{} pass {}: {:.1f} GB in {:.1f} s: {:.2f} GB/s; CPU {:.1f} s; peak RSS {:.2f} GB\n",
+               word,
+               pass + 1,
+               bytes / 1e9,
+               took.count(),
+               bytes / 1e9 / took.count(),
+               cpu_seconds() - cpu,
+               static_cast<double>(peak_rss_bytes()) / 1e9);
+  }
+  return 0;
+}
