@@ -138,14 +138,14 @@ SampleInfo Cache::read_into(const IndexVariant& variant,
                             std::span<const std::span<std::byte>> tensors) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  state_->hinted([&] { segment->read(variant.row, tensors); });
+  state_->hinted([&] { segment->read(variant.row, tensors, FrameChecksum::kSkip); });
   return info;
 }
 
 Sample Cache::read(const IndexVariant& variant) const {
   const auto segment = state_->segment(variant.segment);
   const SampleInfo& info = state_->info(*segment, variant);
-  return {info, state_->hinted([&] { return segment->read(variant.row); })};
+  return {info, state_->hinted([&] { return segment->read(variant.row, FrameChecksum::kSkip); })};
 }
 
 SampleInfo Cache::info(const IndexVariant& variant) const {
