@@ -17,7 +17,7 @@ inline constexpr char kIndexName[] = "index.h5";
 inline constexpr char kQuarantineName[] = "quarantine.jsonl";
 inline constexpr char kWriterLockName[] = ".writer.lock";
 /// What flux-cache-latents and -text keep of a run that has published no manifest yet.
-inline constexpr char kLastRunName[] = ".last-run.json";
+inline constexpr char kLastRunName[] = "last-run.json";
 
 /// What an interrupted AtomicFile or lock leaves of a file of a cache: ".NAME.tmp-<16 hex digits>",
 /// of a file that is hidden itself also without the first point.

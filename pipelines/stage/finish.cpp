@@ -16,6 +16,7 @@
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "formats/cache/files.h"
 
 namespace flux::stage {
 
@@ -114,8 +115,6 @@ void require_same_use(const std::filesystem::path& folder,
 
 namespace {
 
-constexpr char kLastRunName[] = ".last-run.json";
-
 // Of this run if it encoded something, else what an unpublished run left, else the manifest's.
 nlohmann::json last_encoding_run(const std::filesystem::path& folder,
                                  const cache::Writer& writer,
@@ -133,10 +132,11 @@ nlohmann::json last_encoding_run(const std::filesystem::path& folder,
     if (speed != from.end() && speed->is_number()) out[rate] = *speed;
   };
   std::error_code error;
-  if (std::filesystem::exists(folder / kLastRunName, error)) {
+  if (std::filesystem::exists(folder / cache::kLastRunName, error)) {
     constexpr uint64_t kMaxBytes = 1 << 16;
     try {
-      take(nlohmann::json::parse(read_file(folder / kLastRunName, kMaxBytes), nullptr, false));
+      take(nlohmann::json::parse(
+          read_file(folder / cache::kLastRunName, kMaxBytes), nullptr, false));
     } catch (const InputError& unreadable) {
       log::debug("{}", unreadable.what());
     }
@@ -158,7 +158,7 @@ nlohmann::json last_run(const Timing& timing, const Report& report) {
 }
 
 void keep_last_run(const std::filesystem::path& folder, const nlohmann::json& last_run) {
-  write_file_atomic(folder / kLastRunName, last_run.dump() + "\n");
+  write_file_atomic(folder / cache::kLastRunName, last_run.dump() + "\n");
 }
 
 void finish(const EncodeOptions& options,
@@ -199,12 +199,10 @@ void finish(const EncodeOptions& options,
     report.exit_code = ExitCode::kTooManyFailed;
   } else {
     publication.notes.update(run);  // its stage_seconds too
-    if (writer.publish(publication)) {
-      std::error_code ignored;  // a newer run writes it again
-      std::filesystem::remove(options.out / kLastRunName, ignored);
-    } else {
+    if (!writer.publish(publication))
       log::info("the cache is as it was; its manifest keeps its time");
-    }
+    std::error_code ignored;  // a newer run writes it again
+    std::filesystem::remove(options.out / cache::kLastRunName, ignored);
   }
   report.seconds = monotonic_seconds() - timing.start_seconds;
 }

@@ -92,7 +92,7 @@ struct Timing {
 
 /// What a manifest's provenance says about the last run that encoded something: `stage_seconds`,
 /// `limit`, `<noun>_per_second`. A run that encoded and publishes nothing (exit 6, a signal, a full
-/// disk) leaves it in the folder's file .last-run.json, for the run that publishes.
+/// disk) leaves it in the folder's file last-run.json, for the run that publishes.
 nlohmann::json last_run(const Timing& timing, const Report& report);
 /// Writes that file. Throws ResourceError.
 void keep_last_run(const std::filesystem::path& folder, const nlohmann::json& last_run);

@@ -735,7 +735,7 @@ TEST(FilesOfACache, AreKnownByName) {
                            "seg-0123456789abcdef.h5",
                            ".journal-0123456789abcdef",
                            ".writer.lock",
-                           ".last-run.json",
+                           "last-run.json",
                            ".reader-0123456789abcdef.lock"}) {
     EXPECT_TRUE(is_file_of_cache(name)) << name;
     const std::string temporary = std::string(".") + name + ".tmp-0123456789abcdef";

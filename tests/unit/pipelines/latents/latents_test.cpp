@@ -434,7 +434,7 @@ TEST_F(Latents, TimesAreThoseOfTheLastRunThatEncoded) {
   options.encode.max_failed = 1;
   EXPECT_EQ(run(options).encoded, 0);
   EXPECT_EQ(last_run(options.encode.out), first);
-  EXPECT_FALSE(fs::exists(options.encode.out / ".last-run.json"));
+  EXPECT_FALSE(fs::exists(options.encode.out / "last-run.json"));
 }
 
 TEST_F(Latents, TimesOfARunWithoutManifestAreKept) {
