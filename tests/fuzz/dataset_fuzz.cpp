@@ -1,4 +1,4 @@
-// Any bytes as a dataset file and as a caption: refused with an InputError, or read.
+// Any bytes as a dataset file, TOML and JSON, and as a caption: refused with an InputError, or read.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
@@ -18,14 +18,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return temporary.path();
   }();
   const std::string_view text(reinterpret_cast<const char*>(data), size);
-  write_file_atomic(folder / "input", text);
+  for (const char* name : {"input", "input.json"}) write_file_atomic(folder / name, text);
   for (const auto profile : {Profile::kDefault, Profile::kKohya}) {
-    try {
-      const auto resolved =
-          dataset::resolve_file(folder / "input", profile, {{"resolution", "64"}}, folder);
-      for (const auto& image : resolved.images) (void)dataset::read_caption(resolved, image);
-      dataset::refuse_uncacheable(resolved);
-    } catch (const InputError&) {
+    for (const char* name : {"input", "input.json"}) {
+      try {
+        const auto resolved =
+            dataset::resolve_file(folder / name, profile, {{"resolution", "64"}}, folder);
+        for (const auto& image : resolved.images) (void)dataset::read_caption(resolved, image);
+        dataset::refuse_uncacheable(resolved);
+      } catch (const InputError&) {
+      }
     }
     try {
       const auto caption = dataset::read_caption_file(folder / "input", true, profile);
