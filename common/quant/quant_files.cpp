@@ -9,6 +9,12 @@
 
 namespace flux {
 
+QuantFormat parse_quant_format(const std::string& word) {
+  for (const QuantFormat format : {QuantFormat::kFp8, QuantFormat::kNf4})
+    if (word == quant_format_name(format)) return format;
+  throw UsageError("'" + printable(word) + "' is not one of fp8|nf4");
+}
+
 std::string_view stored_quant_name(QuantFormat format) {
   return format == QuantFormat::kFp8 ? "fp8_e4m3_block64" : "nf4_block64";
 }

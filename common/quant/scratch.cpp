@@ -4,6 +4,8 @@
 
 #include <map>
 
+#include "common/tensor/memory.h"
+
 namespace flux {
 namespace {
 
@@ -14,6 +16,7 @@ struct Scratch {
   void grow(const at::Device& device, int64_t num_bytes) {
     if (bytes.defined() && bytes.numel() >= num_bytes) return;
     bytes = at::Tensor();  // before the new one is there, so that both never are
+    const MemoryScope scope(MemoryCause::kKernelScratch);
     bytes = at::empty({num_bytes}, at::device(device).dtype(at::kByte));
   }
 };

@@ -14,15 +14,14 @@
 #include "common/core/disk.h"
 #include "common/core/error.h"
 #include "common/core/file.h"
-#include "common/core/log.h"
 #include "common/core/ordered.h"
 #include "common/core/progress.h"
 #include "common/core/text.h"
 #include "common/models/flux/names.h"
 #include "common/models/t5/t5.h"
 #include "common/models/weights/weights.h"
-#include "formats/safetensors/reader.h"
 #include "formats/safetensors/writer.h"
+#include "pipelines/model/output_file.h"
 #include "pipelines/model/random_streams.h"
 #include "pipelines/model/random_values.h"
 
@@ -45,22 +44,6 @@ int64_t num_values(const std::vector<int64_t>& shape) {
   int64_t n = 1;
   for (const int64_t length : shape) n *= length;
   return n;
-}
-
-/// A file that is there must be one of ours: it took somebody a day to download, maybe.
-void refuse_to_replace(const fs::path& file) {
-  std::error_code error;
-  if (!fs::exists(fs::symlink_status(file, error))) return;
-  bool ours = false;
-  try {
-    ours = safetensors::File::open(file)->metadata().contains(kMadeHere);
-  } catch (const InputError&) {
-    // something else has the name
-  }
-  if (!ours)
-    throw UsageError(show(file) + ": is there, and no weights that --geometry made",
-                     "write into another folder, or move the file away");
-  log::warn("{}: is replaced", show(file));
 }
 
 }  // namespace
@@ -167,7 +150,7 @@ GeometryReport write_geometry(const GeometryOptions& options) {
   }
   GeometryReport report;
   report.file = options.out / (t5 ? "t5.safetensors" : "flux.safetensors");
-  refuse_to_replace(report.file);
+  require_replaceable(report.file, kMadeHere, "--geometry");
   auto metadata = safetensors::pt_metadata();
   metadata[kMadeHere] = fmt::format("--geometry {} --depth {} --seed {}",
                                     kWords[static_cast<size_t>(options.geometry)],

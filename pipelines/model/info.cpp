@@ -8,11 +8,13 @@
 
 #include "common/core/error.h"
 #include "common/core/text.h"
+#include "common/engine/model_file.h"
 #include "common/models/clip/clip.h"
 #include "common/models/flux/load.h"
 #include "common/models/t5/t5.h"
 #include "common/models/vae/vae.h"
 #include "common/models/weights/weights.h"
+#include "common/quant/quant.h"
 #include "common/tensor/tensor.h"
 
 namespace flux::model {
@@ -28,24 +30,26 @@ struct Found {
   json config;
 };
 
+json config_of(const dit::Config& c) {
+  return {{"hidden", c.hidden},
+          {"num_heads", c.num_heads},
+          {"mlp", c.mlp},
+          {"num_double_blocks", c.num_double_blocks},
+          {"num_single_blocks", c.num_single_blocks},
+          {"in_channels", c.in_channels},
+          {"out_channels", c.out_channels},
+          {"prompt_dim", c.prompt_dim},
+          {"pooled_dim", c.pooled_dim},
+          {"sinusoid_dim", c.sinusoid_dim},
+          {"axes", c.axes},
+          {"guidance", c.guidance}};
+}
+
 Found read_net(const NetTensors& net, NetKind kind) {
   switch (kind) {
     case NetKind::kFlux: {
       const dit::Config c = dit::read_config(net);
-      return {"flux",
-              dit::canonical_tensors(net, c),
-              {{"hidden", c.hidden},
-               {"num_heads", c.num_heads},
-               {"mlp", c.mlp},
-               {"num_double_blocks", c.num_double_blocks},
-               {"num_single_blocks", c.num_single_blocks},
-               {"in_channels", c.in_channels},
-               {"out_channels", c.out_channels},
-               {"prompt_dim", c.prompt_dim},
-               {"pooled_dim", c.pooled_dim},
-               {"sinusoid_dim", c.sinusoid_dim},
-               {"axes", c.axes},
-               {"guidance", c.guidance}}};
+      return {"flux", dit::canonical_tensors(net, c), config_of(c)};
     }
     case NetKind::kAutoEncoder: {
       TensorMap canonical = vae::canonical(net);
@@ -108,7 +112,29 @@ std::string layout_of(const NetTensors& net, const Found& found, NetKind kind) {
   return canonical ? "hf" : "hf with encoder.embed_tokens";
 }
 
+/// A transformer that `convert` wrote.
+json describe_quantized(const WeightFile& file, QuantFormat format, bool rehash) {
+  const engine::ModelFile model(file.path);
+  std::map<std::string, int64_t> dtypes;
+  for (const auto& [name, tensor] : file.tensors)
+    ++dtypes[std::string(dtype_name(dtype_of(tensor)))];
+  return {{"file", printable(file.path.native())},
+          {"kind", "flux"},
+          {"title", net_title(NetKind::kFlux)},
+          {"layout", "bfl"},
+          {"prefix", ""},
+          {"quantization", stored_quant_name(format)},
+          {"config", config_of(model.config())},
+          {"dtypes", dtypes},
+          {"tensors", file.tensors.size()},
+          {"parameters", model.config().num_parameters()},
+          {"weights_sha256", to_hex(model.weights_sha256(rehash))}};
+}
+
 json describe(const WeightFile& file, NetKind kind, bool rehash) {
+  if (kind == NetKind::kFlux)
+    if (const auto format = stored_quant_format(file.metadata, file.path))
+      return describe_quantized(file, *format, rehash);
   const NetTensors net = take_net(file, kind);
   const Found found = read_net(net, kind);
   std::map<std::string, int64_t> dtypes;
@@ -176,6 +202,8 @@ std::string InfoReport::text() const {
                        net["title"].get<std::string>(),
                        net["layout"].get<std::string>(),
                        prefix.empty() ? "" : " under " + printable(prefix));
+    if (const auto format = net.find("quantization"); format != net.end())
+      out += fmt::format("  quantization    {}\n", format->get<std::string>());
     std::string config, dtypes;
     for (const auto& [key, value] : net["config"].items())
       config += fmt::format(" {}={}", key, value.dump());

@@ -21,7 +21,7 @@ void add_flags(InfoOptions& options, Tool& tool);
 void check(const InfoOptions& options);
 
 struct InfoReport {
-  /// One object a net: file, kind, title, layout, prefix, config, dtypes (name -> tensors),
+  /// One object a net: file, kind, title, layout, prefix, quantization (if any), config, dtypes (name -> tensors),
   /// tensors, parameters, weights_sha256.
   nlohmann::json nets = nlohmann::json::array();
   /// The same for people.

@@ -1,7 +1,8 @@
-// tools/flux-model/main.cpp - what model files hold, and small models for tests.
+// tools/flux-model/main.cpp - what model files hold, models in fewer bits, and random ones for tests.
 #include <cstdio>
 
 #include "common/core/tool.h"
+#include "pipelines/model/convert.h"
 #include "pipelines/model/info.h"
 #include "pipelines/model/tiny.h"
 
@@ -35,13 +36,24 @@ flux::ExitCode info(flux::Tool& tool) {
   return flux::ExitCode::kOk;
 }
 
+flux::ExitCode convert(flux::Tool& tool) {
+  flux::model::ConvertOptions opts;
+  flux::model::add_flags(opts, tool);
+  if (!tool.parse()) return flux::ExitCode::kOk;
+  flux::model::check(opts);
+  const auto report = flux::model::convert(opts);
+  tool.summary(report.line(), report.json());
+  return flux::ExitCode::kOk;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   return flux::run_tool("flux-model",
                         argc,
                         argv,
-                        "looks into model files, and makes small ones",
+                        "looks into model files, quantises them, and makes random ones",
                         {{"info", "which nets a file holds, their sizes and identity", info},
+                         {"convert", "write a transformer in 8 or 4 bits", convert},
                          {"tiny", "write small random models that the whole chain accepts", tiny}});
 }

@@ -10,6 +10,7 @@
 
 #include "common/core/error.h"
 #include "common/core/text.h"
+#include "common/quant/quant.h"
 #include "common/tensor/tensor.h"
 
 namespace flux {
@@ -158,6 +159,8 @@ bool says_kontext(const WeightFile& file) {
 }
 
 std::string unsupported(const WeightFile& file, const TensorMap& tensors, NetKind kind) {
+  if (file.metadata.contains(std::string(kQuantMetadataKey)) && any_ends(tensors, scale_name("")))
+    return "weights quantised by flux-model convert";
   if (const std::string packed = packed_kind(tensors); !packed.empty()) return packed;
   switch (kind) {
     case NetKind::kFlux:
