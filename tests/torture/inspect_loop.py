@@ -38,7 +38,7 @@ def work(tool, numbers):
                 listed = now
                 with lock:
                     looks += 1
-            _, stderr = process.communicate()
+            _, stderr = torture.communicate(process)
             torture.require(process.returncode == 0, stderr)
 
 

@@ -56,7 +56,7 @@ def work(tool, numbers):
             continue
         if not ends_itself:
             scale = max(0.4, scale * 0.8)
-        stdout, stderr = process.communicate()
+        stdout, stderr = torture.communicate(process)
         torture.require(process.returncode == 0, f"{where}: ended with {process.returncode}:\n{stderr}")
         tool.check_complete(out, where, json.loads(stdout), tool.reference(version), finished)
         count(finished=1)

@@ -30,7 +30,7 @@ def work(tool, numbers):
         time.sleep(after)
         process.send_signal(number)
         before = time.monotonic()
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = torture.communicate(process)
         seconds = time.monotonic() - before
         found = tool.contents(out)
         tool.check(found, where)
@@ -51,7 +51,8 @@ def work(tool, numbers):
             continue
         torture.require(not stdout, f"{where}: a result was printed: {stdout}")
         torture.require(stderr.count(": error: ") == stderr.count("stopped by a signal") == 1, f"{where}: {stderr}")
-        torture.require(seconds < 20, f"{where}: it took {seconds:.0f} s to stop")
+        # a whole run is enough of a measure of what this machine can do
+        torture.require(seconds < 20 + 10 * tool.full_seconds, f"{where}: it took {seconds:.0f} s to stop")
         hidden = [path.name for path in out.iterdir() if path.name.startswith(".")] if out.exists() else []
         torture.require(not hidden and not found.journal, f"{where}: left {hidden}")
         with lock:

@@ -15,6 +15,7 @@ import time
 import zlib
 
 KINDS = ("latents", "text")
+PATIENCE = 500  # seconds for a program that takes a few: only what hangs takes longer; less than ctest's limit
 
 
 class Failure(Exception):
@@ -150,12 +151,13 @@ class Tool:
 
     def start(self, out, prefix=(), **shim):
         return subprocess.Popen([*prefix, *self.command(out)], env=self.environment(out, **shim), text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                start_new_session=True)
 
     def run(self, out, prefix=(), **shim):
         """An uninterrupted run: (exit code, its report, stderr). A killed program has a negative code."""
         process = self.start(out, prefix, **shim)
-        stdout, stderr = process.communicate(timeout=300)
+        stdout, stderr = communicate(process)
         return process.returncode, json.loads(stdout) if stdout.strip() else None, stderr
 
     def contents(self, out):
@@ -303,6 +305,39 @@ def read_log(file):
         operations.append(Operation(letter.decode(), start, end, offset, length, a, b, bytes_[at:at + len_data]))
         at += len_data
     return operations
+
+
+def communicate(process):
+    """(stdout, stderr) of a program of its own session. One that hangs is a Failure, and all of the session ends."""
+    try:
+        return process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, stderr = process.communicate()
+        raise Failure(f"{process.args[0]} has not ended after {PATIENCE} s:\n{stderr}") from None
+
+
+class Lag:
+    """Measures, while it is entered, by how many seconds at most this machine wakes a sleeper too late."""
+
+    def __enter__(self):
+        self.seconds = 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.measure)
+        self.thread.start()
+        return self
+
+    def measure(self):
+        step = 0.02
+        before = time.monotonic()
+        while not self.over.wait(step):
+            now = time.monotonic()
+            self.seconds = max(self.seconds, now - before - step)
+            before = now
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
 
 
 def kill(process):
