@@ -43,8 +43,8 @@ struct Comparison {
   int64_t changed = 0;      // absent, and an item that wants it was there with other samples
   int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
   /// Of the changed samples: what differs from the one that their item had -> how many.
-  /// "source_sha256", "bucket", "resized", "crop_top_left", "flip_aug", "alpha_mask", "caption", or a field of the
-  /// recipe ("parameters.precision"). A sample counts for each of its fields.
+  /// "source_sha256", "bucket", "resized", "crop_top_left", "flip_aug", "alpha_mask", "caption", or a
+  /// field of the recipe ("parameters.precision"). A sample counts for each of its fields.
   std::map<std::string, int64_t> changed_by;
   /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution:
   /// 512x512, was 1024x1024".
@@ -78,11 +78,12 @@ struct WriterOptions {
 ///   for (sample : wanted) if (!writer.contains(key)) writer.add(info, {latents});
 ///   writer.publish(publication);                 // seal, index, manifest
 ///
-/// A sample is safe against SIGKILL when add() returns, and against power loss a second later. The destructor leaves finished samples in the journal; seal(),
-/// publish() or the next Writer make a segment of it.
+/// A sample is safe against SIGKILL when add() returns, and against power loss a second later. The
+/// destructor leaves finished samples in the journal; seal(), publish() or the next Writer make a
+/// segment of it.
 ///
-/// Throws CacheError: another writer is at work, the folder holds another kind, a published segment
-/// is damaged. Throws ResourceError: the disk is full, a write fails, the folder cannot be written.
+/// Throws CacheError: another writer is at work, the folder holds another kind or a file that only
+/// has the name of one of a cache's (refuse_foreign_files), a published segment is damaged. Throws ResourceError: the disk is full, a write fails, the folder cannot be written.
 /// Published segments stay intact.
 class Writer {
  public:
