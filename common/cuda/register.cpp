@@ -10,10 +10,16 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <map>
+#include <mutex>
+
 #include "common/ops/qk_norm_rope_cuda.h"
 #include "common/ops/qk_norm_rope_impl.h"
 #include "common/optim/adamw_cuda.h"
 #include "common/optim/adamw_scalars.h"
+#include "common/optim/blockwise8.h"
+#include "common/optim/op_arguments.h"
+#include "common/optim/optimizer_cuda.h"
 #include "common/quant/quant_cuda.h"
 #include "common/quant/quant_impl.h"
 
@@ -158,12 +164,64 @@ void dequantize_weight(const at::Tensor& codes,
   out.scalar_type() == at::kBFloat16 ? run(kernel::Bf16Bits{}) : run(float{});
 }
 
+/// The two maps of 8-bit states on a device, made once for each.
+const Map8* maps_on(at::Device device) {
+  static std::mutex mutex;
+  // never freed: the driver may be gone when static objects go
+  static auto* const made = new std::map<int, at::Tensor>;
+  const std::lock_guard lock(mutex);
+  at::Tensor& maps = (*made)[device.index()];
+  if (!maps.defined()) {
+    const Map8 both[2] = {map8(true), map8(false)};
+    maps = at::empty({static_cast<int64_t>(sizeof both)}, at::device(device).dtype(at::kByte));
+    // without a stream: any may read it afterwards
+    C10_CUDA_CHECK(cudaMemcpy(maps.data_ptr(), both, sizeof both, cudaMemcpyHostToDevice));
+  }
+  return static_cast<const Map8*>(maps.const_data_ptr());
+}
+
+void optimizer_step(const at::Tensor& parameter,
+                    const at::Tensor& gradient,
+                    at::TensorList states,
+                    at::TensorList scratch,
+                    int64_t kind,
+                    c10::ArrayRef<double> numbers,
+                    at::IntArrayRef key) {
+  const c10::cuda::CUDAGuard guard(parameter.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  Operands o = operands_of(parameter, gradient, states, key);
+  const auto floats = [&](size_t i) { return static_cast<float*>(states[i].data_ptr()); };
+  switch (static_cast<UpdateKind>(kind)) {
+    case UpdateKind::kAdamW:
+      C10_CUDA_CHECK(adamw_update_cuda(o, from_numbers<AdamWScalars>(numbers), stream));
+      return;
+    case UpdateKind::kAdamW8bit: {
+      const auto scalars = from_numbers<AdamW8bitScalars>(numbers);
+      if (states[0].scalar_type() == at::kFloat) {
+        C10_CUDA_CHECK(adamw8bit_small_update_cuda(o, scalars, stream));
+      } else {
+        C10_CUDA_CHECK(adamw8bit_update_cuda(
+            o, floats(2), floats(3), maps_on(parameter.device()), scalars, stream));
+      }
+      return;
+    }
+    case UpdateKind::kAdafactor: {
+      const auto scalars = from_numbers<AdafactorScalars>(numbers);
+      const AdafactorArguments a = adafactor_arguments(parameter, states, scratch, scalars, o);
+      C10_CUDA_CHECK(adafactor_update_cuda(
+          o, a.factors, a.row_means, a.column_means, a.sums, a.floats, scalars, stream));
+      return;
+    }
+  }
+}
+
 TORCH_LIBRARY_IMPL(flux, CUDA, library) {
   library.impl("quantize_weight", quantize_weight);
   library.impl("dequantize_weight", dequantize_weight);
   library.impl("qk_norm_rope", qk_norm_rope);
   library.impl("qk_norm_rope_backward", qk_norm_rope_backward);
   library.impl("adamw_step", adamw_step);
+  library.impl("optimizer_step", optimizer_step);
 }
 
 }  // namespace

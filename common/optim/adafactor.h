@@ -27,7 +27,7 @@ struct AdafactorOptions {
   double eps1 = 1e-30, eps2 = 1e-3;
   double clip_threshold = 1.0;
   double decay_rate = -0.8;
-  std::optional<double> beta1;
+  std::optional<double> beta1 = std::nullopt;
   double weight_decay = 0;
   bool scale_parameter = false, relative_step = false, warmup_init = false;
 };

@@ -23,14 +23,8 @@ double sum_of_parts(int64_t n, double* sums, const F& f) {
     sums[begin / kAdafactorPart] = f(begin, end);
   });
   double sum = 0;
-  for (int64_t i = 0; i < adafactor_num_sums(n); ++i) sum += sums[i];
+  for (int64_t i = 0; i < adafactor_num_parts(n); ++i) sum += sums[i];
   return sum;
-}
-
-/// Rows of a group whose column sums are kept apart.
-int64_t rows_of_group(const AdafactorShape& shape) {
-  const int64_t most = std::clamp<int64_t>(kAdafactorColumns / shape.columns, 1, 64);
-  return std::max<int64_t>(16, (shape.rows + most - 1) / most);
 }
 
 void running_means(const Operands& o,
@@ -39,8 +33,8 @@ void running_means(const Operands& o,
                    float* row_means,
                    float* column_means,
                    float* scratch) {
-  if (shape.batch == 1 && shape.columns <= kAdafactorColumns) {
-    const int64_t group = rows_of_group(shape), groups = (shape.rows + group - 1) / group;
+  if (const int64_t group = adafactor_group(shape); group > 0) {
+    const int64_t groups = (shape.rows + group - 1) / group;
     for_parts(shape.rows, group, [&](int64_t begin, int64_t end) {
       float* const sums = scratch + begin / group * shape.columns;
       adafactor_rows_and_columns(o, 0, shape.columns, begin, end, scalars, row_means, sums);

@@ -19,17 +19,17 @@ struct AdamW8bitScalars {
 };
 
 /// Decays the moments and takes the gradient in.
-FLUX_HOST_DEVICE void adamw8bit_moments(float g, float* m, float* v, const AdamW8bitScalars& s) {
+FLUX_OPTIM_INLINE void adamw8bit_moments(float g, float* m, float* v, const AdamW8bitScalars& s) {
   *m = *m * s.beta1 + s.one_minus_beta1 * g;
   *v = *v * s.beta2 + s.one_minus_beta2 * g * g;
 }
 
-FLUX_HOST_DEVICE float adamw8bit_weight(float p, float m, float v, const AdamW8bitScalars& s) {
+FLUX_OPTIM_INLINE float adamw8bit_weight(float p, float m, float v, const AdamW8bitScalars& s) {
   return p * s.decay - s.step_size * m / (sqrtf(v) / s.correction2 + s.eps);
 }
 
 /// As bitsandbytes computes it where states are float32: equal but for rounding.
-FLUX_HOST_DEVICE float adamw8bit_small_weight(float p,
+FLUX_OPTIM_INLINE float adamw8bit_small_weight(float p,
                                               float m,
                                               float v,
                                               const AdamW8bitScalars& s) {

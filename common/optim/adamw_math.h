@@ -20,7 +20,7 @@ struct AdamWScalars {
 /// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does
 /// with such weights.
 template <class T>
-FLUX_HOST_DEVICE void adamw_element(
+FLUX_OPTIM_INLINE void adamw_element(
     T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, const AdamWScalars& s) {
   const float g = to_float(*gradient);
   float m = to_float(*exp_avg), v = to_float(*exp_avg_sq), p = to_float(*parameter);

@@ -23,7 +23,7 @@ struct Map8 {
 };
 
 /// The nearest code of x in [-1, 1]; anything else gives some code.
-FLUX_HOST_DEVICE uint8_t nearest8(float x, const uint32_t* cells) {
+FLUX_OPTIM_INLINE uint8_t nearest8(float x, const uint32_t* cells) {
   // without branches, and with signed indices, so that loops over it vectorise
   const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
   const auto sign = static_cast<int32_t>(bits >> 31);

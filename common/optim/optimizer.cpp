@@ -10,7 +10,6 @@
 
 #include "common/core/rng.h"
 #include "common/core/text.h"
-#include "common/optim/adafactor_update.h"
 #include "common/optim/adamw8bit_math.h"
 #include "common/optim/adamw_scalars.h"
 #include "common/optim/optimizer_op.h"

@@ -5,32 +5,32 @@
 #include <cstring>
 
 #ifdef __CUDACC__
-#define FLUX_HOST_DEVICE __host__ __device__ __forceinline__
+#define FLUX_OPTIM_INLINE __host__ __device__ __forceinline__
 #else
-#define FLUX_HOST_DEVICE inline __attribute__((always_inline))
+#define FLUX_OPTIM_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace flux {
 
-FLUX_HOST_DEVICE uint32_t bits_of(float value) {
+FLUX_OPTIM_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-FLUX_HOST_DEVICE float float_of(uint32_t bits) {
+FLUX_OPTIM_INLINE float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 /// bfloat16 bits to float32, exactly, and back by rounding to nearest even; NaN stays NaN.
-FLUX_HOST_DEVICE float to_float(uint16_t bits) {
+FLUX_OPTIM_INLINE float to_float(uint16_t bits) {
   return float_of(static_cast<uint32_t>(bits) << 16);
 }
-FLUX_HOST_DEVICE float to_float(float value) { return value; }
+FLUX_OPTIM_INLINE float to_float(float value) { return value; }
 
-FLUX_HOST_DEVICE void round_to(float value, float* out) { *out = value; }
-FLUX_HOST_DEVICE void round_to(float value, uint16_t* out) {
+FLUX_OPTIM_INLINE void round_to(float value, float* out) { *out = value; }
+FLUX_OPTIM_INLINE void round_to(float value, uint16_t* out) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
   const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
@@ -39,7 +39,7 @@ FLUX_HOST_DEVICE void round_to(float value, uint16_t* out) {
 
 /// The value as T keeps it.
 template <class T>
-FLUX_HOST_DEVICE float rounded(float value) {
+FLUX_OPTIM_INLINE float rounded(float value) {
   T kept;
   round_to(value, &kept);
   return to_float(kept);
@@ -48,7 +48,7 @@ FLUX_HOST_DEVICE float rounded(float value) {
 /// bfloat16 bits of `value`, rounded away from zero with the probability of the part cut off;
 /// `random` is uniform in [0, 65536). NaN stays NaN, infinity stays, and a finite value never becomes
 /// infinity. Source: sd-scripts' copy_stochastic_, which guards none of these.
-FLUX_HOST_DEVICE uint16_t round_stochastic(float value, uint32_t random) {
+FLUX_OPTIM_INLINE uint16_t round_stochastic(float value, uint32_t random) {
   const uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
   uint32_t upper = (magnitude + random) >> 16;
   upper = upper > 0x7F7Fu ? 0x7F7Fu : upper;
@@ -65,9 +65,8 @@ struct RoundingKey {
 };
 
 /// Philox4x32-10 in place, as philox4x32() of common/core/rng.h, in a form that vectorises.
-FLUX_HOST_DEVICE void philox_block(
+FLUX_OPTIM_INLINE void philox_block(
     uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
