@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <system_error>
 
 #include "common/core/error.h"
 #include "common/core/log.h"
@@ -34,10 +35,16 @@ std::filesystem::path cuda_library() {
          "libflux_cuda.so";
 }
 
+/// Whether this build has it; a folder that cannot be searched has none.
+bool has_cuda_library() {
+  std::error_code ignored;
+  return std::filesystem::exists(cuda_library(), ignored);
+}
+
 /// Opens the library; throws ResourceError that says what is missing.
 void open_cuda() {
   const auto path = cuda_library();
-  if (!std::filesystem::exists(path))
+  if (!has_cuda_library())
     throw ResourceError("--device cuda: this build has no " + show(path),
                         "install the CUDA toolkit (nvcc) and build again, or use --device cpu");
   if (!driver_has_gpu())
@@ -62,8 +69,7 @@ void use_huge_pages() { setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
 
 c10::Device resolve_device(DeviceChoice choice) {
   if (choice == DeviceChoice::kCpu) return {c10::DeviceType::CPU};
-  if (choice == DeviceChoice::kAuto &&
-      !(std::filesystem::exists(cuda_library()) && driver_has_gpu()))
+  if (choice == DeviceChoice::kAuto && !(has_cuda_library() && driver_has_gpu()))
     return {c10::DeviceType::CPU};
   try {
     open_cuda();

@@ -162,6 +162,10 @@ Sha256Digest remembered_weights_sha256(std::span<const FileStamp> stamps,
   if (path && !rehash) {
     if (const auto known = remembered(read_memo(*path), key)) return *known;
   }
+  constexpr uint64_t kLong = uint64_t{1} << 30;  // a second or more
+  uint64_t bytes = 0;
+  for (const FileStamp& stamp : stamps) bytes += stamp.size_bytes;
+  if (bytes >= kLong) log::info("hashing {}: {}, once", show(stamps[0].path), show_bytes(bytes));
   const int64_t started_ns = now_ns();
   const Sha256Digest digest = compute();
   if (path && settled(stamps, started_ns)) {

@@ -705,7 +705,10 @@ TEST_F(Latents, RefusesWhatItCannotRead) {
   three_photos();
   auto wrong = options;
   wrong.ae = folder / "absent.safetensors";
+  testing::internal::CaptureStderr();
   EXPECT_THROW(run(wrong), InputError);
+  EXPECT_NE(testing::internal::GetCapturedStderr().find("info: version "),
+            std::string::npos);  // said before the weights are read and hashed
   wrong = options;
   wrong.data.images.clear();
   wrong.data.dataset =
