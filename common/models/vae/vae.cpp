@@ -2,6 +2,9 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -32,8 +35,11 @@ class Loader {
       : weights_(weights), dtype_(dtype), device_(device) {}
 
   Tensor take(const std::string& name) const {
-    const Tensor x = to_dtype(weights_.at(name), dtype_).to(device_);
-    return x.dim() == 4 ? x.contiguous(kFormat) : x.contiguous();
+    const Tensor& from = weights_.at(name);
+    Tensor x = to_dtype(from, dtype_).to(device_);
+    x = x.dim() == 4 ? x.contiguous(kFormat) : x.contiguous();
+    // a view of a mapped file would keep all of it in memory, beside the copies of the large tensors
+    return x.is_alias_of(from) ? x.clone() : x;
   }
   Conv conv(const std::string& name) const {
     return {take(name + ".weight"), take(name + ".bias")};
@@ -134,6 +140,14 @@ Tensor upsample(const Tensor& x, const Conv& conv) {
   return convolve_3x3(at::upsample_nearest2d(x, {2 * x.size(2), 2 * x.size(3)}), conv);
 }
 
+/// What the small levels of the sample before left in the heap, up to 130 MB, would be there beside
+/// the large level of the next.
+void give_back_freed() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 /// Sample `i` of a batch as the net takes it.
 Tensor sample(const Tensor& batch, int64_t i, const Tensor& weight) {
   return batch.narrow(0, i, 1).to(weight.options()).contiguous(kFormat);
@@ -174,6 +188,7 @@ Encoder Encoder::load(const TensorMap& weights,
 
 Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
   check_batch(pixels, "pixels", config.image_channels, config.stride());
+  give_back_freed();
   const c10::InferenceMode no_grad;
   std::vector<Tensor> moments;
   Tensor buffer;  // of norm_swish
