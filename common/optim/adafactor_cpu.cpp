@@ -1,23 +1,10 @@
 #include "common/optim/adafactor_cpu.h"
 
+#include "common/optim/lanes.h"
 #include "common/optim/tile.h"
 
 namespace flux {
 namespace {
-
-// Sums in float32 go over 16 lanes, each in its own order, and are added in double: the same on
-// machines of any vector width.
-constexpr int64_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-
-/// By reference: as a value the type of a vector would depend on the version of the function.
-FLUX_TILE_INLINE void load_lanes(const float* from, Lanes& to) { memcpy(&to, from, sizeof to); }
-
-FLUX_TILE_INLINE double sum_of_lanes(const Lanes& lanes) {
-  double sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
-}
 
 /// The sum of n <= kTile squares; a[n ..) up to a multiple of kLanes is overwritten.
 FLUX_TILE_INLINE double square_sum(float* a, int64_t n) {
@@ -36,16 +23,7 @@ FLUX_TILE_INLINE double gradient_squares(
     const Operands& o, int64_t begin, int64_t n, float eps, float* out) {
   load_gradient(o, begin, n, out);
   for (int64_t i = 0; i < n; ++i) out[i] = out[i] * out[i] + eps;
-  Lanes sum{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Lanes x;
-    load_lanes(out + i, x);
-    sum += x;
-  }
-  double total = sum_of_lanes(sum);
-  for (; i < n; ++i) total += static_cast<double>(out[i]);
-  return total;
+  return sum_of(out, n);
 }
 
 /// u before clipping of elements [begin, begin + n): g comes in, u goes out.

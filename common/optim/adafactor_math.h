@@ -66,9 +66,9 @@ struct AdafactorApply {
 };
 
 FLUX_OPTIM_INLINE AdafactorApply adafactor_apply(const AdafactorScalars& s,
-                                                double update_squares,
-                                                double weight_squares,
-                                                int64_t n) {
+                                                 double update_squares,
+                                                 double weight_squares,
+                                                 int64_t n) {
   AdafactorApply a;
   const float rms = static_cast<float>(sqrt(update_squares / static_cast<double>(n)));
   const float ratio = rms / s.clip_threshold;

@@ -30,9 +30,9 @@ FLUX_OPTIM_INLINE float adamw8bit_weight(float p, float m, float v, const AdamW8
 
 /// As bitsandbytes computes it where states are float32: equal but for rounding.
 FLUX_OPTIM_INLINE float adamw8bit_small_weight(float p,
-                                              float m,
-                                              float v,
-                                              const AdamW8bitScalars& s) {
+                                               float m,
+                                               float v,
+                                               const AdamW8bitScalars& s) {
   return p * s.decay - s.small_step * (m / (sqrtf(v) + s.small_eps));
 }
 

@@ -20,15 +20,23 @@ struct AdamWScalars {
 /// T is float, or uint16_t for bfloat16: then every operation is rounded, as torch.optim.AdamW does
 /// with such weights.
 template <class T>
+FLUX_OPTIM_INLINE void adamw_values(
+    float* parameter, float g, float* exp_avg, float* exp_avg_sq, const AdamWScalars& s) {
+  const float m = rounded<T>(*exp_avg + s.one_minus_beta1 * (g - *exp_avg));
+  const float v = rounded<T>(rounded<T>(*exp_avg_sq * s.beta2) + s.one_minus_beta2 * g * g);
+  const float root = rounded<T>(rounded<T>(sqrtf(v)) / s.correction2);
+  *parameter =
+      rounded<T>(rounded<T>(*parameter * s.decay) - s.step_size * m / rounded<T>(root + s.eps));
+  *exp_avg = m;
+  *exp_avg_sq = v;
+}
+
+/// The same in memory.
+template <class T>
 FLUX_OPTIM_INLINE void adamw_element(
     T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, const AdamWScalars& s) {
-  const float g = to_float(*gradient);
-  float m = to_float(*exp_avg), v = to_float(*exp_avg_sq), p = to_float(*parameter);
-  p = rounded<T>(p * s.decay);
-  m = rounded<T>(m + s.one_minus_beta1 * (g - m));
-  v = rounded<T>(rounded<T>(v * s.beta2) + s.one_minus_beta2 * g * g);
-  const float root = rounded<T>(rounded<T>(sqrtf(v)) / s.correction2);
-  p -= s.step_size * m / rounded<T>(root + s.eps);
+  float p = to_float(*parameter), m = to_float(*exp_avg), v = to_float(*exp_avg_sq);
+  adamw_values<T>(&p, to_float(*gradient), &m, &v, s);
   round_to(p, parameter);
   round_to(m, exp_avg);
   round_to(v, exp_avg_sq);

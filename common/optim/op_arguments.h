@@ -14,7 +14,17 @@
 namespace flux {
 
 /// Which update the op makes. Not kept in files.
-enum class UpdateKind : int64_t { kAdamW, kAdamW8bit, kAdafactor };
+enum class UpdateKind : int64_t {
+  kAdamW,
+  kAdamW8bit,
+  kAdafactor,
+  kLion,
+  kSgd,
+  kScheduleFree,
+  kProdigyObserve,  // scratch: doubles for two sums of each part, and the two totals
+  kProdigy,
+  kEma,
+};
 
 /// A struct of floats as the op's list of numbers, and back; both are exact.
 template <class Scalars>

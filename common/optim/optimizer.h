@@ -15,6 +15,10 @@
 #include "common/optim/adafactor.h"
 #include "common/optim/adamw.h"
 #include "common/optim/adamw8bit.h"
+#include "common/optim/lion.h"
+#include "common/optim/prodigy.h"
+#include "common/optim/schedule_free.h"
+#include "common/optim/sgd.h"
 #include "common/tensor/fwd.h"
 
 namespace flux {
@@ -22,9 +26,10 @@ namespace flux {
 /// How a bfloat16 parameter takes an update computed in float32; a float32 parameter just takes it.
 enum class WeightMode {
   kStochastic,  // rounded up or down with the probability that keeps the mean
-  kNearest,     // to nearest even: small updates are lost
-  kKahan,       // to nearest even; what was lost is kept in one more bfloat16 tensor
-  kMaster,      // a float32 copy takes the updates, the parameter is its rounding
+  kNearest,  // to nearest even: small updates are lost; with bfloat16 states AdamW and Lion round every
+             // operation, as their libraries do where all tensors are bfloat16
+  kKahan,   // to nearest even; what was lost is kept in one more bfloat16 tensor
+  kMaster,  // a float32 copy takes the updates, the parameter is its rounding
 };
 
 struct OptimizerPrecision {
@@ -33,7 +38,13 @@ struct OptimizerPrecision {
   c10::ScalarType states = c10::ScalarType::Float;
 };
 
-using OptimizerOptions = std::variant<AdamWOptions, AdamW8bitOptions, AdafactorOptions>;
+using OptimizerOptions = std::variant<AdamWOptions,
+                                      AdamW8bitOptions,
+                                      AdafactorOptions,
+                                      LionOptions,
+                                      ProdigyOptions,
+                                      ScheduleFreeOptions,
+                                      SgdOptions>;
 
 /// One tensor kept for a parameter between steps.
 struct StateTensor {
@@ -83,19 +94,25 @@ class Optimizer {
   /// True if all gradients of a step must have been seen before the first weight changes: then every
   /// slot goes to observe() and, after end_observe(), every slot to step(), with equal gradients.
   virtual bool two_phase() const { return false; }
-  virtual void observe(const Slot& slot, const StepScalars& scalars);
+  void observe(const Slot& slot, const StepScalars& scalars);
   virtual void end_observe() {}
   /// Numbers of the whole run, to be saved with the states and set again on resume; none for most.
   virtual std::map<std::string, double> numbers() const { return {}; }
   virtual void set_numbers(const std::map<std::string, double>& /*numbers*/) {}
+  /// The weights to save or sample with; the parameter itself but for optimizers that average.
+  virtual at::Tensor evaluation_weights(const Slot& slot) const;
 
  protected:
   /// States but for what the weight mode adds.
   virtual std::vector<StateTensor> moments(c10::IntArrayRef shape) const = 0;
   /// The update of a slot that was checked.
   virtual void update(const Slot& slot, const StepScalars& scalars) = 0;
+  /// observe() of a slot that was checked.
+  virtual void look(const Slot& /*slot*/, const StepScalars& /*scalars*/) {}
 
  private:
+  void check(const Slot& slot, const StepScalars& scalars) const;
+
   OptimizerPrecision precision_;
 };
 

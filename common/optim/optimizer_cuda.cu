@@ -52,6 +52,7 @@ __device__ void keep_weight(const Operands& o, int64_t i, float value, uint32_t 
       static_cast<float*>(o.parameter)[i] = value;
       return;
     case Keep::kNearest:
+    case Keep::kPlain:
       return round_to(value, p);
     case Keep::kStochastic:
       *p = round_stochastic(value, random);

@@ -30,6 +30,27 @@ void for_tiles(int64_t n, const F& f) {
   });
 }
 
+template <class Scalars, class Range>
+void run_tiles(const Operands& o, c10::ArrayRef<double> numbers, const Range& range) {
+  const auto scalars = from_numbers<Scalars>(numbers);
+  for_tiles(o.n, [&](int64_t begin, int64_t end) { range(o, scalars, begin, end); });
+}
+
+void observe(const Operands& o, const ProdigyScalars& scalars, double* sums) {
+  const int64_t parts = prodigy_num_parts(o.n);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      double* const sum = sums + 2 * part;
+      sum[0] = sum[1] = 0;
+      prodigy_observe_range(
+          o, scalars, part * kProdigyPart, std::min(o.n, (part + 1) * kProdigyPart), sum);
+    }
+  });
+  double* const totals = sums + 2 * parts;
+  totals[0] = totals[1] = 0;
+  for (int64_t i = 0; i < 2 * parts; ++i) totals[i % 2] += sums[i];
+}
+
 float* floats(const at::Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 void step_cpu(const at::Tensor& parameter,
@@ -41,11 +62,21 @@ void step_cpu(const at::Tensor& parameter,
               at::IntArrayRef key) {
   Operands o = operands_of(parameter, gradient, states, key);
   switch (static_cast<UpdateKind>(kind)) {
-    case UpdateKind::kAdamW: {
-      const auto scalars = from_numbers<AdamWScalars>(numbers);
-      return for_tiles(o.n,
-                       [&](int64_t begin, int64_t end) { adamw_range(o, scalars, begin, end); });
-    }
+    case UpdateKind::kAdamW:
+      return run_tiles<AdamWScalars>(o, numbers, adamw_range);
+    case UpdateKind::kLion:
+      return run_tiles<LionScalars>(o, numbers, lion_range);
+    case UpdateKind::kSgd:
+      return run_tiles<SgdScalars>(o, numbers, sgd_range);
+    case UpdateKind::kScheduleFree:
+      return run_tiles<ScheduleFreeScalars>(o, numbers, schedule_free_range);
+    case UpdateKind::kProdigy:
+      return run_tiles<ProdigyScalars>(o, numbers, prodigy_range);
+    case UpdateKind::kEma:
+      return run_tiles<EmaScalars>(o, numbers, ema_range);
+    case UpdateKind::kProdigyObserve:
+      return observe(
+          o, from_numbers<ProdigyScalars>(numbers), static_cast<double*>(scratch[0].data_ptr()));
     case UpdateKind::kAdamW8bit: {
       const auto scalars = from_numbers<AdamW8bitScalars>(numbers);
       const bool small = states[0].scalar_type() == at::kFloat;

@@ -65,6 +65,7 @@ FLUX_TILE_INLINE void store_weights(const Operands& o, const float* in, int64_t 
     case Keep::kFloat:
       return store_tile(in, o.parameter, false, begin, n);
     case Keep::kNearest:
+    case Keep::kPlain:
       return store_tile(in, o.parameter, true, begin, n);
     case Keep::kStochastic: {
       uint16_t random[kTile];
