@@ -14,7 +14,7 @@ namespace flux {
 namespace {
 
 TEST(Fp8, ValuesAreThoseOfTheTable) {
-  const auto table = test::golden("quant/fp8_e4m3.safetensors").at("table").clone();
+  const auto table = test::golden("optim/fp8_e4m3.safetensors").at("table").clone();
   for (int code = 0; code < 256; ++code) {
     const float value = kernel::fp8_value(static_cast<uint8_t>(code));
     const auto wanted = table[code].item<float>();
@@ -26,7 +26,7 @@ TEST(Fp8, ValuesAreThoseOfTheTable) {
 }
 
 TEST(Fp8, CodesOfSingleValuesAreTorchs) {
-  const auto golden = test::golden("quant/fp8_e4m3.safetensors");
+  const auto golden = test::golden("optim/fp8_e4m3.safetensors");
   const auto x = golden.at("edge/x").clone(), codes = golden.at("edge/clamped_cast").clone();
   for (int64_t i = 0; i < x.numel(); ++i)
     EXPECT_EQ(kernel::fp8_code(x[i].item<float>()), codes[i].item<uint8_t>()) << x[i].item<float>();
@@ -65,7 +65,7 @@ TEST(Fp8, AgreesWithLibTorchOnEveryBfloat16) {
 
 // All three ways to scale are blocks: of a matrix, of a row, of 64.
 TEST(Fp8, ScalesCodesAndValuesAreTheGoldenOnes) {
-  const auto golden = test::golden("quant/fp8_e4m3.safetensors");
+  const auto golden = test::golden("optim/fp8_e4m3.safetensors");
   for (const std::string name : {"w", "outlier", "zero_row"})
     for (const std::string kind : {"tensor", "channel", "block64"}) {
       SCOPED_TRACE(name + "/" + kind);
