@@ -73,7 +73,8 @@ FileArena::FileArena(const std::filesystem::path& folder,
                                   number == 0 ? "" : ": " + reason(number)),
                       number == 0 ? "somebody shortened it" : write_failure_hint(number)));
   };
-  file_ = std::make_unique<RecordFile>(open_nameless(folder), access, failure);
+  file_ =
+      std::make_unique<RecordFile>(open_nameless(folder), choose_access(access, total), failure);
   if (total == 0) return;
   // first asked, so that the disk is not filled to the brim for a moment
   const auto free = free_bytes(folder);

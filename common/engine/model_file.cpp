@@ -27,8 +27,8 @@ namespace {
 namespace fs = std::filesystem;
 
 // Values converted or quantised at a time: float32 from the file, bfloat16, codes and scales are
-// 3.6 MiB. A multiple of kQuantBlock.
-constexpr int64_t kChunkValues = int64_t{1} << 19;
+// 1.8 MiB. A multiple of kQuantBlock.
+constexpr int64_t kChunkValues = int64_t{1} << 18;
 constexpr int64_t kHashBytes = int64_t{4} << 20;
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -65,7 +65,10 @@ at::Tensor stand_in(std::span<const std::byte> bytes,
 /// The files of a set, by the addresses of their mappings.
 class Files {
  public:
-  Files(const safetensors::FileSet& set, FileAccess access) {
+  Files(const safetensors::FileSet& set, FileAccess wanted) {
+    int64_t total = 0;
+    for (const auto& file : set.files) total += static_cast<int64_t>(file->stamp().size_bytes);
+    const FileAccess access = choose_access(wanted, total);
     for (const auto& file : set.files) {
       const FileStamp& stamp = file->stamp();
       uint64_t data_bytes = 0;
@@ -427,13 +430,21 @@ std::vector<std::pair<int64_t, int64_t>> ModelFile::parts(int64_t index, int64_t
 }
 
 int64_t ModelFile::staging_bytes() const {
-  bool converts = false;
+  int64_t most = 0;
   for (const auto& record : impl_->sources)
-    for (const Source& source : record)
-      converts = converts || (source.scales && !source.stored_scales) ||
-                 (!source.scales && source.stored->dtype != source.slice.dtype);
-  const int64_t conversion = converts ? kChunkValues * 8 : 0;
-  return conversion + impl_->files->staging_bytes();
+    for (const Source& source : record) {
+      const bool quantises = source.scales && !source.stored_scales;
+      const auto wanted = quantises ? at::kBFloat16 : source.slice.dtype;
+      int64_t bytes_per_value = 0;
+      if (source.stored->dtype != wanted && !source.stored_scales)
+        bytes_per_value += static_cast<int64_t>(c10::elementSize(source.stored->dtype));
+      if (quantises) bytes_per_value += 4;  // bfloat16, codes, scales
+      int64_t values = 1;
+      for (const int64_t length : source.stored->shape) values *= length;
+      most = std::max(most, std::min(values, kChunkValues) * bytes_per_value);
+    }
+  // a chunk of a page or less is a page
+  return round_up(most, kRecordAlignment) + impl_->files->staging_bytes();
 }
 
 void ModelFile::read_tensor(const std::string& name, const at::Tensor& to) const {

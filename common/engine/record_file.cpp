@@ -7,6 +7,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <string_view>
 
 #include "common/engine/record_layout.h"
 #include "common/engine/record_store.h"
@@ -22,7 +27,40 @@ int64_t down(int64_t value) { return value / kBlock * kBlock; }
 int64_t up(int64_t value) { return down(value + kBlock - 1); }
 bool is_aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % kBlock == 0; }
 
+/// The number behind `key` in a file of the system; nothing if it is not there.
+std::optional<int64_t> number_in(const char* path, std::string_view key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with(key)) continue;
+    int64_t number = 0;
+    std::istringstream rest(line.substr(key.size()));
+    if (rest >> number) return number;
+    return std::nullopt;
+  }
+  return std::nullopt;
+}
+
 }  // namespace
+
+int64_t available_memory_bytes() {
+  const auto of_system = number_in("/proc/meminfo", "MemAvailable:");
+  int64_t available = of_system ? *of_system * 1024 : INT64_MAX;
+  const auto limit = number_in("/sys/fs/cgroup/memory.max", "");
+  const auto used = number_in("/sys/fs/cgroup/memory.current", "");
+  if (limit && used) {
+    const auto cache = number_in("/sys/fs/cgroup/memory.stat", "file ");
+    available = std::min(available, std::max<int64_t>(0, *limit - *used + cache.value_or(0)));
+  }
+  return available;
+}
+
+FileAccess choose_access(FileAccess access, int64_t bytes, int64_t available) {
+  if (access != FileAccess::kAuto) return access;
+  return bytes <= available / 2 ? FileAccess::kCached : FileAccess::kDirect;
+}
+FileAccess choose_access(FileAccess access, int64_t bytes) {
+  return choose_access(access, bytes, available_memory_bytes());
+}
 
 RecordFile::RecordFile(int fd, FileAccess access, Failure failure)
     : fd_(fd), access_(access), failure_(std::move(failure)) {

@@ -15,9 +15,17 @@ enum class FileAccess {
   kCached,   // through the page cache
   kDropped,  // through the page cache, which is told to forget what was read or written
   kDirect,   // past the page cache (O_DIRECT); kDropped where the file system does not offer it
+  kAuto,     // see choose_access()
 };
-/// Measured: docs/benchmarks.md.
-inline constexpr FileAccess kDefaultFileAccess = FileAccess::kCached;
+inline constexpr FileAccess kDefaultFileAccess = FileAccess::kAuto;
+/// kAuto decided for files of `bytes` in all: kCached where they are at most half of `available`
+/// memory, so that they stay in the page cache while a run goes on, else kDirect. Measured:
+/// docs/benchmarks.md.
+FileAccess choose_access(FileAccess access, int64_t bytes, int64_t available);
+FileAccess choose_access(FileAccess access, int64_t bytes);
+/// Bytes that programs may still take: the system's estimate, or what the control group's limit
+/// leaves (its page cache counts as free), whichever is less.
+int64_t available_memory_bytes();
 
 /// An open file. All functions are for any thread.
 class RecordFile {
@@ -25,7 +33,7 @@ class RecordFile {
   /// Makes the exception of a failure out of what happened: "cannot be read: Input/output error".
   using Failure = std::function<std::exception_ptr(const std::string& what, int error_number)>;
 
-  /// Takes `fd` over.
+  /// Takes `fd` over. `access` is not kAuto.
   RecordFile(int fd, FileAccess access, Failure failure);
   ~RecordFile();
   RecordFile(const RecordFile&) = delete;

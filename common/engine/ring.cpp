@@ -232,7 +232,7 @@ class Ring::Impl {
 
   void set_schedule(std::vector<int64_t> cycle) {
     flush();
-    auto plan = plan_ring(record_bytes_, cycle, options_.lookahead, plan_.capacity);
+    RingPlan plan = plan_for(cycle);
     std::unique_lock lock(mutex_);
     restarting_ = true;
     reads_.clear();
@@ -261,6 +261,18 @@ class Ring::Impl {
     size_t next = 0;
     std::vector<SharedEvent> after;  // of the work that used the memory before
   };
+
+  /// With as much lookahead as the arena allows.
+  RingPlan plan_for(std::span<const int64_t> cycle) const {
+    for (int64_t lookahead = options_.lookahead; lookahead > 1; --lookahead) {
+      try {
+        return plan_ring(record_bytes_, cycle, lookahead, plan_.capacity);
+      } catch (const std::invalid_argument&) {
+        // another order may need more room than the one the arena was made for
+      }
+    }
+    return plan_ring(record_bytes_, cycle, 1, plan_.capacity);
+  }
 
   void make_arena() {
     if (device_.is_cpu()) {

@@ -2,7 +2,12 @@
 // and back, when nothing is computed: what a step waits for the disk at least.
 //
 //   flux-model tiny --geometry dev --out F     (23.8 GB; --depth 7,14 makes one of 9 GB)
-//   records_bench FILE cached|dropped|direct [PASSES=2] [THREADS=1] [LOOKAHEAD=1]
+//   records_bench FILE cached|dropped|direct [PASSES=2] [THREADS=2] [LOOKAHEAD=1]
+//
+// The same for a scratch file in FOLDER, of records as large as a double block and its 8-bit states
+// (1.36 GB each), which are changed and written back on the way back:
+//
+//   records_bench FOLDER cached|dropped|direct [PASSES=2] [THREADS=2] [LOOKAHEAD=1] [RECORDS=12]
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -14,6 +19,7 @@
 #include <string_view>
 
 #include "common/core/file.h"
+#include "common/engine/file_arena.h"
 #include "common/engine/model_file.h"
 #include "common/engine/ring.h"
 
@@ -37,17 +43,26 @@ int main(int argc, char** argv) {
   const FileAccess access = word == "direct"    ? FileAccess::kDirect
                             : word == "dropped" ? FileAccess::kDropped
                                                 : FileAccess::kCached;
-  const int passes = argc > 3 ? std::atoi(argv[3]) : 2, threads = argc > 4 ? std::atoi(argv[4]) : 1;
+  const int passes = argc > 3 ? std::atoi(argv[3]) : 2, threads = argc > 4 ? std::atoi(argv[4]) : 2;
   const int64_t lookahead = argc > 5 ? std::atoi(argv[5]) : 1;
-  const auto file = std::make_shared<ModelFile>(argv[1], ModelFileOptions{.access = access});
-  for (const FileStamp& stamp : file->stamps()) {  // begins with nothing of it in memory
-    const int fd = open(stamp.path.c_str(), O_RDONLY);
-    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-    close(fd);
+  const size_t records = argc > 6 ? static_cast<size_t>(std::atoi(argv[6])) : 12;
+  const bool scratch = std::filesystem::is_directory(argv[1]);
+  std::shared_ptr<RecordStore> store;
+  if (scratch) {
+    const int64_t record = block_layout({}, 0, at::kBFloat16).bytes() * 2;
+    store = std::make_shared<FileArena>(argv[1], std::vector<int64_t>(records, record), access);
+  } else {
+    const auto file = std::make_shared<ModelFile>(argv[1], ModelFileOptions{.access = access});
+    for (const FileStamp& stamp : file->stamps()) {  // begins with nothing of it in memory
+      const int fd = open(stamp.path.c_str(), O_RDONLY);
+      posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+      close(fd);
+    }
+    store = file;
   }
-  std::vector<int64_t> blocks(static_cast<size_t>(file->num_records()));
+  std::vector<int64_t> blocks(static_cast<size_t>(store->num_records()));
   std::iota(blocks.begin(), blocks.end(), 0);
-  Ring ring(file,
+  Ring ring(store,
             at::Device(at::kCPU),
             forward_and_back(blocks),
             {.lookahead = lookahead, .read_threads = threads});
@@ -55,17 +70,23 @@ int main(int argc, char** argv) {
     const auto before = ring.counts();
     const double cpu = cpu_seconds();
     const auto begin = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < blocks.size(); ++i) ring.release(ring.acquire(), false);
+    for (size_t i = 0; i < blocks.size(); ++i)
+      ring.release(ring.acquire(), scratch && pass % 2 == 1);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    const double bytes = static_cast<double>(ring.counts().bytes_read - before.bytes_read);
-    fmt::print("{} pass {}: {:.1f} GB in {:.1f} s: {:.2f} GB/s; CPU {:.1f} s; peak RSS {:.2f} GB\n",
-               word,
-               pass + 1,
-               bytes / 1e9,
-               took.count(),
-               bytes / 1e9 / took.count(),
-               cpu_seconds() - cpu,
-               static_cast<double>(peak_rss_bytes()) / 1e9);
+    const auto after = ring.counts();
+    const auto bytes = static_cast<double>(after.bytes_read - before.bytes_read),
+               written = static_cast<double>(after.bytes_written - before.bytes_written);
+    fmt::print(
+        "{} pass {}: read {:.1f} GB, wrote {:.1f}, in {:.1f} s: {:.2f} GB/s; CPU {:.1f} s; peak "
+        "RSS {:.2f} GB\n",
+        word,
+        pass + 1,
+        bytes / 1e9,
+        written / 1e9,
+        took.count(),
+        (bytes + written) / 1e9 / took.count(),
+        cpu_seconds() - cpu,
+        static_cast<double>(peak_rss_bytes()) / 1e9);
   }
   return 0;
 }

@@ -95,6 +95,16 @@ TEST(FileArena, KeepsRecords) {
   }
 }
 
+TEST(ChooseAccess, LeavesWhatFitsToThePageCache) {
+  EXPECT_EQ(choose_access(FileAccess::kAuto, 50, 100), FileAccess::kCached);
+  EXPECT_EQ(choose_access(FileAccess::kAuto, 51, 100), FileAccess::kDirect);
+  EXPECT_EQ(choose_access(FileAccess::kDropped, 51, 100), FileAccess::kDropped);
+  EXPECT_EQ(choose_access(FileAccess::kAuto, 4096), FileAccess::kCached);
+  EXPECT_EQ(choose_access(FileAccess::kAuto, int64_t{1} << 60), FileAccess::kDirect);
+  EXPECT_GT(available_memory_bytes(), int64_t{1} << 20);
+  EXPECT_LT(available_memory_bytes(), int64_t{1} << 50);
+}
+
 TEST(FileArena, KeepsRecordsWrittenAndReadByThreads) {
   const test::TemporaryFolder folder;
   FileArena store(folder.path(), std::vector<int64_t>(8, 64 << 10), FileAccess::kDirect);
