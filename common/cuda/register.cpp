@@ -15,6 +15,8 @@
 
 #include "common/ops/qk_norm_rope_cuda.h"
 #include "common/ops/qk_norm_rope_impl.h"
+#include "common/ops/rows_cuda.h"
+#include "common/ops/rows_impl.h"
 #include "common/optim/adamw_cuda.h"
 #include "common/optim/adamw_scalars.h"
 #include "common/optim/blockwise8.h"
@@ -191,9 +193,27 @@ void optimizer_step(const at::Tensor& parameter,
   const auto stream = c10::cuda::getCurrentCUDAStream();
   Operands o = operands_of(parameter, gradient, states, key);
   const auto floats = [&](size_t i) { return static_cast<float*>(states[i].data_ptr()); };
+  const auto single = [&]<class Scalars>() {
+    C10_CUDA_CHECK(update_cuda(o, from_numbers<Scalars>(numbers), stream));
+  };
   switch (static_cast<UpdateKind>(kind)) {
     case UpdateKind::kAdamW:
-      C10_CUDA_CHECK(adamw_update_cuda(o, from_numbers<AdamWScalars>(numbers), stream));
+      return single.template operator()<AdamWScalars>();
+    case UpdateKind::kLion:
+      return single.template operator()<LionScalars>();
+    case UpdateKind::kSgd:
+      return single.template operator()<SgdScalars>();
+    case UpdateKind::kScheduleFree:
+      return single.template operator()<ScheduleFreeScalars>();
+    case UpdateKind::kProdigy:
+      return single.template operator()<ProdigyScalars>();
+    case UpdateKind::kEma:
+      return single.template operator()<EmaScalars>();
+    case UpdateKind::kProdigyObserve:
+      C10_CUDA_CHECK(prodigy_observe_cuda(o,
+                                          from_numbers<ProdigyScalars>(numbers),
+                                          static_cast<double*>(scratch[0].data_ptr()),
+                                          stream));
       return;
     case UpdateKind::kAdamW8bit: {
       const auto scalars = from_numbers<AdamW8bitScalars>(numbers);
@@ -215,7 +235,89 @@ void optimizer_step(const at::Tensor& parameter,
   }
 }
 
+using kernel::MaybeTensor;
+
+/// Calls run(T(), stream) on the device of `like`, T being the type of its numbers.
+template <class Run>
+void on_stream(const at::Tensor& like, const Run& run) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(like.scalar_type() == at::kBFloat16 ? run(kernel::Bf16Bits{}, stream)
+                                                     : run(float{}, stream));
+}
+
+void modulate(const at::Tensor& x,
+              const at::Tensor& shift,
+              const at::Tensor& scale,
+              double eps,
+              const at::Tensor& out,
+              const at::Tensor& stats) {
+  on_stream(x, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::modulate_cuda(kernel::modulate_args<T>(x, shift, scale, eps, out, stats),
+                                 stream);
+  });
+}
+
+void modulate_backward(const at::Tensor& grad,
+                       const at::Tensor& x,
+                       const at::Tensor& scale,
+                       const at::Tensor& stats,
+                       int64_t group,
+                       const MaybeTensor& grad_x,
+                       const MaybeTensor& sums) {
+  on_stream(x, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::modulate_cuda(
+        kernel::modulate_args<T>(grad, x, scale, stats, group, grad_x, sums), stream);
+  });
+}
+
+void gated(const at::Tensor& x,
+           const at::Tensor& gate,
+           const at::Tensor& update,
+           const at::Tensor& out) {
+  on_stream(x, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::gated_cuda(kernel::gated_args<T>(x, gate, update, out), stream);
+  });
+}
+
+void gated_backward(const at::Tensor& grad,
+                    const at::Tensor& gate,
+                    const MaybeTensor& update,
+                    int64_t group,
+                    const MaybeTensor& grad_update,
+                    const MaybeTensor& sums) {
+  on_stream(grad, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::gated_cuda(kernel::gated_args<T>(grad, gate, update, group, grad_update, sums),
+                              stream);
+  });
+}
+
+void add_groups(const at::Tensor& sums, const at::Tensor& out) {
+  on_stream(out, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::add_groups_cuda(kernel::group_sums_args<T>(sums, out), stream);
+  });
+}
+
+void gelu(const at::Tensor& x, const at::Tensor& out) {
+  on_stream(x, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::gelu_cuda(kernel::gelu_args<T>(x, out), stream);
+  });
+}
+
+void gelu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grad_x) {
+  on_stream(x, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::gelu_cuda(kernel::gelu_args<T>(grad, x, grad_x), stream);
+  });
+}
+
 TORCH_LIBRARY_IMPL(flux, CUDA, library) {
+  library.impl("modulate", modulate);
+  library.impl("modulate_backward", modulate_backward);
+  library.impl("gated", gated);
+  library.impl("gated_backward", gated_backward);
+  library.impl("add_groups", add_groups);
+  library.impl("gelu", gelu);
+  library.impl("gelu_backward", gelu_backward);
   library.impl("quantize_weight", quantize_weight);
   library.impl("dequantize_weight", dequantize_weight);
   library.impl("qk_norm_rope", qk_norm_rope);

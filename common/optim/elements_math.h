@@ -15,15 +15,15 @@ struct LionScalars {
   float learning_rate;
 };
 
-/// T as of adamw_values().
+/// T as of adamw_values(); torch rounds the factor of an addition, not that of a multiplication.
 template <class T>
 FLUX_OPTIM_INLINE void lion_values(float* p, float g, float* m, const LionScalars& s) {
-  const float mixed = rounded<T>(rounded<T>(*m * s.beta1) + s.one_minus_beta1 * g);
+  const float mixed = rounded<T>(rounded<T>(*m * s.beta1) + rounded<T>(s.one_minus_beta1) * g);
   float sign = mixed;  // NaN stays, and so does 0
   sign = mixed > 0 ? 1.0f : sign;
   sign = mixed < 0 ? -1.0f : sign;
-  *p = rounded<T>(rounded<T>(*p * s.decay) - s.learning_rate * sign);
-  *m = rounded<T>(rounded<T>(*m * s.beta2) + s.one_minus_beta2 * g);
+  *p = rounded<T>(rounded<T>(*p * s.decay) - rounded<T>(s.learning_rate) * sign);
+  *m = rounded<T>(rounded<T>(*m * s.beta2) + rounded<T>(s.one_minus_beta2) * g);
 }
 
 struct SgdScalars {

@@ -101,6 +101,8 @@ FLUX_CLONES void prodigy_observe_range(
                                                                   at;
     load_gradient(o, at, n, g);
     load_weights(o, at, n, p);
+    // the step that follows may be left out
+    if (o.keep == Keep::kMaster && o.first) store_tile(p, o.extra, false, at, n);
     load_tile(o.states[0], o.states_bf16, at, n, m);
     load_tile(o.states[1], o.states_bf16, at, n, v);
     for (int64_t i = 0; i < n; ++i) {

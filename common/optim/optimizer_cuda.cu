@@ -103,21 +103,61 @@ struct TileRandom {
   }
 };
 
-__global__ void adamw_kernel(Operands o, AdamWScalars s) {
+/// The update of an element, and how many states it looks at.
+__device__ void update_element(
+    const Operands& o, const AdamWScalars& s, float* p, float g, float* m, float* v) {
+  if (o.keep == Keep::kPlain)
+    adamw_values<uint16_t>(p, g, m, v, s);
+  else
+    adamw_values<float>(p, g, m, v, s);
+}
+__device__ void update_element(
+    const Operands& o, const LionScalars& s, float* p, float g, float* m, float*) {
+  if (o.keep == Keep::kPlain)
+    lion_values<uint16_t>(p, g, m, s);
+  else
+    lion_values<float>(p, g, m, s);
+}
+__device__ void update_element(
+    const Operands&, const SgdScalars& s, float* p, float g, float* m, float*) {
+  sgd_values(p, g, m, s);
+}
+__device__ void update_element(
+    const Operands&, const ScheduleFreeScalars& s, float* y, float g, float* z, float* v) {
+  schedule_free_values(y, g, z, v, s);
+}
+__device__ void update_element(
+    const Operands&, const ProdigyScalars& s, float* p, float, float* m, float* v) {
+  prodigy_values(p, *m, *v, s);
+}
+__device__ void update_element(
+    const Operands&, const EmaScalars& s, float* p, float g, float*, float*) {
+  ema_values(p, g, s);
+}
+
+template <int kStates, class Scalars>
+__global__ void element_kernel(Operands o, Scalars s) {
   for_tiles(o.n, [&](int64_t begin, int lane) {
     const TileRandom random(o, begin, lane);
     for (int turn = 0; turn < kTurns; ++turn) {
       const uint32_t r = random.of(turn, lane);
       const int64_t i = begin + turn * kWarp + lane;
       if (i >= o.n) continue;
-      float p = weight_at(o, i), m = moment_at(o, 0, i), v = moment_at(o, 1, i);
-      const float g = gradient_at(o, i);
-      adamw_element(&p, &g, &m, &v, s);
-      keep_moment(o, 0, i, m);
-      keep_moment(o, 1, i, v);
+      float p = weight_at(o, i), a = 0, b = 0;
+      if (kStates > 0) a = moment_at(o, 0, i);
+      if (kStates > 1) b = moment_at(o, 1, i);
+      update_element(o, s, &p, gradient_at(o, i), &a, &b);
+      if (kStates > 0) keep_moment(o, 0, i, a);
+      if (kStates > 1) keep_moment(o, 1, i, b);
       keep_weight(o, i, p, r);
     }
   });
+}
+
+template <int kStates, class Scalars>
+cudaError_t launch(const Operands& o, const Scalars& scalars, cudaStream_t stream) {
+  element_kernel<kStates><<<blocks_of_warps(o.n), kThreads, 0, stream>>>(o, scalars);
+  return cudaGetLastError();
 }
 
 __device__ float warp_max(float x) {
@@ -190,6 +230,34 @@ __device__ double block_sum(double x) {
     __syncthreads();
   }
   return all[0];
+}
+
+/// A block a part of Prodigy's sums.
+__global__ void prodigy_observe_kernel(Operands o, ProdigyScalars s, double* sums) {
+  for (int64_t part = blockIdx.x; part * kProdigyPart < o.n; part += gridDim.x) {
+    const int64_t begin = part * kProdigyPart, limit = begin + kProdigyPart,
+                  end = limit < o.n ? limit : o.n;
+    double dot = 0, size = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      float m = moment_at(o, 0, i), v = moment_at(o, 1, i);
+      float *const sum = static_cast<float*>(o.states[2]) + i, *const p0 = static_cast<float*>(
+                                                                               o.states[3]) +
+                                                                           i;
+      const float p = weight_at(o, i);
+      // the step that follows may be left out
+      if (o.keep == Keep::kMaster && o.first) static_cast<float*>(o.extra)[i] = p;
+      dot += static_cast<double>(prodigy_observed(p, gradient_at(o, i), &m, &v, sum, p0, s));
+      size += static_cast<double>(fabsf(*sum));
+      keep_moment(o, 0, i, m);
+      keep_moment(o, 1, i, v);
+    }
+    dot = block_sum(dot);
+    size = block_sum(size);
+    if (threadIdx.x == 0) {
+      sums[2 * part] = dot;
+      sums[2 * part + 1] = size;
+    }
+  }
 }
 
 /// A block a row, of all matrices.
@@ -308,10 +376,10 @@ __global__ void squares_kernel(
   }
 }
 
-/// One block.
-__global__ void total_kernel(const double* sums, int64_t num, double* total) {
+/// One block: the sum of every stride-th number.
+__global__ void total_kernel(const double* sums, int64_t num, int64_t stride, double* total) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < num; i += blockDim.x) sum += sums[i];
+  for (int64_t i = threadIdx.x; i < num; i += blockDim.x) sum += sums[i * stride];
   sum = block_sum(sum);
   if (threadIdx.x == 0) *total = sum;
 }
@@ -341,8 +409,35 @@ __global__ void apply_kernel(Operands o,
 
 }  // namespace
 
-cudaError_t adamw_update_cuda(const Operands& o, const AdamWScalars& scalars, cudaStream_t stream) {
-  adamw_kernel<<<blocks_of_warps(o.n), kThreads, 0, stream>>>(o, scalars);
+cudaError_t update_cuda(const Operands& o, const AdamWScalars& scalars, cudaStream_t stream) {
+  return launch<2>(o, scalars, stream);
+}
+cudaError_t update_cuda(const Operands& o, const LionScalars& scalars, cudaStream_t stream) {
+  return launch<1>(o, scalars, stream);
+}
+cudaError_t update_cuda(const Operands& o, const SgdScalars& scalars, cudaStream_t stream) {
+  return launch<1>(o, scalars, stream);
+}
+cudaError_t update_cuda(const Operands& o,
+                        const ScheduleFreeScalars& scalars,
+                        cudaStream_t stream) {
+  return launch<2>(o, scalars, stream);
+}
+cudaError_t update_cuda(const Operands& o, const ProdigyScalars& scalars, cudaStream_t stream) {
+  return launch<2>(o, scalars, stream);
+}
+cudaError_t update_cuda(const Operands& o, const EmaScalars& scalars, cudaStream_t stream) {
+  return launch<0>(o, scalars, stream);
+}
+
+cudaError_t prodigy_observe_cuda(const Operands& o,
+                                 const ProdigyScalars& scalars,
+                                 double* sums,
+                                 cudaStream_t stream) {
+  const int64_t parts = prodigy_num_parts(o.n);
+  prodigy_observe_kernel<<<blocks_for(parts, 1), kThreads, 0, stream>>>(o, scalars, sums);
+  for (int which = 0; which < 2; ++which)
+    total_kernel<<<1, kThreads, 0, stream>>>(sums + which, parts, 2, sums + 2 * parts + which);
   return cudaGetLastError();
 }
 
@@ -405,7 +500,7 @@ cudaError_t adafactor_update_cuda(const Operands& o,
   for (const bool of_weights : {false, true}) {
     if (of_weights && scalars.scale_parameter == 0) continue;
     squares_kernel<<<blocks_for(parts, 1), kThreads, 0, stream>>>(o, f, scalars, of_weights, sums);
-    total_kernel<<<1, kThreads, 0, stream>>>(sums, parts, totals + (of_weights ? 1 : 0));
+    total_kernel<<<1, kThreads, 0, stream>>>(sums, parts, 1, totals + (of_weights ? 1 : 0));
   }
   apply_kernel<<<blocks_of_warps(o.n), kThreads, 0, stream>>>(o, f, scalars, totals);
   return cudaGetLastError();

@@ -5,7 +5,7 @@
 
 #include "common/optim/adafactor_math.h"
 #include "common/optim/adamw8bit_math.h"
-#include "common/optim/adamw_math.h"
+#include "common/optim/elements_math.h"
 #include "common/optim/operands.h"
 
 namespace flux {
@@ -13,9 +13,22 @@ namespace flux {
 // All pointers are device memory; all run on `stream` and return the launches' error. Arithmetic is
 // that of the CPU's; sums of Adafactor are made in another fixed order.
 
-cudaError_t adamw_update_cuda(const Operands& operands,
-                              const AdamWScalars& scalars,
-                              cudaStream_t stream);
+/// Updates of single elements; states as elementwise_cpu.h says.
+cudaError_t update_cuda(const Operands& operands, const AdamWScalars& scalars, cudaStream_t stream);
+cudaError_t update_cuda(const Operands& operands, const LionScalars& scalars, cudaStream_t stream);
+cudaError_t update_cuda(const Operands& operands, const SgdScalars& scalars, cudaStream_t stream);
+cudaError_t update_cuda(const Operands& operands,
+                        const ScheduleFreeScalars& scalars,
+                        cudaStream_t stream);
+cudaError_t update_cuda(const Operands& operands,
+                        const ProdigyScalars& scalars,
+                        cudaStream_t stream);
+cudaError_t update_cuda(const Operands& operands, const EmaScalars& scalars, cudaStream_t stream);
+/// sums: prodigy_num_sums(n) doubles, of which the last two are the results.
+cudaError_t prodigy_observe_cuda(const Operands& operands,
+                                 const ProdigyScalars& scalars,
+                                 double* sums,
+                                 cudaStream_t stream);
 
 /// maps: the signed and the unsigned Map8 of blockwise8.h.
 cudaError_t adamw8bit_update_cuda(const Operands& operands,

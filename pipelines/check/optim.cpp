@@ -1,4 +1,4 @@
-// Kind optim: optimizers step by step, 8-bit codes, roundings, learning rates, clipping.
+// Kind optim: optimizers step by step, 8-bit codes, fp8, roundings, learning rates, clipping.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -13,12 +13,15 @@
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "common/optim/blockwise8.h"
+#include "common/optim/ema.h"
 #include "common/optim/optimizer.h"
+#include "common/optim/rounding.h"
 #include "common/tensor/tensor.h"
 #include "common/train/gradient_clip.h"
 #include "common/train/lr_schedule.h"
 #include "pipelines/check/case.h"
 #include "pipelines/check/lines.h"
+#include "pipelines/check/quant.h"
 #include "pipelines/check/transformer.h"
 
 namespace flux::check {
@@ -52,7 +55,8 @@ struct Optimized {
   OptimizerOptions options;
   Tolerance tolerance;
   double learning_rate = 1e-3;
-  std::optional<AdamWOptions> torch_adamw;  // every operation rounded to bfloat16
+  bool plain = false;  // everything is bfloat16, and every operation rounded
+  int64_t warmup = 0;  // of the learning rate, in steps
 };
 
 bool is_bf16(const at::Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16; }
@@ -81,10 +85,8 @@ std::optional<Optimized> optimized_of(const std::string& file, const json& meta)
   if (file.starts_with("adamw_")) {
     out.options = adam(AdamWOptions{});
     out.tolerance = {.absolute = 2.5e-7};
-    if (bf16) {
-      out.tolerance = {.ulps = 1, .share = 1e-3, .last_step = 3};
-      out.torch_adamw = adam(AdamWOptions{});
-    }
+    if (bf16) out.tolerance = {.ulps = 1, .share = 1e-3, .last_step = 3};
+    out.plain = bf16;
     return out;
   }
   if (file.starts_with("adafactor")) {
@@ -103,6 +105,54 @@ std::optional<Optimized> optimized_of(const std::string& file, const json& meta)
     options.warmup_init = setting(meta, "warmup_init", relative);
     out.options = options;
     out.tolerance = bf16 ? rounded : Tolerance{.of_largest = 1e-6};
+    return out;
+  }
+  if (file.starts_with("lion")) {
+    LionOptions options;
+    options.beta1 = at_pair(meta, "betas", 0, options.beta1);
+    options.beta2 = at_pair(meta, "betas", 1, options.beta2);
+    options.weight_decay = setting(meta, "weight_decay", 0.01);
+    out.options = options;
+    out.learning_rate = setting(meta, "lr", 1e-4);
+    out.plain = bf16;
+    out.tolerance = {};
+    return out;
+  }
+  if (file.starts_with("sgd")) {
+    SgdOptions options;
+    options.momentum = setting(meta, "momentum", 0.9);
+    options.weight_decay = setting(meta, "weight_decay", 0.01);
+    options.nesterov = setting(meta, "nesterov", file.find("nesterov") != file.npos);
+    out.options = options;
+    out.learning_rate = setting(meta, "lr", 1e-2);
+    out.tolerance = {.of_largest = 1e-6};
+    return out;
+  }
+  if (file.starts_with("schedulefree")) {
+    auto options = adam(ScheduleFreeOptions{});
+    options.weight_decay = setting(meta, "weight_decay", 0.01);
+    options.r = setting(meta, "r", options.r);
+    options.weight_lr_power = setting(meta, "weight_lr_power", options.weight_lr_power);
+    out.options = options;
+    out.learning_rate = setting(meta, "lr", 2.5e-3);
+    out.warmup = setting(meta, "warmup_steps", int64_t{4});
+    out.tolerance = {.absolute = 1e-6};
+    return out;
+  }
+  if (file.starts_with("prodigy")) {
+    const bool bias = file.find("bias") != file.npos;
+    auto options = adam(ProdigyOptions{});
+    options.weight_decay = setting(meta, "weight_decay", 0.01);
+    options.d0 = setting(meta, "d0", bias ? 1e-4 : 1e-6);
+    options.d_coef = setting(meta, "d_coef", options.d_coef);
+    options.growth_rate = setting(meta, "growth_rate", bias ? 1.6 : options.growth_rate);
+    options.use_bias_correction = setting(meta, "use_bias_correction", bias);
+    options.safeguard_warmup = setting(meta, "safeguard_warmup", false);
+    if (const double beta3 = setting(meta, "beta3", bias ? 0.98 : 0.0); beta3 > 0)
+      options.beta3 = beta3;
+    out.options = options;
+    out.learning_rate = setting(meta, "lr", 1.0);
+    out.tolerance = {.of_largest = 1e-5};
     return out;
   }
   return std::nullopt;
@@ -180,6 +230,14 @@ at::Tensor rounded_with(const at::Tensor& values, const at::Tensor& random) {
   return out;
 }
 
+/// The gradient of tensor i in step t: the file's own, or the one all share; undefined where there is none.
+at::Tensor gradient_of(const TensorMap& inputs, const TensorMap& v, int64_t t, size_t i) {
+  const std::string name = fmt::format("g/{}/{}", t, i);
+  if (const auto own = v.find(name); own != v.end()) return own->second;
+  const auto shared = inputs.find(name);
+  return shared == inputs.end() ? at::Tensor() : shared->second;
+}
+
 void check_optimizer(const Case& c,
                      const TensorMap& inputs,
                      const std::string& file,
@@ -188,48 +246,89 @@ void check_optimizer(const Case& c,
   if (v.empty()) return;
   Judge judge(c, file, what.tolerance);
   const bool bits_given = v.contains("bits/1/0");
-  const bool bf16 = v.contains("p/1/0") && is_bf16(v.at("p/1/0"));
+  const auto kept = v.contains("p/1/0") && is_bf16(v.at("p/1/0")) ? at::kBFloat16 : at::kFloat;
   const auto optimizer = make_optimizer(
       what.options,
-      {.weights = WeightMode::kNearest, .states = what.torch_adamw ? at::kBFloat16 : at::kFloat});
-  for (int i = 0; inputs.contains(fmt::format("p0/{}", i)); ++i) {
-    const at::Tensor start = inputs.at(fmt::format("p0/{}", i));
-    const auto kept = bf16 ? at::kBFloat16 : at::kFloat;
-    at::Tensor p = start.to(c.device, kept, false, /*copy=*/true);
-    Slot slot;
-    slot.parameter = bits_given ? p.to(at::kFloat) : p;
+      {.weights = WeightMode::kNearest, .states = what.plain ? at::kBFloat16 : at::kFloat});
+  std::vector<Slot> slots;
+  for (size_t i = 0; inputs.contains(fmt::format("p0/{}", i)); ++i) {
+    Slot& slot = slots.emplace_back();
+    slot.parameter = inputs.at(fmt::format("p0/{}", i)).to(c.device, kept, false, /*copy=*/true);
+    // rounded below, with the bits given
+    if (bits_given) slot.parameter = slot.parameter.to(at::kFloat);
     slot.states = zero_states(*optimizer, slot.parameter);
-    const auto layout =
-        optimizer->state_layout(slot.parameter.sizes(), slot.parameter.scalar_type());
-    for (int t = 1;; ++t) {
+  }
+  for (int64_t t = 1; t <= what.tolerance.last_step; ++t) {
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const at::Tensor gradient = gradient_of(inputs, v, t, i);
+      if (!gradient.defined()) return judge.finish();
+      slots[i].gradient = c.on_device(gradient.to(kept));
+    }
+    StepScalars step;
+    step.step = t;
+    step.learning_rate = what.learning_rate;
+    if (t < what.warmup)
+      step.learning_rate *= static_cast<double>(t) / static_cast<double>(what.warmup);
+    optimizer->begin_step(step);
+    if (optimizer->two_phase()) {
+      for (const Slot& slot : slots) optimizer->observe(slot, step);
+      optimizer->end_observe();
+    }
+    for (size_t i = 0; i < slots.size(); ++i) {
+      Slot& slot = slots[i];
+      optimizer->step(slot, step);
       const std::string at_step = fmt::format("{}/{}", t, i);
-      const auto gradient = inputs.find("g/" + at_step);
-      if (gradient == inputs.end() || t > what.tolerance.last_step) break;
-      slot.gradient = c.on_device(gradient->second.to(kept));
-      if (what.torch_adamw) {
-        adamw_step(p,
-                   slot.gradient,
-                   slot.states[0],
-                   slot.states[1],
-                   what.learning_rate,
-                   *what.torch_adamw,
-                   t);
-      } else {
-        optimizer->step(slot, {.step = t, .learning_rate = what.learning_rate});
-      }
+      at::Tensor p = slot.parameter;
       if (bits_given) {
         p = c.on_device(rounded_with(slot.parameter, golden(v, "bits/" + at_step)));
         slot.parameter = p.to(at::kFloat);
       }
-      if (const auto it = v.find("p/" + at_step); it != v.end())
-        judge.add(it->first, p, it->second);
-      for (size_t s = 0; s < layout.size(); ++s) {
-        const auto it = v.find("s/" + at_step + "/" + layout[s].name);
-        if (it != v.end()) judge.add(it->first, slot.states[s], it->second);
-      }
+      const auto compare = [&](const std::string& name, const at::Tensor& got) {
+        if (const auto it = v.find(name); it != v.end()) judge.add(name, got, it->second);
+      };
+      compare("p/" + at_step, p);
+      compare("x/" + at_step, optimizer->evaluation_weights(slot));
+      const auto layout =
+          optimizer->state_layout(slot.parameter.sizes(), slot.parameter.scalar_type());
+      for (size_t s = 0; s < layout.size(); ++s)
+        compare("s/" + at_step + "/" + layout[s].name, slot.states[s]);
+    }
+    if (const auto d = v.find(fmt::format("d/{}", t)); d != v.end()) {
+      const double wanted = d->second.item<double>(),
+                   off = std::abs(optimizer->numbers().at("d") - wanted) / wanted;
+      c.report->judge(file + " " + d->first, {off, off}, {std::nullopt, 1e-5});
     }
   }
   judge.finish();
+}
+
+void check_ema(const Case& c, const TensorMap& inputs, const std::string& file, const json& meta) {
+  const TensorMap v = c.read_tensors(file + ".safetensors");
+  const bool warmup = file == "ema_warmup", least = file == "ema_min";
+  EmaOptions options;
+  options.decay = setting(meta, "decay", warmup ? 0.9999 : least ? 0.95 : 0.999);
+  options.min_decay = setting(meta, "min_decay", least ? 0.5 : 0.0);
+  options.update_after_step = setting(meta, "update_after_step", int64_t{least ? 2 : 0});
+  options.use_warmup = setting(meta, "use_ema_warmup", warmup);
+  options.inv_gamma = setting(meta, "inv_gamma", options.inv_gamma);
+  options.power = setting(meta, "power", warmup ? 0.75 : options.power);
+  Judge judge(c, file, {.of_largest = 1e-6});
+  for (int64_t t = 1; t <= 10; ++t) {
+    const auto it = v.find(fmt::format("decay/{}", t));
+    if (it == v.end()) continue;
+    const double off = std::abs(ema_decay(options, t) - it->second.item<double>());
+    c.report->judge(file + " " + it->first, {off, off}, {std::nullopt, 1e-12});
+  }
+  for (size_t i = 0; inputs.contains(fmt::format("p0/{}", i)); ++i) {
+    const at::Tensor weights = c.on_device(inputs.at(fmt::format("p0/{}", i))).clone(),
+                     average = weights.clone();
+    for (int64_t t = 1; inputs.contains(fmt::format("g/{}/{}", t, i)); ++t) {
+      weights.add_(c.on_device(inputs.at(fmt::format("g/{}/{}", t, i))), -0.1);
+      ema_update(average, weights, ema_decay(options, t), 0, t, i);
+      const auto it = v.find(fmt::format("ema/{}/{}", t, i));
+      if (it != v.end()) judge.add(it->first, average, it->second);
+    }
+  }
 }
 
 std::span<const float> floats(const at::Tensor& tensor) {
@@ -371,8 +470,10 @@ void check_optim(const Case& c) {
     const json meta = files.value(file, json::object());
     if (const auto what = optimized_of(file, meta)) check_optimizer(c, inputs, file, *what);
     if (file == "clip_norm") check_clipping(c, inputs, meta);
+    if (file.starts_with("ema_")) check_ema(c, inputs, file, meta);
   }
   check_blockwise8(c);
+  check_fp8(c);
   check_rounding(c);
   check_schedulers(c);
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/core/rng.h"
+#include "common/optim/ema.h"
 #include "common/optim/rounding.h"
 #include "tests/support/golden.h"
 
@@ -35,12 +36,22 @@ Slot slot_of(const Optimizer& optimizer, const at::Tensor& p) {
   return slot;
 }
 
+/// A step of all parameters, as a training loop makes it.
+void whole_step(Optimizer& optimizer, const std::vector<Slot*>& slots, const StepScalars& step) {
+  optimizer.begin_step(step);
+  if (optimizer.two_phase()) {
+    for (const Slot* slot : slots) optimizer.observe(*slot, step);
+    optimizer.end_observe();
+  }
+  for (const Slot* slot : slots) optimizer.step(*slot, step);
+}
+
 /// Gradients of `steps` steps, equal for equal seeds.
 void run(Optimizer& optimizer, Slot& slot, int64_t steps, at::ScalarType gradients) {
   for (int64_t t = 1; t <= steps; ++t) {
     at::manual_seed(static_cast<uint64_t>(100 + t));
     slot.gradient = (at::randn(slot.parameter.sizes()) * 0.01).to(gradients);
-    optimizer.step(slot, {.step = t, .learning_rate = 1e-3, .seed = 9});
+    whole_step(optimizer, {&slot}, {.step = t, .learning_rate = 1e-3, .seed = 9});
   }
 }
 
@@ -50,6 +61,10 @@ const std::vector<std::pair<std::string, OptimizerOptions>> kKinds{
     {"adafactor", AdafactorOptions{}},
     {"adafactor with beta1",
      AdafactorOptions{.beta1 = 0.9, .weight_decay = 0.01, .scale_parameter = true}},
+    {"lion", LionOptions{.weight_decay = 0.01}},
+    {"prodigy", ProdigyOptions{.d0 = 1e-3}},
+    {"schedulefree", ScheduleFreeOptions{.weight_decay = 0.01}},
+    {"sgd", SgdOptions{.weight_decay = 0.01, .nesterov = true}},
 };
 constexpr WeightMode kModes[] = {
     WeightMode::kStochastic, WeightMode::kNearest, WeightMode::kKahan, WeightMode::kMaster};
@@ -71,7 +86,7 @@ TEST(Optimizer, GivesTheSameBitsOnAnyNumberOfThreads) {
         at::set_num_threads(1);
         run(*optimizer, one, 2, at::kBFloat16);
         at::set_num_threads(4);
-        run(*optimizer, four, 2, at::kBFloat16);
+        run(*make_optimizer(options, {.weights = mode}), four, 2, at::kBFloat16);
         EXPECT_TRUE(same_bits(one.parameter, four.parameter)) << name;
         for (size_t i = 0; i < one.states.size(); ++i)
           EXPECT_TRUE(same_bits(one.states[i], four.states[i])) << name << " state " << i;
@@ -86,7 +101,7 @@ TEST(Optimizer, UpdatesSlicesAsTheWhole) {
   at::manual_seed(2);
   const at::Tensor start = at::randn({10'240 + 77}).to(at::kBFloat16);
   for (const auto& [name, options] : kKinds) {
-    if (name.starts_with("adafactor")) continue;
+    if (name.starts_with("adafactor") || name == "prodigy") continue;
     const auto optimizer = make_optimizer(options);
     Slot whole = slot_of(*optimizer, start);
     whole.id = 5;
@@ -129,7 +144,7 @@ TEST(Optimizer, MasterWeightsAreThoseOfAFloat32Run) {
     const auto optimizer = make_optimizer(options, {.weights = WeightMode::kMaster});
     Slot bf16 = slot_of(*optimizer, start), f32 = slot_of(*optimizer, start.to(at::kFloat));
     run(*optimizer, bf16, 3, at::kFloat);
-    run(*optimizer, f32, 3, at::kFloat);
+    run(*make_optimizer(options), f32, 3, at::kFloat);
     EXPECT_TRUE(same_bits(bf16.states.back(), f32.parameter)) << name;
     EXPECT_TRUE(same_bits(bf16.parameter, f32.parameter.to(at::kBFloat16))) << name;
   }
@@ -189,8 +204,10 @@ TEST(Optimizer, ScalesGradients) {
     Slot by_scale = slot_of(*optimizer, start), by_hand = slot_of(*optimizer, start);
     by_scale.gradient = g;
     by_hand.gradient = g * 0.3f;
-    optimizer->step(by_scale, {.step = 1, .learning_rate = 1e-3, .gradient_scale = 0.3});
-    optimizer->step(by_hand, {.step = 1, .learning_rate = 1e-3});
+    whole_step(*make_optimizer(options),
+               {&by_scale},
+               {.step = 1, .learning_rate = 1e-3, .gradient_scale = 0.3});
+    whole_step(*make_optimizer(options), {&by_hand}, {.step = 1, .learning_rate = 1e-3});
     EXPECT_TRUE(same_bits(by_scale.parameter, by_hand.parameter)) << name;
     EXPECT_TRUE(same_bits(by_scale.states[0], by_hand.states[0])) << name;
   }
@@ -234,6 +251,12 @@ TEST(Optimizer, ListsItsStates) {
                   {2, 5, 6},
                   at::kFloat),
             "exp_avg_sq_row Float [2,5];exp_avg_sq_col Float [2,6];exp_avg BFloat16 [2,5,6];");
+  EXPECT_EQ(names(ProdigyOptions{}, {WeightMode::kNearest, at::kBFloat16}, {7}, at::kFloat),
+            "exp_avg BFloat16 [7];exp_avg_sq BFloat16 [7];s Float [7];p0 Float [7];");
+  EXPECT_EQ(names(ScheduleFreeOptions{}, {WeightMode::kNearest, at::kBFloat16}, {7}, at::kFloat),
+            "z Float [7];exp_avg_sq Float [7];");
+  EXPECT_EQ(names(LionOptions{}, {}, {7}, at::kFloat), "exp_avg Float [7];");
+  EXPECT_EQ(names(SgdOptions{}, {}, {7}, at::kFloat), "momentum_buffer Float [7];");
   EXPECT_EQ(names(AdafactorOptions{}, {}, {7}, at::kFloat), "exp_avg_sq Float [7];");
 }
 
@@ -284,11 +307,90 @@ TEST(Optimizer, ChangesNothingOnTheMetaDeviceAndTakesNoElements) {
     slot.parameter = at::empty({1 << 20, 1 << 10}, at::device(at::kMeta).dtype(at::kBFloat16));
     slot.gradient = slot.parameter;
     slot.states = zeros(*optimizer, slot.parameter);
-    EXPECT_NO_THROW(optimizer->step(slot, {.step = 1, .learning_rate = 1e-3})) << name;
+    EXPECT_NO_THROW(whole_step(*optimizer, {&slot}, {.step = 1, .learning_rate = 1e-3})) << name;
     Slot none = slot_of(*optimizer, at::zeros({0, 5}));
     none.gradient = at::zeros({0, 5});
-    EXPECT_NO_THROW(optimizer->step(none, {.step = 1, .learning_rate = 1e-3})) << name;
+    EXPECT_NO_THROW(
+        whole_step(*make_optimizer(options), {&none}, {.step = 1, .learning_rate = 1e-3}))
+        << name;
   }
+}
+
+TEST(Optimizer, GoesOnFromItsNumbersAndStates) {
+  at::manual_seed(10);
+  const at::Tensor start = at::randn({50, 60});
+  for (const auto& [name, options] : kKinds) {
+    const auto first = make_optimizer(options), second = make_optimizer(options);
+    Slot straight = slot_of(*first, start), resumed = slot_of(*first, start);
+    run(*first, straight, 4, at::kFloat);
+    const auto other = make_optimizer(options);
+    run(*other, resumed, 2, at::kFloat);
+    second->set_numbers(other->numbers());
+    for (int64_t t = 3; t <= 4; ++t) {
+      at::manual_seed(static_cast<uint64_t>(100 + t));
+      resumed.gradient = at::randn(start.sizes()) * 0.01;
+      whole_step(*second, {&resumed}, {.step = t, .learning_rate = 1e-3, .seed = 9});
+    }
+    EXPECT_TRUE(same_bits(resumed.parameter, straight.parameter)) << name;
+    EXPECT_EQ(second->numbers(), first->numbers()) << name;
+  }
+}
+
+TEST(Prodigy, EstimatesFromAllParametersAndLeavesOutAStepWithoutGradients) {
+  const auto optimizer = make_optimizer(ProdigyOptions{.d0 = 1e-3});
+  at::manual_seed(11);
+  Slot a = slot_of(*optimizer, at::randn({30})), b = slot_of(*optimizer, at::randn({40}));
+  a.gradient = at::zeros({30});
+  b.gradient = at::zeros({40});
+  const at::Tensor before = a.parameter.clone();
+  whole_step(*optimizer, {&a, &b}, {.step = 1, .learning_rate = 1});
+  EXPECT_TRUE(at::equal(a.parameter, before));
+  EXPECT_EQ(optimizer->numbers().at("k"), 0);
+  for (int64_t t = 2; t <= 30; ++t) {  // towards zero, from afar
+    a.gradient = a.parameter.clone();
+    b.gradient = b.parameter.clone();
+    whole_step(*optimizer, {&a, &b}, {.step = t, .learning_rate = 1});
+  }
+  EXPECT_EQ(optimizer->numbers().at("k"), 29);
+  EXPECT_GT(optimizer->numbers().at("d"), 0.01);
+
+  const auto master = make_optimizer(ProdigyOptions{}, {.weights = WeightMode::kMaster});
+  Slot bf16 = slot_of(*master, at::ones({9}, at::kBFloat16));
+  for (int64_t t = 1; t <= 2; ++t) {
+    bf16.gradient = at::full({9}, t == 1 ? 0.0f : 1.0f);
+    whole_step(*master, {&bf16}, {.step = t, .learning_rate = 1});
+  }
+  EXPECT_LT(test::largest_error(bf16.states.back(), at::ones({9})), 1e-4);
+  EXPECT_THROW(make_optimizer(ProdigyOptions{.d0 = 0}), std::invalid_argument);
+  EXPECT_THROW(make_optimizer(AdamWOptions{})->observe(a, {}), std::invalid_argument);
+}
+
+TEST(ScheduleFree, NeedsItsStepBegunAndAveragesAfterwards) {
+  const auto optimizer = make_optimizer(ScheduleFreeOptions{});
+  Slot slot = slot_of(*optimizer, at::full({4}, 1.0f));
+  slot.gradient = at::full({4}, 0.5f);
+  EXPECT_THROW(optimizer->step(slot, {.step = 1, .learning_rate = 0.1}), std::invalid_argument);
+  for (int64_t t = 1; t <= 3; ++t) {
+    optimizer->begin_step({.step = t, .learning_rate = 0.1});
+    optimizer->step(slot, {.step = t, .learning_rate = 0.1});
+  }
+  // z goes down by 0.1 a step: 0.9, 0.8, 0.7, whose average is x; y = 0.1 z + 0.9 x
+  EXPECT_LT(test::largest_error(slot.states[0], at::full({4}, 0.7)), 1e-5);
+  EXPECT_LT(test::largest_error(optimizer->evaluation_weights(slot), at::full({4}, 0.8)), 1e-5);
+  EXPECT_LT(test::largest_error(slot.parameter, at::full({4}, 0.79)), 1e-5);
+}
+
+TEST(Ema, FollowsInBFloat16WhatNearestRoundingWouldLose) {
+  const at::Tensor weights = at::zeros({4096});
+  at::Tensor average = at::ones({4096}, at::kBFloat16);
+  for (int64_t t = 1; t <= 1000; ++t) ema_update(average, weights, 0.9995, 1, t, 0);
+  EXPECT_NEAR(average.to(at::kDouble).mean().item<double>(), std::pow(0.9995, 1000), 5e-3);
+  at::Tensor whole = at::ones({4096});
+  ema_update(whole, at::full({4096}, 3.0f).to(at::kBFloat16), 0.75, 1, 1, 0);
+  EXPECT_TRUE(at::equal(whole, at::full({4096}, 1.5f)));
+  EXPECT_THROW(ema_update(whole, at::zeros({5}), 0.5, 1, 1, 0), std::invalid_argument);
+  EXPECT_THROW(ema_update(whole, at::zeros({4096}, at::kDouble), 0.5, 1, 1, 0),
+               std::invalid_argument);
 }
 
 /// Adafactor in double, as the formulas of adafactor.h say.
