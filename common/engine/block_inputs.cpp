@@ -10,9 +10,8 @@
 
 namespace flux::engine {
 
-BlockInputs::BlockInputs(InputPlace place, std::filesystem::path scratch) : place_(place) {
-  if (place == InputPlace::kDisk) file_.emplace(std::move(scratch), "block inputs");
-}
+BlockInputs::BlockInputs(InputPlace place, std::filesystem::path scratch)
+    : place_(place), scratch_(std::move(scratch)) {}
 
 BlockInputs::Stored BlockInputs::store(const at::Tensor& tensor) {
   Stored stored{{}, tensor.options(), tensor.sizes().vec(), -1};
@@ -26,6 +25,7 @@ BlockInputs::Stored BlockInputs::store(const at::Tensor& tensor) {
     stored.tensor = tensor.cpu();
   } else {
     const at::Tensor host = tensor.cpu().contiguous();
+    if (!file_) file_.emplace(scratch_, "block inputs");
     stored.offset = end_;
     end_ += static_cast<int64_t>(host.nbytes());
     file_->write(stored.offset, host_bytes(host));

@@ -40,8 +40,9 @@ class BlockInputs {
   at::Tensor restore(const Stored& stored) const;
 
   InputPlace place_;
-  std::optional<ScratchFile> file_;
-  int64_t end_ = 0;  // of the file's part in use
+  std::filesystem::path scratch_;
+  std::optional<ScratchFile> file_;  // made at its first use: a plan needs none
+  int64_t end_ = 0;                  // of the file's part in use
   std::map<std::pair<int64_t, size_t>, std::vector<Stored>> kept_;
 };
 

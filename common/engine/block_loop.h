@@ -45,8 +45,8 @@ class Blocks {
   virtual std::span<Trainable> trainables(int64_t block) = 0;
   /// What is trained outside of blocks.
   virtual std::span<Trainable> outer_trainables() = 0;
-  /// Whether the block's tensors are there at all times.
-  virtual bool is_resident(int64_t block) const = 0;
+  /// Whether the block's trainables are there at all times.
+  virtual bool trainables_stay(int64_t block) const = 0;
   /// Outside of steps: enters each of `blocks`, calls `work`, and leaves it, changed if that returned true.
   virtual void visit(std::span<const int64_t> blocks,
                      const std::function<bool(int64_t block)>& work) = 0;

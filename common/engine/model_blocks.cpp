@@ -161,7 +161,7 @@ void ModelBlocks::make_store() {
   }
 }
 
-void ModelBlocks::train(lora::Adapters& adapters) {
+lora::Adapters ModelBlocks::train(lora::Adapters adapters) {
   const MemoryScope scope(MemoryCause::kWeights);
   for (lora::Module& module : adapters.modules) {
     const auto home = std::find_if(homes_.begin(), homes_.end(), [&](const Home& h) {
@@ -175,6 +175,7 @@ void ModelBlocks::train(lora::Adapters& adapters) {
     }
   }
   lora::attach(adapters, weights_);
+  return adapters;
 }
 
 int64_t ModelBlocks::first_trained() const {
@@ -246,9 +247,7 @@ std::vector<int64_t> ModelBlocks::step_cycle() const {
 }
 
 Ring& ModelBlocks::ring() {
-  if (!ring_)
-    ring_ = std::make_unique<Ring>(
-        store_, options_.device, step_cycle(), RingOptions{.lookahead = options_.lookahead});
+  if (!ring_) ring_ = std::make_unique<Ring>(store_, options_.device, step_cycle(), ring_options());
   return *ring_;
 }
 
@@ -279,7 +278,7 @@ void ModelBlocks::leave(int64_t block, bool changed) {
     changed = changed || home.has_gradients;
   }
   unbind(block);
-  ring().release(std::exchange(home.lease, {}), changed);
+  ring().release(std::exchange(home.lease, {}), changed && options_.train_weights);
 }
 
 std::span<Trainable> ModelBlocks::trainables(int64_t block) {
@@ -301,6 +300,31 @@ void ModelBlocks::visit(std::span<const int64_t> blocks,
 
 RingCounts ModelBlocks::ring_counts() const { return ring_ ? ring_->counts() : RingCounts{}; }
 
-int64_t ModelBlocks::ring_bytes() const { return ring_ ? ring_->capacity_bytes() : 0; }
+int64_t ModelBlocks::bytes_per_step() {
+  if (!streams()) return 0;
+  std::vector<int64_t> bytes;
+  for (int64_t block = 0; block < num_blocks_; ++block)
+    bytes.push_back(store_->record_bytes(block));
+  return ring().plan().bytes_per_cycle(bytes, step_cycle().size());
+}
+
+int64_t ModelBlocks::host_store_bytes() const {
+  if (!streams() || options_.stream_from != StreamFrom::kHost) return 0;
+  int64_t sum = 0;
+  for (int64_t block = 0; block < num_blocks_; ++block) sum += store_->record_bytes(block);
+  return sum;
+}
+
+int64_t ModelBlocks::staging_bytes(const ModelFile& file, at::Device device) const {
+  const bool from_file = !options_.train_weights && options_.stream_from == StreamFrom::kFile;
+  return Ring::staging_bytes(
+      from_file ? static_cast<const RecordStore&>(file) : *store_, device, ring_options());
+}
+
+RingOptions ModelBlocks::ring_options() const {
+  RingOptions options;
+  options.lookahead = options_.lookahead;
+  return options;
+}
 
 }  // namespace flux::engine

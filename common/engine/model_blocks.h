@@ -54,13 +54,16 @@ class ModelBlocks final : public Blocks {
               const ModelOptions& options);
   ~ModelBlocks() override;
 
-  /// Puts the adapters into the model and trains them: they and their states stay in memory, on the device. Their
-  /// tensors are replaced by those that are trained.
-  void train(lora::Adapters& adapters);
+  /// Puts adapters into the model and trains them: they and their states stay in memory, on the device. Returns them with
+  /// the tensors that are trained.
+  lora::Adapters train(lora::Adapters adapters);
 
   const dit::Weights& weights() const override { return weights_; }
   int64_t num_blocks() const { return num_blocks_; }
-  bool is_resident(int64_t block) const override { return block < resident_; }
+  bool is_resident(int64_t block) const { return block < resident_; }
+  bool trainables_stay(int64_t block) const override {
+    return !options_.train_weights || is_resident(block);
+  }
   /// The first block with something to train, -1 for what is outside; for LoopOptions.
   int64_t first_trained() const;
 
@@ -73,7 +76,13 @@ class ModelBlocks final : public Blocks {
 
   /// Of the ring; zeros without one.
   RingCounts ring_counts() const;
-  int64_t ring_bytes() const;
+  bool streams() const { return resident_ < num_blocks_; }
+  /// Read into the ring in a step, once the first is over.
+  int64_t bytes_per_step();
+  /// Of weights that stream from host memory.
+  int64_t host_store_bytes() const;
+  /// Host memory that streaming from `file` on `device` holds beside the ring.
+  int64_t staging_bytes(const ModelFile& file, at::Device device) const;
 
  private:
   struct Home;  // a block's layout and tensors
@@ -86,6 +95,7 @@ class ModelBlocks final : public Blocks {
   void bind(int64_t block);
   void unbind(int64_t block);
   std::vector<int64_t> step_cycle() const;
+  RingOptions ring_options() const;
   Ring& ring();
 
   dit::Config config_;

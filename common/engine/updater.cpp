@@ -67,7 +67,8 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
     return false;
   }
   for (const Trainable& t : trainables)
-    if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id))) throw NotFinite(t.name);
+    if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id)))
+      throw NotFinite("the gradient of " + t.name);
   update(trainables, scalars_);
   return true;
 }
@@ -75,11 +76,11 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
 std::optional<double> Updater::finish() {
   if (norms_.empty()) return std::nullopt;
   const double norm = global_norm();
-  if (!std::isfinite(norm)) throw NotFinite("all trained tensors");
+  if (!std::isfinite(norm)) throw NotFinite("the gradient norm");
   if (options_.clip != ClipMode::kGlobal) return norm;
   scalars_.gradient_scale = clip_scale(norm);
   std::erase_if(waiting_, [&](int64_t block) {
-    if (block >= 0 && !blocks_.is_resident(block)) return false;
+    if (block >= 0 && !blocks_.trainables_stay(block)) return false;
     update(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block), scalars_);
     return true;
   });

@@ -26,10 +26,9 @@ struct UpdateOptions {
   bool want_norm = true;  // with kNone: whether the norm is computed, for the log
 };
 
-/// A gradient is infinite or NaN.
+/// "the loss", "the gradient of X": is infinite or NaN.
 struct NotFinite : std::runtime_error {
-  explicit NotFinite(const std::string& tensor)
-      : std::runtime_error("the gradient of " + tensor + " is not finite") {}
+  explicit NotFinite(const std::string& what) : std::runtime_error(what + " is not finite") {}
 };
 
 /// Applies an optimizer to the blocks of a loop:

@@ -10,23 +10,21 @@
 
 namespace flux {
 
-at::Tensor flow_loss(const dit::Config& config,
-                     const dit::Weights& weights,
-                     const LossOptions& options,
-                     const FlowInputs& in) {
+FlowStep flow_step(const dit::Config& config, const FlowInputs& in) {
   const int64_t rows = in.latents.size(2), columns = in.latents.size(3);
   const auto device = in.latents.device();
-  const at::Tensor noisy =
-      dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));               // [B, N, 64]
-  const at::Tensor target = dit::pack_latents(velocity_target(in.latents, in.noise));  // [B, N, 64]
-  at::Tensor mask;
+  FlowStep step;
+  step.sigma = in.sigma;
+  step.loss_weight = in.loss_weight;
+  step.noisy = dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));
+  step.target = dit::pack_latents(velocity_target(in.latents, in.noise));
   if (in.loss_mask.defined()) {
     check_shape(
         "loss_mask", in.loss_mask, std::vector<int64_t>{in.latents.size(0), 1, rows, columns});
-    mask = dit::pack_latents(in.loss_mask.expand(in.latents.sizes()));  // [B, N, 64]
+    step.mask = dit::pack_latents(in.loss_mask.expand(in.latents.sizes()));
   }
-  dit::Inputs inputs;
-  inputs.img = noisy;
+  dit::Inputs& inputs = step.inputs;
+  inputs.img = step.noisy;
   inputs.txt = in.prompt_embedding;
   inputs.y = in.pooled_embedding;
   inputs.timestep = in.sigma;
@@ -34,9 +32,21 @@ at::Tensor flow_loss(const dit::Config& config,
   inputs.img_ids = dit::image_ids(rows, columns).to(device);
   inputs.txt_ids = dit::text_ids(in.prompt_embedding.size(1)).to(device);
   if (in.text_mask.defined()) inputs.text_mask = in.text_mask;
-  const at::Tensor output = dit::forward(config, weights, inputs);  // [B, N, 64]
-  const at::Tensor loss = loss_per_sample(options, output, noisy, target, in.sigma, mask);
-  return in.loss_weight.defined() ? (loss * in.loss_weight).mean() : loss.mean();
+  return step;
+}
+
+at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity) {
+  const at::Tensor loss =
+      loss_per_sample(options, velocity, step.noisy, step.target, step.sigma, step.mask);
+  return step.loss_weight.defined() ? (loss * step.loss_weight).mean() : loss.mean();
+}
+
+at::Tensor flow_loss(const dit::Config& config,
+                     const dit::Weights& weights,
+                     const LossOptions& options,
+                     const FlowInputs& in) {
+  const FlowStep step = flow_step(config, in);
+  return flow_loss(options, step, dit::forward(config, weights, step.inputs));
 }
 
 }  // namespace flux

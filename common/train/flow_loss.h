@@ -20,9 +20,24 @@ struct FlowInputs {
   double guidance = 1;
 };
 
+/// A batch noised to its sigma, as the transformer reads it, and what its output is held against.
+struct FlowStep {
+  dit::Inputs inputs;
+  at::Tensor noisy, target;  // [B, N, 64]
+  at::Tensor mask;           // [B, N, 64], or undefined
+  at::Tensor sigma;          // [B]
+  at::Tensor loss_weight;    // [B], or undefined
+};
+
 /// Flow matching: the model sees the latents noised to sigma and must predict noise - latents.
-/// Returns the mean over the samples of loss_per_sample() times weight; scalar float32 with its
-/// graph. Throws std::invalid_argument if shapes disagree.
+/// Throws std::invalid_argument if shapes disagree.
+FlowStep flow_step(const dit::Config& config, const FlowInputs& inputs);
+
+/// The mean over the samples of loss_per_sample() times weight; scalar float32 with its graph.
+///   velocity  [B, N, 64] of dit::forward()
+at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity);
+
+/// Both around dit::forward(): the whole model's graph at once.
 at::Tensor flow_loss(const dit::Config& config,
                      const dit::Weights& weights,
                      const LossOptions& options,

@@ -89,6 +89,18 @@ Adapters make_adapters(const std::vector<Target>& targets,
   return adapters;
 }
 
+Adapters empty_adapters(const std::vector<Target>& targets,
+                        int64_t rank,
+                        double alpha,
+                        at::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+  Adapters adapters;
+  for (const auto& [path, in, out] : targets)
+    adapters.modules.push_back(
+        {path, at::empty({rank, in}, options), at::empty({out, rank}, options), alpha});
+  return adapters;
+}
+
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier) {
   match(adapters, weights, [&](const Module& module, Linear& layer) {
     layer.lora = {

@@ -48,6 +48,12 @@ Adapters make_adapters(const std::vector<Target>& targets,
                        double alpha,
                        uint64_t seed);
 
+/// The same shapes without values, on `device`: for plans on Meta.
+Adapters empty_adapters(const std::vector<Target>& targets,
+                        int64_t rank,
+                        double alpha,
+                        at::Device device);
+
 /// Puts the adapters into the Linears of `weights` (the tensors are shared, so training them trains
 /// what is attached). Throws InputError, naming the module and both shapes, if one does not fit.
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);

@@ -15,26 +15,12 @@
 #include <set>
 
 #include "common/models/flux/names.h"
-#include "common/models/flux/packing.h"
 #include "common/models/lora/lora.h"
 #include "common/tensor/memory.h"
+#include "tests/unit/common/engine/small_model.h"
 
 namespace flux::engine {
 namespace {
-
-dit::Config small_config(int64_t num_double = 2, int64_t num_single = 3) {
-  dit::Config config;
-  config.hidden = 96;
-  config.num_heads = 3;
-  config.mlp = 128;
-  config.axes = {4, 14, 14};
-  config.pooled_dim = 24;
-  config.prompt_dim = 40;
-  config.in_channels = config.out_channels = 16;
-  config.num_double_blocks = num_double;
-  config.num_single_blocks = num_single;
-  return config;
-}
 
 /// A model in memory, and what of it is trained.
 class Resident final : public Blocks {
@@ -75,6 +61,10 @@ class Resident final : public Blocks {
     return trained[block];
   }
   std::span<Trainable> outer_trainables() override { return trained[-1]; }
+  bool trainables_stay(int64_t) const override { return true; }
+  void visit(std::span<const int64_t> blocks, const std::function<bool(int64_t)>& work) override {
+    for (const int64_t block : blocks) work(block);
+  }
 
   std::map<int64_t, std::vector<Trainable>> trained;
   std::vector<int64_t> entered;
@@ -92,41 +82,6 @@ class Resident final : public Blocks {
   dit::Weights weights_;
   std::set<int64_t> there_;
 };
-
-/// Micro-batches of two resolutions, the first with a text mask.
-std::vector<MicroBatch> batches(const dit::Config& config,
-                                int64_t count,
-                                bool masks,
-                                at::Device device = at::kCPU) {
-  const auto gen = at::make_generator<at::CPUGeneratorImpl>(11);
-  std::vector<MicroBatch> out;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t batch = 1 + i % 2, rows = i % 2 ? 8 : 6, columns = 4, length = 5;
-    const int64_t tokens = rows / 2 * columns / 2;
-    dit::Inputs in;
-    in.img = at::randn({batch, tokens, config.in_channels}, gen).to(device);
-    in.txt = at::randn({batch, length, config.prompt_dim}, gen).to(device);
-    in.y = at::randn({batch, config.pooled_dim}, gen).to(device);
-    in.timestep = at::rand({batch}, gen).to(device);
-    in.guidance = at::ones({batch}).to(device);
-    in.img_ids = dit::image_ids(rows, columns).to(device);
-    in.txt_ids = dit::text_ids(length).to(device);
-    if (masks && i == 0) {
-      auto mask = at::ones({batch, length}, at::kBool);
-      mask.narrow(1, 3, 2).zero_();
-      in.text_mask = mask.to(device);
-    }
-    const auto target = at::randn({batch, tokens, config.out_channels}, gen).to(device);
-    const auto loss_mask = at::rand({batch, tokens, 1}, gen).to(device);
-    out.push_back({in, [=](const at::Tensor& velocity) {
-                     const auto difference = velocity.to(at::kFloat) - target;
-                     auto squares = difference * difference;
-                     if (masks) squares = squares * loss_mask;
-                     return squares.mean() * (1.0 / static_cast<double>(count));
-                   }});
-  }
-  return out;
-}
 
 using Gradients = std::map<std::string, at::Tensor>;
 
@@ -167,7 +122,7 @@ void expect_equal_bits(const dit::Config& config, const Case& c) {
   SCOPED_TRACE(::testing::Message() << c10::toString(c.type) << (c.lora ? " LoRA " : " full ")
                                     << c.count << " micro-batches, masks " << c.masks);
   Resident model(config, c.type, c.lora);
-  const auto micro_batches = batches(config, c.count, c.masks);
+  const auto micro_batches = small_batches(config, c.count, c.masks);
   Gradients expected;
   const auto losses = plain(config, model, micro_batches, expected);
 
@@ -234,11 +189,11 @@ TEST(BlockLoop, EntersForwardThenBackwardAndKeptBlocksOnce) {
   Resident model(config, at::kFloat, true);
   BlockLoop loop(config, model, {.first_trained = 0, .keep_graph = {0, 0, 1}});
   const auto ready = [](int64_t, std::span<Trainable>) { return false; };
-  loop.step(batches(config, 1, false), {.ready = ready});
+  loop.step(small_batches(config, 1, false), {.ready = ready});
   EXPECT_EQ(model.entered, (std::vector<int64_t>{0, 1, 2, 1, 0}));
   BlockLoop late(config, model, {.first_trained = 2});
   model.entered.clear();
-  late.step(batches(config, 1, false), {.ready = ready});
+  late.step(small_batches(config, 1, false), {.ready = ready});
   EXPECT_EQ(model.entered, (std::vector<int64_t>{0, 1, 2, 2}));
 }
 
@@ -247,7 +202,7 @@ TEST(BlockLoop, RunsOnMetaAndHoldsNothingAfterwards) {
   const auto config = small_config();
   for (const bool lora : {true, false}) {
     Resident model(config, at::kFloat, lora, at::kMeta);
-    const auto micro_batches = batches(config, 2, true, at::kMeta);
+    const auto micro_batches = small_batches(config, 2, true, at::kMeta);
     BlockLoop loop(config, model, {.first_trained = lora ? 0 : -1});
     const auto before = meta_memory().live;
     reset_meta_peak();

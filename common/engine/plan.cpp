@@ -1,0 +1,106 @@
+#include "common/engine/plan.h"
+
+#include <ATen/ops/empty.h>
+
+#include <numeric>
+#include <optional>
+
+#include "common/engine/record_layout.h"
+
+namespace flux::engine {
+namespace {
+
+at::Tensor meta(at::IntArrayRef shape, at::ScalarType type) {
+  return at::empty(shape, at::TensorOptions().dtype(type).device(at::kMeta));
+}
+
+FlowInputs planned_batch(const dit::Config& config, const StepShape& s) {
+  const int64_t rows = s.height / 8, columns = s.width / 8, channels = config.in_channels / 4;
+  FlowInputs in;
+  in.latents = meta({s.batch, channels, rows, columns}, at::kFloat);
+  in.noise = meta({s.batch, channels, rows, columns}, at::kFloat);
+  in.sigma = meta({s.batch}, at::kFloat);
+  in.prompt_embedding = meta({s.batch, s.text_length, config.prompt_dim}, s.text_type);
+  in.pooled_embedding = meta({s.batch, config.pooled_dim}, s.text_type);
+  in.loss_weight = meta({s.batch}, at::kFloat);
+  if (s.text_mask) in.text_mask = meta({s.batch, s.text_length}, at::kBool);
+  if (s.loss_mask) in.loss_mask = meta({s.batch, 1, rows, columns}, at::kFloat);
+  return in;
+}
+
+/// Of a run of one block over a batch: products of the block's matrices, and attention.
+struct BlockFlops {
+  double linear = 0, attention = 0;
+};
+
+BlockFlops block_flops(const dit::Config& config, int64_t block, const StepShape& s) {
+  const int64_t image = s.width / 16 * (s.height / 16), all = image + s.text_length;
+  BlockFlops flops;
+  const RecordLayout layout = block_layout(config, block, at::kBFloat16);
+  for (const Slice& slice : layout.slices()) {
+    if (slice.shape.size() != 2 || slice.name.find("mod") != std::string::npos) continue;
+    const int64_t tokens = block >= config.num_double_blocks ? all
+                           : slice.name.starts_with("img_")  ? image
+                                                             : s.text_length;
+    flops.linear += 2.0 * static_cast<double>(s.batch * tokens * slice.shape[0] * slice.shape[1]);
+  }
+  flops.attention = 4.0 * static_cast<double>(s.batch * all * all * config.hidden);
+  return flops;
+}
+
+}  // namespace
+
+int64_t MemoryPlan::peak_bytes() const {
+  return std::accumulate(causes.begin(), causes.end(), staging_bytes);
+}
+
+double step_flops(const dit::Config& config,
+                  const TrainerOptions& options,
+                  const StepShape& shape) {
+  const int64_t num_blocks = config.num_double_blocks + config.num_single_blocks;
+  const int64_t kept = std::min(options.residency.kept_graphs, num_blocks);
+  double sum = 0;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const BlockFlops flops = block_flops(config, block, shape);
+    const double runs = block < num_blocks - kept ? 2 : 1;
+    // the flash backward makes the scores again and four products more
+    sum += flops.linear * (runs + (options.full ? 2 : 1)) + flops.attention * (runs + 2.5);
+  }
+  return sum * static_cast<double>(shape.micro_batches);
+}
+
+MemoryPlan plan_memory(const dit::Config& config,
+                       const ModelFile* file,
+                       const TrainerOptions& options,
+                       const StepShape& shape) {
+  TrainerOptions planned = options;
+  planned.device = at::kMeta;
+  planned.several_micro_batches = shape.micro_batches > 1;
+  MemoryPlan plan;
+  plan.flops = step_flops(config, options, shape);
+  const int64_t before = meta_memory().live;
+  reset_meta_peak();
+  {
+    Trainer trainer(config, nullptr, planned);
+    std::vector<FlowInputs> batches;
+    {
+      const MemoryScope scope(MemoryCause::kData);
+      for (int64_t i = 0; i < shape.micro_batches + shape.batches_ahead; ++i)
+        batches.push_back(planned_batch(config, shape));
+    }
+    const std::span<const FlowInputs> of_a_step(batches.data(),
+                                                static_cast<size_t>(shape.micro_batches));
+    // the second one has the updates that waited
+    for (int64_t step = 1; step <= 2; ++step) trainer.step(of_a_step, step, 1e-4);
+    ModelBlocks& model = trainer.model();
+    plan.read_bytes = static_cast<double>(model.bytes_per_step());
+    if (options.full) plan.written_bytes = plan.read_bytes / 2;
+    plan.host_store_bytes = model.host_store_bytes();
+    if (file && model.streams()) plan.staging_bytes = model.staging_bytes(*file, options.device);
+  }
+  plan.causes = meta_memory().causes;
+  plan.causes[static_cast<size_t>(MemoryCause::kOther)] -= before;
+  return plan;
+}
+
+}  // namespace flux::engine

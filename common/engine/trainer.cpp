@@ -1,0 +1,93 @@
+#include "common/engine/trainer.h"
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+namespace flux::engine {
+namespace {
+
+ModelOptions model_options(const TrainerOptions& o) {
+  return {.compute = o.compute,
+          .base = o.base,
+          .device = o.device,
+          .train_weights = o.full,
+          .resident_blocks = o.residency.resident_blocks,
+          .stream_from = o.residency.stream_from,
+          .lookahead = o.residency.lookahead,
+          .access = o.access,
+          .scratch = o.scratch,
+          .keep_gradients = o.clip == ClipMode::kGlobal,
+          .several_micro_batches = o.several_micro_batches};
+}
+
+lora::Adapters new_adapters(const dit::Config& config, const TrainerOptions& o) {
+  if (o.full) return {};
+  const auto targets = lora::default_targets(config);
+  return o.device.is_meta() ? lora::empty_adapters(targets, o.rank, o.alpha, o.device)
+                            : lora::make_adapters(targets, o.rank, o.alpha, o.seed);
+}
+
+}  // namespace
+
+LoopOptions Trainer::loop_options() const {
+  LoopOptions loop{.first_trained = model_.first_trained(),
+                   .keep_graph = {},
+                   .inputs = options_.residency.inputs,
+                   .scratch = options_.scratch};
+  loop.keep_graph.resize(static_cast<size_t>(model_.num_blocks()), 0);
+  int64_t kept = options_.residency.kept_graphs;
+  for (int64_t block = model_.num_blocks(); block-- > 0 && kept > 0;) {
+    if (!model_.is_resident(block)) continue;
+    loop.keep_graph[static_cast<size_t>(block)] = 1;
+    --kept;
+  }
+  return loop;
+}
+
+Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, TrainerOptions options)
+    : config_(config),
+      options_(std::move(options)),
+      optimizer_(make_optimizer(options_.optimizer, options_.precision)),
+      model_(config, std::move(file), *optimizer_, model_options(options_)),
+      adapters_(model_.train(new_adapters(config, options_))),
+      loop_(config, model_, loop_options()),
+      updater_(model_,
+               *optimizer_,
+               {.clip = options_.clip,
+                .max_norm = options_.max_norm,
+                .seed = options_.seed,
+                // reading all gradients of a model once more takes its time
+                .want_norm = !options_.full}) {}
+
+Trainer::~Trainer() = default;
+
+TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
+                          int64_t step,
+                          double learning_rate) {
+  int64_t num_samples = 0;
+  for (const FlowInputs& inputs : micro_batches) num_samples += inputs.latents.size(0);
+  std::vector<MicroBatch> batches;
+  for (const FlowInputs& inputs : micro_batches) {
+    const double share =
+        static_cast<double>(inputs.latents.size(0)) / static_cast<double>(num_samples);
+    const FlowStep flow = flow_step(config_, inputs);
+    batches.push_back({flow.inputs, [this, flow, share](const at::Tensor& velocity) {
+                         const auto loss = flow_loss(options_.loss, flow, velocity);
+                         return share == 1 ? loss : loss * share;
+                       }});
+  }
+  TrainResult result;
+  updater_.begin(step, learning_rate);
+  LoopHooks hooks = updater_.hooks();
+  hooks.after_forward = [&](std::span<const at::Tensor> losses) {
+    if (options_.device.is_meta()) return;
+    for (const at::Tensor& loss : losses) result.loss += loss.item<double>();
+    if (!std::isfinite(result.loss)) throw NotFinite("the loss");
+  };
+  loop_.step(batches, hooks);
+  result.grad_norm = updater_.finish();
+  return result;
+}
+
+}  // namespace flux::engine

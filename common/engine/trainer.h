@@ -1,0 +1,88 @@
+// common/engine/trainer.h - one training step of a model that may be larger than memory.
+//
+//   Trainer trainer(config, file, options);       // on Meta, without a file: a plan
+//   for (...) trainer.step(micro_batches, step, learning_rate);
+//   trainer.flush();                              // before weights are saved
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "common/engine/block_loop.h"
+#include "common/engine/model_blocks.h"
+#include "common/engine/updater.h"
+#include "common/models/lora/lora.h"
+#include "common/optim/optimizer.h"
+#include "common/train/flow_loss.h"
+
+namespace flux::engine {
+
+/// What trades memory for time and nothing else: results do not depend on it.
+struct Residency {
+  int64_t resident_blocks = -1;  // the first blocks, whose weights stay; -1: all
+  int64_t lookahead = 1;         // streamed blocks read ahead: 1 to 3
+  StreamFrom stream_from = StreamFrom::kFile;
+  int64_t kept_graphs =
+      0;  // blocks that are not run again in the backward; the last of the resident ones
+  InputPlace inputs = InputPlace::kDevice;
+  bool operator==(const Residency&) const = default;
+};
+
+struct TrainerOptions {
+  at::Device device = at::kCPU;
+  at::ScalarType compute = at::kBFloat16;  // kFloat|kBFloat16
+  bool full = false;                       // all weights; else a LoRA
+  std::optional<QuantFormat> base{};       // of a LoRA's frozen weights
+  int64_t rank = 16;
+  double alpha = 16;
+  uint64_t seed = 0;
+  OptimizerOptions optimizer = AdamWOptions{};
+  OptimizerPrecision precision{};
+  ClipMode clip = ClipMode::kGlobal;
+  double max_norm = 1;
+  LossOptions loss{};
+  bool several_micro_batches = false;  // steps have more than one
+  Residency residency{};
+  FileAccess access = kDefaultFileAccess;
+  std::filesystem::path scratch{};  // folder
+};
+
+struct TrainResult {
+  double loss = 0;                  // mean over the samples of the step
+  std::optional<double> grad_norm;  // before clipping, where it is computed
+};
+
+class Trainer {
+ public:
+  /// Loads what stays in memory. Throws what ModelFile, FileArena and Ring throw; std::invalid_argument for options that
+  /// do not fit together.
+  Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, TrainerOptions options);
+  ~Trainer();
+
+  /// One update; `step` counts from 1. Throws NotFinite if loss or gradients are not finite: before anything is updated,
+  /// but for gradients without global clipping. On Meta the result is zero.
+  TrainResult step(std::span<const FlowInputs> micro_batches, int64_t step, double learning_rate);
+  /// Makes updates that wait for a block's next visit.
+  void flush() { updater_.flush(); }
+
+  ModelBlocks& model() { return model_; }
+  const lora::Adapters& adapters() const { return adapters_; }
+  Optimizer& optimizer() { return *optimizer_; }
+  const TrainerOptions& options() const { return options_; }
+
+ private:
+  LoopOptions loop_options() const;
+  dit::Config config_;
+  TrainerOptions options_;
+  std::unique_ptr<Optimizer> optimizer_;
+  ModelBlocks model_;
+  lora::Adapters adapters_;
+  BlockLoop loop_;
+  Updater updater_;
+};
+
+}  // namespace flux::engine

@@ -1,0 +1,137 @@
+// The plan against what a step really takes.
+#include "common/engine/plan.h"
+
+#include <ATen/ops/full.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include "tests/unit/common/engine/small_model.h"
+
+namespace flux::engine {
+namespace {
+
+FlowInputs random_batch(const dit::Config& config, const StepShape& s) {
+  const int64_t rows = s.height / 8, columns = s.width / 8;
+  FlowInputs in;
+  const MemoryScope scope(MemoryCause::kData);
+  in.latents = at::randn({s.batch, config.in_channels / 4, rows, columns});
+  in.noise = at::randn(in.latents.sizes());
+  in.sigma = at::full({s.batch}, 0.5);
+  in.prompt_embedding = at::randn({s.batch, s.text_length, config.prompt_dim}).to(s.text_type);
+  in.pooled_embedding = at::randn({s.batch, config.pooled_dim}).to(s.text_type);
+  in.loss_weight = at::full({s.batch}, 1.0);
+  return in;
+}
+
+std::string table(const MemoryByCause& planned, const MemoryByCause& measured) {
+  std::string text;
+  for (size_t i = 0; i < planned.size(); ++i)
+    text += fmt::format("{:16} {:12} {:12}\n",
+                        memory_cause_name(static_cast<MemoryCause>(i)),
+                        planned[i],
+                        measured[i]);
+  return text;
+}
+
+class PlanTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    count_tensor_memory();
+    config_.hidden = 256;
+    config_.num_heads = 2;
+    config_.mlp = 1024;
+    config_.axes = {16, 56, 56};
+    std::string name = (std::filesystem::temp_directory_path() / "plan_test.XXXXXX").string();
+    ASSERT_NE(mkdtemp(name.data()), nullptr);
+    folder_ = name;
+    write_small_model(config_, folder_ / "flux.safetensors");
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  /// Peak of three steps beyond what was there before.
+  MemoryUse measure(const TrainerOptions& options, const StepShape& shape) {
+    ModelFileOptions read;
+    read.dtype = options.compute;
+    read.quant = options.base;
+    const int64_t before = cpu_memory().live;
+    reset_cpu_peak();
+    auto file = std::make_shared<ModelFile>(folder_ / "flux.safetensors", read);
+    TrainerOptions with_count = options;
+    with_count.several_micro_batches = shape.micro_batches > 1;
+    with_count.scratch = folder_;
+    Trainer trainer(config_, file, with_count);
+    std::vector<FlowInputs> batches;
+    for (int64_t i = 0; i < shape.micro_batches; ++i)
+      batches.push_back(random_batch(config_, shape));
+    for (int64_t step = 1; step <= 3; ++step) trainer.step(batches, step, 1e-4);
+    MemoryUse use = cpu_memory();
+    use.peak -= before;
+    return use;
+  }
+
+  dit::Config config_ = small_config(2, 4);
+  std::filesystem::path folder_;
+};
+
+TEST_F(PlanTest, IsWhatAStepTakes) {
+  struct Case {
+    const char* name;
+    TrainerOptions options;
+    StepShape shape;
+  };
+  const auto lora = [](at::ScalarType compute, Residency residency) {
+    TrainerOptions o;
+    o.compute = compute;
+    o.residency = residency;
+    return o;
+  };
+  const auto full = [](at::ScalarType compute, Residency residency, OptimizerOptions optimizer) {
+    TrainerOptions o;
+    o.compute = compute;
+    o.full = true;
+    o.optimizer = optimizer;
+    o.residency = residency;
+    return o;
+  };
+  Residency all, streamed, kept, disk;
+  streamed.resident_blocks = 1;
+  kept.kept_graphs = 6;
+  disk.resident_blocks = 0;
+  disk.inputs = InputPlace::kDisk;
+  StepShape one, two;
+  one.width = one.height = 256;
+  one.text_length = 64;
+  two = one;
+  two.batch = 2;
+  two.micro_batches = 2;
+  two.width = 320;
+  const Case cases[] = {
+      {"lora f32", lora(at::kFloat, all), one},
+      {"lora f32 streamed", lora(at::kFloat, streamed), one},
+      {"lora f32 kept", lora(at::kFloat, kept), two},
+      {"lora f32 disk", lora(at::kFloat, disk), two},
+      {"full f32 adamw", full(at::kFloat, all, AdamWOptions{}), one},
+      {"full f32 adamw8bit streamed", full(at::kFloat, streamed, AdamW8bitOptions{}), two},
+      {"full f32 adafactor streamed", full(at::kFloat, streamed, AdafactorOptions{}), one},
+      {"lora bf16", lora(at::kBFloat16, all), one},
+      {"lora bf16 streamed", lora(at::kBFloat16, streamed), two},
+      {"full bf16 adafactor", full(at::kBFloat16, all, AdafactorOptions{}), one},
+      {"full bf16 adamw8bit streamed", full(at::kBFloat16, streamed, AdamW8bitOptions{}), one},
+  };
+  for (const Case& c : cases) {
+    const MemoryPlan plan = plan_memory(config_, nullptr, c.options, c.shape);
+    const MemoryUse use = measure(c.options, c.shape);
+    const double bound = c.options.compute == at::kFloat
+                             ? std::max(0.01 * static_cast<double>(use.peak), 1048576.0)
+                             : std::max(0.03 * static_cast<double>(use.peak), 4 * 1048576.0);
+    EXPECT_NEAR(static_cast<double>(plan.peak_bytes()), static_cast<double>(use.peak), bound)
+        << c.name << "\n"
+        << table(plan.causes, use.causes);
+  }
+}
+
+}  // namespace
+}  // namespace flux::engine
