@@ -236,7 +236,7 @@ class Ring::Impl {
     std::unique_lock lock(mutex_);
     restarting_ = true;
     reads_.clear();
-    wait(lock, [&] { return reading_ == 0; });
+    consumer_.wait(lock, [&] { return reading_ == 0; });  // a few MiB: whatever was asked for
     restarting_ = false;
     plan_ = std::move(plan);
     cycle_ = std::move(cycle);
