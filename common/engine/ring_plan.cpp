@@ -33,12 +33,14 @@ class Simulation {
              std::span<const int64_t> cycle,
              int64_t lookahead,
              int64_t capacity,
-             int64_t slot_bytes)
+             int64_t slot_bytes,
+             int64_t num_slots)
       : bytes_(std::move(bytes)),
         cycle_(cycle),
         lookahead_(lookahead),
         capacity_(capacity),
-        slot_bytes_(slot_bytes) {
+        slot_bytes_(slot_bytes),
+        num_slots_(num_slots) {
     const auto length = static_cast<int64_t>(cycle.size());
     for (int64_t i = 0; i < length; ++i) {
       int64_t distance = 1;
@@ -111,7 +113,7 @@ class Simulation {
     const int64_t bytes = bytes_at(t);
     std::set<int64_t> offsets;
     if (slot_bytes_ > 0) {
-      for (int64_t slot = 0; slot <= lookahead_; ++slot) offsets.insert(slot * slot_bytes_);
+      for (int64_t slot = 0; slot < num_slots_; ++slot) offsets.insert(slot * slot_bytes_);
     } else {
       offsets = {0, capacity_ - bytes};
       for (const Item& item : items) {
@@ -173,7 +175,7 @@ class Simulation {
   std::vector<int64_t> bytes_;
   std::span<const int64_t> cycle_;
   int64_t lookahead_, capacity_;
-  int64_t slot_bytes_;               // places are multiples of it; 0: anywhere
+  int64_t slot_bytes_, num_slots_;   // places are multiples of it; 0: anywhere
   std::vector<int64_t> distance_{};  // by position in the cycle: to the record's next
 };
 
@@ -222,25 +224,43 @@ RingPlan plan_ring(std::span<const int64_t> record_bytes,
   const int64_t most = largest * (lookahead + 1);
   constexpr int64_t kMaxTurns = 64;
   const auto anywhere = [&](int64_t room) {
-    return Simulation(bytes, cycle, lookahead, room, 0).run(kMaxTurns);
+    return Simulation(bytes, cycle, lookahead, room, 0, 0).run(kMaxTurns);
   };
-  const auto in_slots = [&](int64_t room) {
-    return Simulation(bytes, cycle, lookahead, room, largest)
-        .run(INT64_MAX / 2 / std::ssize(cycle));
+  // finds places and repeats itself whatever the sizes are
+  const auto in_least_slots = [&](int64_t room) {
+    return *Simulation(bytes, cycle, lookahead, room, largest, lookahead + 1)
+                .run(INT64_MAX / 2 / std::ssize(cycle));
   };
 
   if (capacity > 0) {
     capacity = capacity / kRecordAlignment * kRecordAlignment;
-    if (capacity >= least) {
-      if (auto plan = anywhere(capacity)) return *plan;
-      if (capacity >= most) return *in_slots(capacity);
+    std::optional<RingPlan> best;
+    const auto consider = [&](std::optional<RingPlan> plan) {
+      if (plan && (!best || plan->bytes_per_cycle(bytes, cycle.size()) <
+                                best->bytes_per_cycle(bytes, cycle.size())))
+        best = std::move(plan);
+    };
+    if (capacity >= least) consider(anywhere(capacity));
+    if (!best && capacity >= least) {
+      // a memory that leaves odd gaps: what would be done with a little less, or with equal slots
+      for (int64_t part = 15; part >= 8; --part)
+        if (const int64_t room = capacity / 16 * part / kRecordAlignment * kRecordAlignment;
+            room >= least)
+          consider(anywhere(room));
+      if (const int64_t slots = capacity / largest; slots > lookahead) {
+        consider(Simulation(bytes, cycle, lookahead, capacity, largest, slots).run(kMaxTurns));
+        consider(in_least_slots(capacity));
+      }
     }
-    throw std::invalid_argument(
-        fmt::format("plan_ring: records of a lookahead of {} need {} to {} bytes, there are {}",
-                    lookahead,
-                    least,
-                    most,
-                    capacity));
+    if (!best)
+      throw std::invalid_argument(
+          fmt::format("plan_ring: records of a lookahead of {} need {} to {} bytes, there are {}",
+                      lookahead,
+                      least,
+                      most,
+                      capacity));
+    best->capacity = capacity;
+    return *best;
   }
   if (auto plan = anywhere(least)) return *plan;
   std::optional<RingPlan> best;
@@ -254,7 +274,7 @@ RingPlan plan_ring(std::span<const int64_t> record_bytes,
       low = middle;
     }
   }
-  return best ? *best : *in_slots(most);
+  return best ? *best : in_least_slots(most);
 }
 
 std::vector<int64_t> forward_and_back(std::span<const int64_t> records) {

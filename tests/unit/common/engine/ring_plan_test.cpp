@@ -159,6 +159,23 @@ TEST(RingPlan, LoadsOnceWhatFits) {
   expect_sound(plan, bytes, cycle, 1);
 }
 
+TEST(RingPlan, MoreMemoryLoadsLess) {
+  const Dev dev;
+  const auto cycle = forward_and_back(dev.all);
+  for (const int64_t lookahead : {1, 2}) {
+    int64_t total = 0;
+    for (const int64_t record : cycle) total += dev.bytes[static_cast<size_t>(record)];
+    for (const int64_t gigabytes : {3, 6, 8, 10, 14}) {
+      SCOPED_TRACE(testing::Message() << gigabytes << " GB, lookahead " << lookahead);
+      const int64_t room = gigabytes * 1'000'000'000;
+      const auto plan = plan_ring(dev.bytes, cycle, lookahead, room);
+      expect_sound(plan, dev.bytes, cycle, lookahead);
+      // each end could keep as much as fits
+      EXPECT_LE(plan.bytes_per_cycle(dev.bytes, cycle.size()), total - 2 * room * 6 / 10);
+    }
+  }
+}
+
 TEST(RingPlan, RefusesWrongNumbers) {
   const std::vector<int64_t> bytes{4096, 4096, 4096}, cycle{0, 1, 2};
   const std::vector<int64_t> none, beyond{0, 3}, negative{-1};
