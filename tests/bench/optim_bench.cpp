@@ -25,7 +25,8 @@ namespace {
 double peak_bytes(const char* key) {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {
-    if (line.starts_with(key)) return 1024 * std::strtod(line.c_str() + line.find(':') + 1, nullptr);
+    if (line.starts_with(key))
+      return 1024 * std::strtod(line.c_str() + line.find(':') + 1, nullptr);
   }
   return 0;
 }
@@ -45,13 +46,22 @@ void measure(const std::string& kind, const OptimizerOptions& options, const Set
   slot.gradient = (at::randn({settings.rows, settings.columns}) * 1e-3).to(settings.dtype);
   for (const StateTensor& state : optimizer->state_layout(slot.parameter.sizes(), settings.dtype))
     slot.states.push_back(at::zeros(state.shape, at::device(at::kCPU).dtype(state.dtype)));
-  optimizer->step(slot, {.step = 1, .learning_rate = 1e-3, .seed = 1});  // touches the states
+  const auto step = [&](int64_t t) {
+    const StepScalars scalars{.step = t, .learning_rate = 1e-3, .seed = 1};
+    optimizer->begin_step(scalars);
+    if (optimizer->two_phase()) {
+      optimizer->observe(slot, scalars);
+      optimizer->end_observe();
+    }
+    optimizer->step(slot, scalars);
+  };
+  step(1);                                      // touches the states
   std::ofstream("/proc/self/clear_refs") << 5;  // the peak begins anew
   const double before = peak_bytes("VmRSS");
   std::vector<double> seconds;
   for (int i = 0; i < settings.repeats; ++i) {
     const double start = bench::wall_seconds();
-    optimizer->step(slot, {.step = i + 2, .learning_rate = 1e-3, .seed = 1});
+    step(i + 2);
     seconds.push_back(bench::wall_seconds() - start);
   }
   std::sort(seconds.begin(), seconds.end());
@@ -73,7 +83,8 @@ void measure_copy() {
     to.copy_(from);
     best = std::min(best, bench::wall_seconds() - start);
   }
-  fmt::print("{:12} {:6.1f} GB/s copied (read and written)\n", "memory", 2 * 4.0 * (1 << 27) / best / 1e9);
+  fmt::print(
+      "{:12} {:6.1f} GB/s copied (read and written)\n", "memory", 2 * 4.0 * (1 << 27) / best / 1e9);
 }
 
 }  // namespace
@@ -81,8 +92,13 @@ void measure_copy() {
 
 int main(int argc, char** argv) {
   using namespace flux;
-  const std::map<std::string, OptimizerOptions> kinds{
-      {"adamw", AdamWOptions{}}, {"adamw8bit", AdamW8bitOptions{}}, {"adafactor", AdafactorOptions{}}};
+  const std::map<std::string, OptimizerOptions> kinds{{"adamw", AdamWOptions{}},
+                                                      {"adamw8bit", AdamW8bitOptions{}},
+                                                      {"adafactor", AdafactorOptions{}},
+                                                      {"lion", LionOptions{}},
+                                                      {"prodigy", ProdigyOptions{}},
+                                                      {"schedulefree", ScheduleFreeOptions{}},
+                                                      {"sgd", SgdOptions{}}};
   Settings settings;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {

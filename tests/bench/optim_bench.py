@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Optimizer steps of this project, bitsandbytes and transformers on the same number of parameters, one after the other.
-   optim_bench.py BIN_DIR [--parameters N] [--threads N]      needs the peers of scripts/setup --peers and bitsandbytes"""
+   optim_bench.py BIN_DIR [--parameters N] [--threads N]      needs the peers of scripts/setup --peers"""
 import argparse, os, re, subprocess, sys, time
 
 PEER = r"""
@@ -28,7 +28,7 @@ def main():
     parser = argparse.ArgumentParser(); parser.add_argument("bin"); parser.add_argument("--parameters", type=int, default=67_043_328); parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     peers = os.path.join(os.environ.get("FLUX_STAGES_CACHE", os.path.expanduser("~/.cache/flux-stages")), "peers/bin/python")
-    ours = subprocess.run([os.path.join(args.bin, "optim_bench"), "--parameters", str(args.parameters), "--threads", str(args.threads)], check=True, capture_output=True, text=True).stdout
+    ours = subprocess.run([os.path.join(args.bin, "optim_bench"), "adamw", "adamw8bit", "adafactor", "--parameters", str(args.parameters), "--threads", str(args.threads)], check=True, capture_output=True, text=True).stdout
     print(ours, end="")
     rates = {m[1]: (float(m[2]), float(m[3])) for m in re.finditer(r"^(\w+) +(\d+) M/s best.*extra ([\d.]+) MiB", ours, re.M)}
     memory = float(re.search(r"([\d.]+) GB/s", ours)[1])

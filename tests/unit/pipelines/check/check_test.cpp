@@ -118,6 +118,9 @@ TEST_F(FluxCheck, FailsOnOneDisturbedTensor) {
       {"models/clip", "vectors.safetensors", "pooler_output", 1e-3},
       {"models/t5", "vectors.safetensors", "bias.corner", 1e-3},
       {"models/timesteps", "vectors.safetensors", "density.none.index", 1},
+      {"optim", "adafactor_fp32.safetensors", "p/3/4", 1e-5},
+      {"optim", "lion_fp32.safetensors", "p/10/5", 1e-7},
+      {"optim", "blockwise8.safetensors", "normal/signed/absmax", 1e-5},
   };
   for (const auto& [name, file, tensor, delta] : kCases) {
     TemporaryFolder other;
