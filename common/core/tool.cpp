@@ -29,6 +29,7 @@ struct Flag {
   std::string name, metavar, help, default_text, group;
   bool is_switch = false, is_list = false;
   std::function<void(const std::string&)> set;
+  std::string implicit{};  // the value of the flag alone; empty: it needs one
 };
 
 std::string normal_key(std::string key) {
@@ -163,7 +164,11 @@ void Tool::State::print_help() const {
     if (flag.group != shown_group)
       out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
     shown_group = flag.group;
-    std::string head = "  --" + flag.name + (flag.is_switch ? "" : " " + flag.metavar);
+    std::string head = "  --" + flag.name;
+    if (!flag.implicit.empty())
+      head += "[=" + flag.metavar + "]";
+    else if (!flag.is_switch)
+      head += " " + flag.metavar;
     if (head.size() < 30) {
       head.resize(32, ' ');
     } else {
@@ -214,6 +219,15 @@ void Tool::flag(std::string_view name,
                            false,
                            false,
                            std::move(set)});
+}
+
+void Tool::flag_or(std::string_view name,
+                   std::string_view metavar,
+                   std::string_view implicit,
+                   std::string_view help,
+                   std::function<void(const std::string&)> set) {
+  flag(name, metavar, help, "", std::move(set));
+  state_->flags.back().implicit = implicit;
 }
 
 void Tool::flag(std::string_view name, bool& value, std::string_view help) {
@@ -341,6 +355,10 @@ bool Tool::parse() {
     if (flag.is_switch) {
       described.add_options()(flag.name.c_str(),
                               po::value<std::string>()->zero_tokens()->implicit_value("true"));
+    } else if (!flag.implicit.empty()) {
+      described.add_options()(
+          flag.name.c_str(),
+          po::value<std::vector<std::string>>()->implicit_value({flag.implicit}, flag.implicit));
     } else {
       described.add_options()(flag.name.c_str(),
                               po::value<std::vector<std::string>>()->composing());
@@ -382,6 +400,7 @@ bool Tool::parse() {
     if (flag.is_switch) {
       state_->apply(flag, "true");
     } else {
+      if (option.value.empty() && !flag.implicit.empty()) state_->apply(flag, flag.implicit);
       for (const std::string& text : option.value) state_->apply(flag, text);
     }
   }

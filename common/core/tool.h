@@ -90,6 +90,12 @@ class Tool {
             std::string_view help,
             std::string_view default_text,
             std::function<void(const std::string&)> set);
+  /// The same with a value that may be left out: "--plan" is "--plan=IMPLICIT".
+  void flag_or(std::string_view name,
+               std::string_view metavar,
+               std::string_view implicit,
+               std::string_view help,
+               std::function<void(const std::string&)> set);
   /// Arguments that are not flags. Without this call, one is a UsageError.
   void arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help);
 

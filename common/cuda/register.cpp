@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -27,6 +28,14 @@
 
 /// Asked by common/tensor/device.cpp after it has opened this library.
 extern "C" int flux_cuda_device_count() { return static_cast<int>(c10::cuda::device_count()); }
+
+/// Asked by common/tensor/device.cpp.
+extern "C" int64_t flux_cuda_free_bytes(int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(std::max(device, 0)));
+  size_t free = 0, all = 0;
+  C10_CUDA_CHECK(cudaMemGetInfo(&free, &all));
+  return static_cast<int64_t>(free);
+}
 
 /// Asked by common/engine/record_store.cpp: pins host memory, so that copies to the GPU do not wait for the CPU.
 /// Whether that worked; it may not, by the limit on locked memory.

@@ -170,6 +170,7 @@ struct TrainingData::State {
   dataset::Plan plan;
   std::vector<Item> items;  // sorted by digest, so that the caches' order changes nothing
   std::map<Group, int64_t> group_visits;
+  int64_t largest_batch = 0;
   int64_t num_visits = 0, num_batches = 0, num_regularization = 0, num_quarantined = 0,
           num_validation = 0;
   int64_t empty_caption = -1;  // item of the text cache
@@ -300,6 +301,7 @@ void TrainingData::State::count_batches() {
   for (const auto& [group, visits] : group_visits) {
     const int64_t size = batch_size(std::get<0>(group));
     num_visits += visits;
+    largest_batch = std::max(largest_batch, std::min(size, visits));
     num_batches += (visits + size - 1) / size;
   }
 }
@@ -369,6 +371,7 @@ const cache::Manifest& TrainingData::text_manifest() const { return state_->text
 int64_t TrainingData::num_items() const { return static_cast<int64_t>(state_->items.size()); }
 int64_t TrainingData::num_visits() const { return state_->num_visits; }
 int64_t TrainingData::num_batches() const { return state_->num_batches; }
+int64_t TrainingData::largest_batch() const { return state_->largest_batch; }
 int64_t TrainingData::num_regularization() const { return state_->num_regularization; }
 int64_t TrainingData::num_quarantined() const { return state_->num_quarantined; }
 int64_t TrainingData::num_validation() const { return state_->num_validation; }

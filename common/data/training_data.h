@@ -70,8 +70,9 @@ class TrainingData {
   const cache::Manifest& latents_manifest() const;
   const cache::Manifest& text_manifest() const;
   int64_t num_items() const;
-  int64_t num_visits() const;   // an epoch
-  int64_t num_batches() const;  // an epoch: ceil(visits / batch size) of each bucket
+  int64_t num_visits() const;     // an epoch
+  int64_t num_batches() const;    // an epoch: ceil(visits / batch size) of each bucket
+  int64_t largest_batch() const;  // samples of the largest batch of an epoch
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
   int64_t num_validation() const;

@@ -10,11 +10,9 @@
 #include <vector>
 
 #include "common/core/scratch_file.h"
+#include "common/engine/choices.h"
 
 namespace flux::engine {
-
-/// Where block inputs are kept. kHost is the device itself on a CPU.
-enum class InputPlace { kDevice, kHost, kDisk };
 
 /// Tensors by (block, micro-batch). Each is taken once.
 class BlockInputs {

@@ -16,18 +16,13 @@
 #include <vector>
 
 #include "common/engine/block_loop.h"
+#include "common/engine/choices.h"
 #include "common/engine/model_file.h"
 #include "common/engine/ring.h"
 #include "common/models/lora/lora.h"
 #include "common/optim/optimizer.h"
 
 namespace flux::engine {
-
-/// Where the weights of streamed blocks are between visits.
-enum class StreamFrom {
-  kFile,  // frozen weights: the model's file; trained ones: a scratch file
-  kHost,  // host memory, pinned for a GPU
-};
 
 struct ModelOptions {
   at::ScalarType compute = at::kBFloat16;  // kFloat|kBFloat16: of weights and activations

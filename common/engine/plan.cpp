@@ -50,8 +50,8 @@ BlockFlops block_flops(const dit::Config& config, int64_t block, const StepShape
 
 }  // namespace
 
-int64_t MemoryPlan::peak_bytes() const {
-  return std::accumulate(causes.begin(), causes.end(), staging_bytes);
+int64_t MemoryPlan::device_bytes() const {
+  return std::accumulate(causes.begin(), causes.end(), int64_t{0});
 }
 
 double step_flops(const dit::Config& config,

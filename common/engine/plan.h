@@ -31,7 +31,7 @@ struct MemoryPlan {
   double flops = 0;  // of a step
   double read_bytes = 0, written_bytes = 0;  // between the store and the ring, a step
   /// Of tensors and arenas on the device.
-  int64_t peak_bytes() const;
+  int64_t device_bytes() const;
 };
 
 /// Throws as Trainer does. Needs count_tensor_memory(). `options.device` is the real one; nothing is allocated there.

@@ -66,6 +66,8 @@ class Trainer {
   /// One update; `step` counts from 1. Throws NotFinite if loss or gradients are not finite: before anything is updated,
   /// but for gradients without global clipping. On Meta the result is zero.
   TrainResult step(std::span<const FlowInputs> micro_batches, int64_t step, double learning_rate);
+  /// False after a step that failed when some blocks were updated and others were not.
+  bool step_is_whole() const { return updater_.is_whole(); }
   /// Makes updates that wait for a block's next visit.
   void flush() { updater_.flush(); }
 

@@ -16,6 +16,7 @@ Updater::Updater(Blocks& blocks, Optimizer& optimizer, UpdateOptions options)
 void Updater::begin(int64_t step, double learning_rate) {
   pending_scalars_ = scalars_;
   pending_ = std::exchange(waiting_, {});
+  whole_ = pending_.empty();
   norms_.clear();
   scalars_ = {step, learning_rate, 1, options_.seed};
 }
@@ -69,14 +70,19 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
   for (const Trainable& t : trainables)
     if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id)))
       throw NotFinite("the gradient of " + t.name);
+  whole_ = false;
   update(trainables, scalars_);
   return true;
 }
 
 std::optional<double> Updater::finish() {
+  whole_ = true;
   if (norms_.empty()) return std::nullopt;
   const double norm = global_norm();
-  if (!std::isfinite(norm)) throw NotFinite("the gradient norm");
+  if (!std::isfinite(norm)) {
+    waiting_.clear();
+    throw NotFinite("the gradient norm");
+  }
   if (options_.clip != ClipMode::kGlobal) return norm;
   scalars_.gradient_scale = clip_scale(norm);
   std::erase_if(waiting_, [&](int64_t block) {
@@ -90,6 +96,7 @@ std::optional<double> Updater::finish() {
 bool Updater::before_forward(int64_t block, std::span<Trainable> trainables) {
   if (std::erase(pending_, block) == 0) return false;
   update(trainables, pending_scalars_);
+  whole_ = pending_.empty();
   return true;
 }
 

@@ -9,15 +9,10 @@
 #include <vector>
 
 #include "common/engine/block_loop.h"
+#include "common/engine/choices.h"
 #include "common/optim/optimizer.h"
 
 namespace flux::engine {
-
-enum class ClipMode {
-  kGlobal,        // by the norm over all gradients: exact, since a block's update waits for it
-  kPerParameter,  // each by its own norm, as sd-scripts' fused backward pass does
-  kNone,
-};
 
 struct UpdateOptions {
   ClipMode clip = ClipMode::kGlobal;
@@ -50,8 +45,8 @@ class Updater {
   /// anything is updated with kGlobal, if a gradient is not finite.
   std::optional<double> finish();
 
-  /// Whether blocks wait for their update.
-  bool pending() const { return !waiting_.empty(); }
+  /// Whether all blocks are at the end of the same step; updates that wait count as made.
+  bool is_whole() const { return whole_; }
   /// Makes the updates that wait, without a forward: before weights are saved.
   void flush();
 
@@ -66,10 +61,11 @@ class Updater {
   Blocks& blocks_;
   Optimizer& optimizer_;
   UpdateOptions options_;
-  StepScalars scalars_;               // of the step at work, or the last one
-  StepScalars pending_scalars_;       // of the blocks in pending_
-  std::vector<int64_t> waiting_;      // blocks that left with this step's gradients
-  std::vector<int64_t> pending_;      // the same of the step before, until their next forward
+  StepScalars scalars_;           // of the step at work, or the last one
+  StepScalars pending_scalars_;   // of the blocks in pending_
+  std::vector<int64_t> waiting_;  // blocks that left with this step's gradients
+  std::vector<int64_t> pending_;  // the same of the step before, until their next forward
+  bool whole_ = true;
   std::map<uint64_t, double> norms_;  // by parameter, so that their sum has one order
 };
 

@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 
@@ -79,6 +80,14 @@ c10::Device resolve_device(DeviceChoice choice) {
     log::warn("there is a GPU, but it is not used: {}", error.what());
     return {c10::DeviceType::CPU};
   }
+}
+
+int64_t device_free_bytes(const c10::Device& device) {
+  const auto free_bytes =
+      reinterpret_cast<int64_t (*)(int)>(dlsym(RTLD_DEFAULT, "flux_cuda_free_bytes"));
+  if (!device.is_cuda() || !free_bytes)
+    throw std::invalid_argument("free memory is known of a GPU in use only");
+  return free_bytes(device.index());
 }
 
 const std::vector<std::pair<std::string, DeviceChoice>>& device_choices() {

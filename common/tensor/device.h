@@ -27,6 +27,9 @@ c10::Device resolve_device(DeviceChoice choice);
 /// it, since each tensor's pages are mapped one by one (docs/benchmarks.md).
 void use_huge_pages();
 
+/// Memory of a GPU that nobody has taken yet. Throws std::invalid_argument for another device.
+int64_t device_free_bytes(const c10::Device& device);
+
 /// The words of the flag, for Tool::flag.
 const std::vector<std::pair<std::string, DeviceChoice>>& device_choices();
 

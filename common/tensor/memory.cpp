@@ -255,7 +255,7 @@ std::string_view memory_cause_name(MemoryCause cause) {
                                                                  "weights",
                                                                  "ring",
                                                                  "block_inputs",
-                                                                 "working_set",
+                                                                 "block_working_set",
                                                                  "gradients",
                                                                  "optimizer",
                                                                  "kernel_scratch",

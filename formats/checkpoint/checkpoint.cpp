@@ -1,9 +1,11 @@
 #include "formats/checkpoint/checkpoint.h"
 
 #include <fmt/format.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <charconv>
+#include <memory>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -59,6 +61,27 @@ std::string checksum(nlohmann::json state) {
   return xxh3_128_hex(as_bytes(state.dump()));
 }
 
+struct FileSum {
+  uint64_t bytes = 0;
+  std::string xxh3_128;
+};
+
+/// In pieces: a mapped model would count as memory of this process.
+FileSum sum_of(const fs::path& path) {
+  FileSum sum;
+  const std::unique_ptr<XXH3_state_t, void (*)(XXH3_state_t*)> state(
+      XXH3_createState(), [](XXH3_state_t* s) { XXH3_freeState(s); });
+  XXH3_128bits_reset(state.get());
+  read_chunks(path, [&](std::span<const std::byte> bytes) {
+    XXH3_128bits_update(state.get(), bytes.data(), bytes.size());
+    sum.bytes += bytes.size();
+  });
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state.get()));
+  sum.xxh3_128 = to_hex(std::as_bytes(std::span(canonical.digest)));
+  return sum;
+}
+
 void check_files(const Checkpoint& checkpoint) {
   const auto files = checkpoint.state.value("files", nlohmann::json::object());
   for (const auto& [name, expected] : files.items()) {
@@ -72,11 +95,13 @@ void check_files(const Checkpoint& checkpoint) {
                        kDamagedHint);
     };
     try {
-      const MappedFile file(path);
-      if (const nlohmann::json bytes = file.bytes().size(); bytes != expected.value("bytes", nlohmann::json()))
+      const FileSum sum = sum_of(path);
+      if (const nlohmann::json bytes = sum.bytes;
+          bytes != expected.value("bytes", nlohmann::json()))
         refuse("bytes", bytes);
-      const nlohmann::json hash = xxh3_128_hex(file.bytes());
-      if (hash != expected.value("xxh3_128", nlohmann::json())) refuse("xxh3_128", hash);
+      if (const nlohmann::json hash = sum.xxh3_128;
+          hash != expected.value("xxh3_128", nlohmann::json()))
+        refuse("xxh3_128", hash);
     } catch (const InputError& error) {
       throw CacheError(error.what(), kDamagedHint);
     }
@@ -151,8 +176,12 @@ void Writer::add(const std::string& file_name,
   const std::vector<safetensors::TensorSpec> order = writer.order();
   for (const auto& spec : order) writer.write(spec.name, bytes.at(spec.name));
   writer.commit();
-  const MappedFile written(temporary_ / file_name);
-  files_[file_name] = {{"bytes", written.bytes().size()}, {"xxh3_128", xxh3_128_hex(written.bytes())}};
+  added(file_name);
+}
+
+void Writer::added(const std::string& file_name) {
+  const FileSum sum = sum_of(temporary_ / file_name);
+  files_[file_name] = {{"bytes", sum.bytes}, {"xxh3_128", sum.xxh3_128}};
 }
 
 fs::path Writer::commit(nlohmann::json state) {
@@ -216,8 +245,8 @@ Checkpoint read_latest(const fs::path& run) {
   }
   const auto sum = found.state.value("checksum", nlohmann::json());
   if (const auto actual = checksum(found.state); sum != actual) {
-    refuse(fmt::format("damaged or edited: checksum {}, its content has {}",
-                       printable(sum.dump()), actual));
+    refuse(fmt::format(
+        "damaged or edited: checksum {}, its content has {}", printable(sum.dump()), actual));
   }
   check_files(found);
   return found;

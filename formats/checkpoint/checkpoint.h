@@ -54,6 +54,11 @@ class Writer {
   void add(const std::string& file_name,
            std::span<const Tensor> tensors,
            const safetensors::Metadata& metadata);
+  /// The path for a file of this name that the caller writes in full; then added().
+  std::filesystem::path path_of(const std::string& file_name) const {
+    return temporary_ / file_name;
+  }
+  void added(const std::string& file_name);
   /// Adds format, schema_version, step, the files' sizes and XXH3-128 and a checksum of all of it to
   /// `state`, writes state.json and gives the folder its name. A checkpoint of the same step makes
   /// room. Returns the folder.

@@ -131,4 +131,39 @@ void Writer::commit() {
   file_.commit();
 }
 
+ScatteredWriter::ScatteredWriter(std::filesystem::path path,
+                                 std::vector<TensorSpec> tensors,
+                                 const Metadata& metadata)
+    : header_(header_bytes(tensors, metadata)), file_(std::move(path)) {
+  file_.write(header_);
+  uint64_t offset = header_.size();
+  for (const TensorSpec& tensor : in_file_order(std::move(tensors))) {
+    const uint64_t bytes = tensor_bytes(tensor.dtype, tensor.shape);
+    if (bytes > 0) places_[tensor.name] = {offset, bytes};
+    offset += bytes;
+  }
+}
+
+void ScatteredWriter::write(std::string_view name, std::span<const std::byte> bytes) {
+  if (bytes.empty()) return;
+  const auto place = places_.find(name);
+  if (place == places_.end())
+    throw std::invalid_argument(
+        fmt::format("tensor '{}' is not in the file, or was written before", printable(name)));
+  if (bytes.size() != place->second.bytes)
+    throw std::invalid_argument(fmt::format("tensor '{}' has {} bytes, {} were given",
+                                            printable(name),
+                                            place->second.bytes,
+                                            bytes.size()));
+  file_.write_at(place->second.offset, bytes);
+  places_.erase(place);
+}
+
+void ScatteredWriter::commit() {
+  if (!places_.empty())
+    throw std::invalid_argument(
+        fmt::format("tensor '{}' was not written", printable(places_.begin()->first)));
+  file_.commit();
+}
+
 }  // namespace flux::safetensors

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <span>
 #include <string>
@@ -58,6 +59,29 @@ class Writer {
   AtomicFile file_;
   size_t next_ = 0;       // index in order_ of the tensor being written
   uint64_t written_ = 0;  // bytes of it so far
+};
+
+/// The same file, its tensors written in any order: for models whose blocks come by one at a time.
+class ScatteredWriter {
+ public:
+  /// Throws as Writer does.
+  ScatteredWriter(std::filesystem::path path,
+                  std::vector<TensorSpec> tensors,
+                  const Metadata& metadata);
+
+  /// All bytes of a tensor, once. Throws std::invalid_argument for another name, a second time or another size;
+  /// ResourceError: the disk is full.
+  void write(std::string_view name, std::span<const std::byte> bytes);
+  /// Throws std::invalid_argument if a tensor is missing.
+  void commit();
+
+ private:
+  struct Place {
+    uint64_t offset = 0, bytes = 0;
+  };
+  std::map<std::string, Place, std::less<>> places_;  // of what is not written yet
+  std::string header_;
+  AtomicFile file_;
 };
 
 }  // namespace flux::safetensors

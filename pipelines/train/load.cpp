@@ -1,7 +1,6 @@
 #include "pipelines/train/load.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
 #include <string>
@@ -14,6 +13,7 @@
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "pipelines/train/plan.h"
 
 namespace flux::train {
 namespace {
@@ -92,19 +92,6 @@ void check_fit(const Options& options, const TrainingData& data, const dit::Conf
   }
 }
 
-std::vector<Parameter> make_parameters(lora::Adapters& adapters, c10::Device device) {
-  std::vector<Parameter> parameters;
-  for (lora::Module& module : adapters.modules) {
-    for (auto& [name, tensor] :
-         {std::pair<const char*, at::Tensor&>{"down", module.down}, {"up", module.up}}) {
-      tensor = tensor.to(device).requires_grad_(true);
-      parameters.push_back(
-          {module.path + "." + name, tensor, at::zeros_like(tensor), at::zeros_like(tensor)});
-    }
-  }
-  return parameters;
-}
-
 // Threads that wait for each other at the end of every small operation cost more than they save: a
 // model of 7 M parameters has its first loss 1.5 empty LibTorch starts after its own with one
 // thread, and 3 to 6 with two while other programs are busy.
@@ -113,10 +100,70 @@ void limit_threads(const dit::Config& config) {
   if (config.num_parameters() < kSmallModel) at::set_num_threads(1);
 }
 
+engine::StepShape step_shape(const Session& session) {
+  const TrainingData& data = *session.data;
+  const auto text = cache::layout_of(cache::Kind::kText, data.text_manifest().recipe.parameters);
+  engine::StepShape shape;
+  for (const auto& [width, height, visits] : data.buckets()) {
+    if (width * height <= shape.width * shape.height) continue;
+    shape.width = width;
+    shape.height = height;
+  }
+  shape.batch = data.largest_batch();
+  shape.micro_batches = session.options.gradient_accumulation;
+  shape.text_length = text.t5_length;
+  shape.text_mask = data.text_manifest().recipe.parameters.value("pad_policy", "") == "masked";
+  shape.text_type = data.text_manifest().recipe.parameters.value("dtype", "") == "f32"
+                        ? at::kFloat
+                        : at::kBFloat16;
+  return shape;
+}
+
 }  // namespace
 
 std::string precision_word(at::ScalarType compute) {
   return compute == at::kFloat ? "f32" : "bf16";
+}
+
+engine::TrainerOptions trainer_options(const Options& o,
+                                       at::Device device,
+                                       at::ScalarType compute) {
+  engine::TrainerOptions t;
+  t.device = device;
+  t.compute = compute;
+  t.full = o.method == Method::kFull;
+  if (o.base == BasePrecision::kFp8) t.base = QuantFormat::kFp8;
+  if (o.base == BasePrecision::kNf4) t.base = QuantFormat::kNf4;
+  t.rank = o.rank;
+  t.alpha = o.effective_alpha();
+  t.seed = static_cast<uint64_t>(o.seed);
+  switch (o.optimizer) {
+    case OptimizerKind::kAdamW:
+      t.optimizer = AdamWOptions{.weight_decay = o.effective_weight_decay()};
+      break;
+    case OptimizerKind::kAdamW8bit:
+      t.optimizer = AdamW8bitOptions{.weight_decay = o.effective_weight_decay()};
+      break;
+    case OptimizerKind::kAdafactor: {
+      AdafactorOptions adafactor;
+      adafactor.weight_decay = o.effective_weight_decay();
+      t.optimizer = adafactor;
+      break;
+    }
+  }
+  t.clip = o.effective_clip();
+  t.max_norm = o.max_grad_norm;
+  t.loss = o.loss;
+  t.several_micro_batches = o.gradient_accumulation > 1;
+  t.scratch = o.scratch.empty() ? o.out : o.scratch;
+  engine::Residency& r = t.residency;
+  r.resident_blocks = o.resident_blocks.value_or(-1);
+  r.kept_graphs = o.kept_graphs.value_or(0);
+  r.lookahead = o.ring_slots.value_or(2) - 1;
+  r.inputs = o.block_inputs.value_or(engine::InputPlace::kDevice);
+  r.stream_from = o.stream_from.value_or(device.is_cuda() ? engine::StreamFrom::kHost
+                                                          : engine::StreamFrom::kFile);
+  return t;
 }
 
 Session open_data(const Options& options) {
@@ -157,39 +204,56 @@ Session open_data(const Options& options) {
   return session;
 }
 
+void open_model(Session& session, const std::filesystem::path& weights) {
+  const Options& options = session.options;
+  engine::TrainerOptions wanted = trainer_options(options, session.device, session.compute);
+  engine::ModelFileOptions read;
+  read.dtype = session.compute;
+  read.quant = wanted.base;
+  session.file = std::make_shared<engine::ModelFile>(weights, read);
+  session.config = session.file->config();
+  check_fit(options, *session.data, session.config);
+  limit_threads(session.config);
+  cancel::check();
+}
+
 void load_model(Session& session) {
   const Options& options = session.options;
-  NetTensors net = take_net(read_weights(options.model), NetKind::kFlux);
-  dit::Model& model = session.model;
-  model.config = dit::read_config(net);
-  check_fit(options, *session.data, model.config);
-  limit_threads(model.config);
-  model.canonical = dit::canonical_tensors(net, model.config);
-  model.stamps = std::move(net.stamps);
-  model.weights = dit::make_weights(model.config, model.canonical, session.compute, session.device);
-  session.adapters = lora::make_adapters(lora::default_targets(model.config),
-                                         options.rank,
-                                         options.effective_alpha(),
-                                         static_cast<uint64_t>(options.seed));
-  session.parameters = make_parameters(session.adapters, session.device);
-  lora::attach(session.adapters, model.weights);
-  log::info("{}; LoRA of rank {}, {} modules, {} parameters",
-            model.config.describe(),
-            options.rank,
-            session.adapters.modules.size(),
-            session.adapters.num_parameters());
+  engine::TrainerOptions wanted = trainer_options(options, session.device, session.compute);
+  wanted.base = session.file->quant();
+  const auto choice =
+      choose(options, session.config, session.file.get(), wanted, step_shape(session));
+  if (!choice.fits)
+    throw ResourceError(fmt::format("{} would take {}, {} may take {}",
+                                    show(options.model),
+                                    show_bytes(static_cast<uint64_t>(choice.needed)),
+                                    choice.budget_name,
+                                    show_bytes(static_cast<uint64_t>(choice.budget))),
+                        choice.hint);
+  session.plan = choice.plan;
+  log::info("plan: {}", choice.describe());
+  wanted.residency = choice.residency;
+  session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
+  if (wanted.full)
+    log::info("{}; all {} parameters are trained",
+              session.config.describe(),
+              session.config.num_parameters());
+  else
+    log::info("{}; LoRA of rank {}, {} modules, {} parameters",
+              session.config.describe(),
+              options.rank,
+              session.trainer->adapters().modules.size(),
+              session.trainer->adapters().num_parameters());
   cancel::check();
 }
 
 void start_hashing(Session& session) {
-  // the task holds the tensors, so that joined copies go when it is done
-  auto task = [stamps = session.model.stamps,
-               tensors = std::exchange(session.model.canonical, {}),
-               rehash = session.options.rehash]() mutable {
-    const auto digest = remembered_weights_sha256(stamps, "flux", tensors, rehash);
-    tensors.clear();
-    return to_hex(digest);
-  };
+  // a resumed run begins with other weights than those it is known by
+  auto task =
+      [file = session.file, model = session.options.model, rehash = session.options.rehash] {
+        if (file->path() == model) return to_hex(file->weights_sha256(rehash));
+        return to_hex(engine::ModelFile(model).weights_sha256(rehash));
+      };
   session.model_sha256 = std::async(std::launch::async, std::move(task)).share();
 }
 

@@ -10,18 +10,12 @@
 
 #include "common/data/batch_reader.h"
 #include "common/data/training_data.h"
-#include "common/models/flux/load.h"
-#include "common/models/lora/lora.h"
+#include "common/engine/model_file.h"
+#include "common/engine/plan.h"
+#include "common/engine/trainer.h"
 #include "pipelines/train/options.h"
 
 namespace flux::train {
-
-/// A tensor that is trained, and the moments of AdamW; all float32 on the device.
-struct Parameter {
-  std::string name;  // "double_blocks.0.img_attn.qkv.down"
-  at::Tensor value;  // requires grad
-  at::Tensor exp_avg, exp_avg_sq;
-};
 
 /// All that training holds in memory.
 struct Session {
@@ -29,11 +23,13 @@ struct Session {
   c10::Device device{c10::DeviceType::CPU};
   at::ScalarType compute = at::kFloat;
   std::unique_ptr<TrainingData> data;
-  dit::Model model;  // with the adapters attached
-  lora::Adapters adapters;
-  std::vector<Parameter> parameters;  // in the order of the adapters: down, up
+  dit::Config config;
+  /// The weights that the run begins with; of a resumed full fine-tuning, those of its checkpoint.
+  std::shared_ptr<engine::ModelFile> file;
+  std::unique_ptr<engine::Trainer> trainer;
+  engine::MemoryPlan plan;
   std::shared_future<std::string>
-      model_sha256;  // weights_sha256 in hex, computed beside the training
+      model_sha256;  // weights_sha256 of --model in hex, computed beside the training
 
   int64_t step = 0;       // updates made
   DataPosition position;  // of the next batch
@@ -44,14 +40,22 @@ struct Session {
 /// The word of --precision that is in force: "f32" or "bf16".
 std::string precision_word(at::ScalarType compute);
 
+/// What the engine is told; residency is what the user fixed, else "all in memory".
+engine::TrainerOptions trainer_options(const Options& options,
+                                       at::Device device,
+                                       at::ScalarType compute);
+
 /// Picks the device and opens the caches. Throws CacheError for caches that cannot be joined.
 Session open_data(const Options& options);
 
-/// Loads the transformer, makes new adapters and attaches them.
+/// Reads the model's header and plans what the run takes. `weights` is the file to begin with.
 /// Throws CacheError naming each field and both values: a text cache of another width or length than
 /// the model takes (512 tokens; 256 too for a model without guidance); latents of other channels.
 /// Throws UsageError for --guidance with a model that has no such input; InputError for the model's
-/// file.
+/// file; ResourceError if no setting fits the memory.
+void open_model(Session& session, const std::filesystem::path& weights);
+
+/// Loads what stays in memory and makes new adapters.
 void load_model(Session& session);
 
 /// Starts to compute Session::model_sha256 in another thread; a file of 24 GB takes a while the

@@ -40,7 +40,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
     }
   }
   const int64_t epochs = (o.max_steps + data.num_batches() - 1) / data.num_batches();
-  const std::string variant = s.model.config.guidance ? "flux-1-dev" : "flux-1-schnell";
+  const std::string variant = s.config.guidance ? "flux-1-dev" : "flux-1-schnell";
   return {
       {"ss_v2", "False"},
       {"ss_base_model_version", "flux1"},
@@ -57,10 +57,16 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_text_encoder_lr", "None"},
       {"ss_lr_scheduler", chosen("lr-scheduler", "constant")},
       {"ss_lr_warmup_steps", std::to_string(o.lr.num_warmup_steps)},
-      {"ss_optimizer", fmt::format("AdamW(weight_decay={})", python_float(o.weight_decay))},
+      {"ss_optimizer",
+       fmt::format("{}(weight_decay={})",
+                   o.optimizer == OptimizerKind::kAdamW       ? "AdamW"
+                   : o.optimizer == OptimizerKind::kAdamW8bit ? "AdamW8bit"
+                                                              : "Adafactor",
+                   python_float(o.effective_weight_decay()))},
       {"ss_max_grad_norm", python_float(o.max_grad_norm)},
-      {"ss_gradient_accumulation_steps", "1"},
-      {"ss_gradient_checkpointing", "False"},
+      {"ss_gradient_accumulation_steps", std::to_string(o.gradient_accumulation)},
+      {"ss_gradient_checkpointing",
+       python_bool(s.trainer->options().residency.kept_graphs < s.trainer->model().num_blocks())},
       {"ss_max_train_steps", std::to_string(o.max_steps)},
       {"ss_steps", std::to_string(s.step)},
       {"ss_num_epochs", std::to_string(epochs)},
@@ -76,7 +82,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_mixed_precision", s.compute == at::kFloat ? "no" : "bf16"},
       {"ss_full_fp16", "False"},
       {"ss_full_bf16", "False"},
-      {"ss_fp8_base", "False"},
+      {"ss_fp8_base", python_bool(s.trainer->options().base == QuantFormat::kFp8)},
       {"ss_prior_loss_weight", python_float(o.prior_loss_weight)},
       {"ss_loss_type", chosen("loss-type", "l2")},
       {"ss_huber_schedule", chosen("huber-schedule", "None")},
@@ -100,6 +106,16 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"modelspec.resolution", resolution},
       {"modelspec.prediction_type", "raw"},
   };
+}
+
+std::map<std::string, std::string> model_metadata(const Session& s) {
+  auto all = lora_metadata(s);
+  std::map<std::string, std::string> out{{"format", "pt"}};
+  for (const auto& [key, value] : all)
+    if (key.starts_with("modelspec.")) out[key] = value;
+  out["modelspec.architecture"] = s.config.guidance ? "flux-1-dev" : "flux-1-schnell";
+  out["modelspec.title"] = "model";
+  return out;
 }
 
 }  // namespace flux::train

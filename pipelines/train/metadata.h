@@ -12,4 +12,7 @@ namespace flux::train {
 /// kohya-ss/sd-scripts, library/sai_model_spec.py; ModelSpec 1.0.1.
 std::map<std::string, std::string> lora_metadata(const Session& session);
 
+/// The same for a whole model: format and modelspec.
+std::map<std::string, std::string> model_metadata(const Session& session);
+
 }  // namespace flux::train

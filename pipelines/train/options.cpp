@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <vector>
@@ -14,6 +15,20 @@ namespace flux::train {
 namespace {
 
 const Choices<Method> kMethods{{"lora", Method::kLora}, {"full", Method::kFull}};
+const Choices<OptimizerKind> kOptimizers{{"adamw", OptimizerKind::kAdamW},
+                                         {"adamw8bit", OptimizerKind::kAdamW8bit},
+                                         {"adafactor", OptimizerKind::kAdafactor}};
+const Choices<engine::ClipMode> kClips{{"global", engine::ClipMode::kGlobal},
+                                       {"per-parameter", engine::ClipMode::kPerParameter},
+                                       {"none", engine::ClipMode::kNone}};
+const Choices<BasePrecision> kBases{{"bf16", BasePrecision::kAsComputed},
+                                    {"fp8", BasePrecision::kFp8},
+                                    {"nf4", BasePrecision::kNf4}};
+const Choices<engine::InputPlace> kInputPlaces{{"device", engine::InputPlace::kDevice},
+                                               {"host", engine::InputPlace::kHost},
+                                               {"disk", engine::InputPlace::kDisk}};
+const Choices<engine::StreamFrom> kStreamFroms{{"file", engine::StreamFrom::kFile},
+                                               {"host", engine::StreamFrom::kHost}};
 const Choices<Precision> kPrecisions{
     {"auto", Precision::kAuto}, {"f32", Precision::kF32}, {"bf16", Precision::kBF16}};
 const Choices<Posterior> kPosteriors{{"sample", Posterior::kSample}, {"mean", Posterior::kMean}};
@@ -44,6 +59,60 @@ std::string word(const Choices<E>& choices, E value) {
     if (choice == value) return text;
   }
   throw std::invalid_argument("a choice without a name");
+}
+
+/// A choice that may be left out: help shows what happens then.
+template <class E>
+void optional_flag(Tool& tool,
+                   const char* name,
+                   std::optional<E>& value,
+                   const Choices<E>& choices,
+                   const char* help,
+                   const char* otherwise) {
+  std::string names;
+  for (const auto& [text, choice] : choices) names += (names.empty() ? "" : "|") + text;
+  tool.flag(name, names, help, otherwise, [&value, &choices, names](const std::string& text) {
+    for (const auto& [known, choice] : choices)
+      if (known == text) {
+        value = choice;
+        return;
+      }
+    throw UsageError("'" + printable(text) + "' is not one of " + names);
+  });
+}
+
+void bytes_flag(
+    Tool& tool, const char* name, int64_t& value, const char* help, const char* otherwise) {
+  tool.flag(name, "SIZE", help, otherwise, [&value](const std::string& text) {
+    const auto bytes = parse_bytes(text);
+    if (!bytes || *bytes <= 0)
+      throw UsageError("'" + printable(text) + "' is not a size such as 800MB or 8GiB");
+    value = *bytes;
+  });
+}
+
+void resolution_flag(Tool& tool, Options& o) {
+  tool.flag("resolution",
+            "WxH",
+            "of --plan: the largest pictures, in pixels",
+            "",
+            [&o](const std::string& text) {
+              const auto parts = split(text, 'x');
+              const auto side = [&](std::string_view word) -> int64_t {
+                int64_t value = 0;
+                const auto [end, error] =
+                    std::from_chars(word.data(), word.data() + word.size(), value);
+                if (error != std::errc() || end != word.data() + word.size() || value < 16 ||
+                    value > 16384 || value % 16 != 0)
+                  throw UsageError("'" + printable(text) +
+                                   "' is not a size such as 1024x768, in multiples of 16");
+                return value;
+              };
+              o.plan_width = side(parts.front());
+              o.plan_height = side(parts.size() == 1 ? parts.front() : parts.at(1));
+              if (parts.size() > 2)
+                throw UsageError("'" + printable(text) + "' is not a size such as 1024x768");
+            });
 }
 
 bool uses_scale(const Options& o) {
@@ -96,20 +165,34 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
   tool.flag("alpha", o.alpha, "A", "LoRA scale is alpha / rank; 0 = as rank", 0, 1e6);
   tool.flag("lora-dtype", o.lora_dtype, kSaveDtypes, "of the saved LoRA; it is trained in f32");
+  tool.flag("optimizer", o.optimizer, kOptimizers, "rule of the updates");
   tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
-  tool.flag("learning-rate", o.lr.learning_rate, "X", "of AdamW", 0, 100);
+  tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
   tool.flag("lr-scheduler", o.lr.schedule, kSchedules, "learning rate over the steps");
   tool.flag(
       "lr-warmup-steps", o.lr.num_warmup_steps, "N", "linear rise at the start", 0, 1'000'000'000);
-  tool.flag("weight-decay", o.weight_decay, "X", "decoupled decay of AdamW", 0, 100);
-  tool.flag("max-grad-norm",
-            o.max_grad_norm,
+  tool.flag("weight-decay",
+            o.weight_decay,
             "X",
-            "global norm that gradients are clipped to; 0 = off",
+            "decoupled decay; 0.01, with adafactor 0, if not given",
             0,
-            1e9);
+            100);
+  optional_flag(tool,
+                "clip",
+                o.clip,
+                kClips,
+                "by which norm gradients are clipped",
+                "global; none with adafactor");
+  tool.flag(
+      "max-grad-norm", o.max_grad_norm, "X", "norm that gradients are clipped to; 0 = off", 0, 1e9);
   tool.flag(
       "batch-size", o.batch_size, "N", "samples a step; 0 = what the data set file says", 0, 65536);
+  tool.flag("gradient-accumulation",
+            o.gradient_accumulation,
+            "N",
+            "batches an update; all pass through a block while it is loaded",
+            1,
+            65536);
   tool.flag("seed", o.seed, "S", "of all randomness");
   tool.group("noise and loss");
   tool.flag("guidance",
@@ -147,23 +230,117 @@ void add_flags(Options& o, Tool& tool) {
             o.precision,
             kPrecisions,
             "of the transformer; auto = bf16 on CUDA, f32 on the CPU");
+  tool.flag(
+      "base-precision", o.base, kBases, "of a LoRA's frozen weights; bf16 = as --precision says");
+  tool.group("memory");
+  bytes_flag(tool,
+             "device-memory",
+             o.device_memory,
+             "what the run may take of the GPU",
+             "90 % of what is free");
+  bytes_flag(tool,
+             "host-memory",
+             o.host_memory,
+             "what the run may take of the machine",
+             "80 % of what is free");
+  tool.flag_or("plan",
+               "table|json",
+               "table",
+               "print what the run would take and whether it fits (exit 0, or 5), and end; needs "
+               "--model, --method, --resolution",
+               [&o](const std::string& text) {
+                 if (text != "table" && text != "json")
+                   throw UsageError("'" + printable(text) + "' is not one of table|json");
+                 o.plan = text == "json" ? PlanOutput::kJson : PlanOutput::kTable;
+               });
+  resolution_flag(tool, o);
+  tool.flag("t5-length", o.plan_t5_length, "N", "of --plan: text tokens", 1, 512);
+  tool.flag("resident-blocks",
+            o.resident_blocks,
+            "N",
+            "blocks whose weights stay in memory; else the plan's",
+            0,
+            1000);
+  tool.flag("keep-graphs",
+            o.kept_graphs,
+            "N",
+            "of them, blocks that are not run again in the backward; else the plan's",
+            0,
+            1000);
+  tool.flag(
+      "ring-slots", o.ring_slots, "N", "blocks in memory at a time of those that stream", 2, 4);
+  optional_flag(tool,
+                "block-inputs",
+                o.block_inputs,
+                kInputPlaces,
+                "where the forward keeps what the backward needs",
+                "the plan's");
+  optional_flag(tool,
+                "stream-from",
+                o.stream_from,
+                kStreamFroms,
+                "where streamed weights are",
+                "file; host on a GPU");
+  tool.flag("scratch",
+            o.scratch,
+            "DIR",
+            "for scratch files, which leave nothing behind; --out if not given");
   tool.flag("reader-threads", o.reader_threads, "N", "threads that read batches ahead", 1, 256);
   tool.flag("rehash", o.rehash, "hash the model anew instead of remembering its hash");
 }
 
-void check(const Options& o, const Tool& tool) {
-  for (const auto& [name, path] : {std::pair{"latents", &o.latents},
-                                   {"text", &o.text},
-                                   {"model", &o.model},
-                                   {"out", &o.out}}) {
-    if (path->empty())
-      throw UsageError(fmt::format("--{} is missing", name), "--help has an example");
+namespace {
+
+void require_given(const std::string& name, bool given, const std::string& hint) {
+  if (!given) throw UsageError(fmt::format("--{} is missing", name), hint);
+}
+
+void check_plan(const Options& o, const Tool& tool) {
+  for (const char* name : {"model", "method", "resolution"})
+    require_given(name, tool.given(name), "--plan needs --model, --method and --resolution WxH");
+  if (!o.resume && !o.replace) return;
+  throw UsageError("--plan does nothing with --resume or --replace", "leave it out");
+}
+
+void check_memory(const Options& o, const Tool& tool) {
+  if (o.method == Method::kFull) {
+    for (const char* name : {"rank", "alpha", "lora-dtype", "base-precision"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect with --method full", name),
+                         "leave it out");
   }
-  if (o.max_steps == 0)
-    throw UsageError("--max-steps is missing",
-                     "give the number of optimizer updates, 1000 for one");
-  if (o.method == Method::kFull)
-    throw UsageError("--method full is not there yet", "use --method lora");
+  if (o.plan == PlanOutput::kNone) {
+    for (const char* name : {"resolution", "t5-length"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect without --plan: the caches say it", name),
+                         "leave it out");
+  }
+  if (o.clip && *o.clip != engine::ClipMode::kNone && o.max_grad_norm == 0)
+    throw UsageError("--clip contradicts --max-grad-norm 0", "leave one of them out");
+  if (o.clip == engine::ClipMode::kNone && tool.given("max-grad-norm") && o.max_grad_norm != 0)
+    throw UsageError("--max-grad-norm has no effect with --clip none", "leave one of them out");
+}
+
+}  // namespace
+
+double Options::effective_weight_decay() const {
+  return weight_decay.value_or(optimizer == OptimizerKind::kAdafactor ? 0 : 0.01);
+}
+
+engine::ClipMode Options::effective_clip() const {
+  if (max_grad_norm == 0) return engine::ClipMode::kNone;
+  return clip.value_or(optimizer == OptimizerKind::kAdafactor ? engine::ClipMode::kNone
+                                                              : engine::ClipMode::kGlobal);
+}
+
+void check(const Options& o, const Tool& tool) {
+  check_memory(o, tool);
+  if (o.plan != PlanOutput::kNone) return check_plan(o, tool);
+  for (const auto& [name, path] :
+       {std::pair{"latents", &o.latents}, {"text", &o.text}, {"model", &o.model}, {"out", &o.out}})
+    require_given(name, !path->empty(), "--help has an example");
+  require_given(
+      "max-steps", o.max_steps != 0, "give the number of optimizer updates, 1000 for one");
   if (o.resume && o.replace)
     throw UsageError("--resume and --replace contradict each other", "give one of them");
   const std::vector<std::tuple<const char*, bool, const char*>> dependent{
@@ -186,11 +363,12 @@ void check(const Options& o, const Tool& tool) {
 
 nlohmann::json deciding_options(const Options& o) {
   nlohmann::json out{{"method", word(kMethods, o.method)},
-                     {"rank", o.rank},
-                     {"alpha", o.effective_alpha()},
+                     {"optimizer", word(kOptimizers, o.optimizer)},
+                     {"clip", word(kClips, o.effective_clip())},
+                     {"gradient-accumulation", o.gradient_accumulation},
                      {"learning-rate", o.lr.learning_rate},
                      {"lr-scheduler", word(kSchedules, o.lr.schedule)},
-                     {"weight-decay", o.weight_decay},
+                     {"weight-decay", o.effective_weight_decay()},
                      {"max-grad-norm", o.max_grad_norm},
                      {"batch-size", o.batch_size},
                      {"seed", o.seed},
@@ -199,6 +377,11 @@ nlohmann::json deciding_options(const Options& o) {
                      {"posterior", word(kPosteriors, o.posterior)},
                      {"prior-loss-weight", o.prior_loss_weight},
                      {"guidance", o.guidance.value_or(1)}};
+  if (o.method == Method::kLora) {
+    out["rank"] = o.rank;
+    out["alpha"] = o.effective_alpha();
+    out["base-precision"] = word(kBases, o.base);
+  }
   if (uses_warmup(o)) out["lr-warmup-steps"] = o.lr.num_warmup_steps;
   if (needs_num_steps(o)) out["max-steps"] = o.max_steps;
   if (uses_scale(o)) out["sigmoid-scale"] = o.timesteps.sigmoid_scale;
@@ -221,7 +404,16 @@ std::string run_toml(const Options& o) {
   if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
   all["max-steps"] = o.max_steps;
   all["save-every"] = o.save_every;
-  all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
+  if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
+  if (o.effective_clip() == engine::ClipMode::kNone) all.erase("max-grad-norm");
+  if (o.device_memory > 0) all["device-memory"] = std::to_string(o.device_memory);
+  if (o.host_memory > 0) all["host-memory"] = std::to_string(o.host_memory);
+  for (const auto& [name, value] : {std::pair{"resident-blocks", o.resident_blocks},
+                                    {"keep-graphs", o.kept_graphs},
+                                    {"ring-slots", o.ring_slots}})
+    if (value) all[name] = *value;
+  if (o.block_inputs) all["block-inputs"] = word(kInputPlaces, *o.block_inputs);
+  if (o.stream_from) all["stream-from"] = word(kStreamFroms, *o.stream_from);
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;
@@ -229,7 +421,9 @@ std::string run_toml(const Options& o) {
   for (const auto& [name, path] : {std::pair{"latents", &o.latents},
                                    {"text", &o.text},
                                    {"model", &o.model},
-                                   {"out", &o.out}}) {
+                                   {"out", &o.out},
+                                   {"scratch", &o.scratch}}) {
+    if (path->empty()) continue;
     // a path that is not UTF-8 cannot stand in TOML
     if (first_invalid_utf8(path->native())) {
       out += fmt::format("# {}: {}\n", name, printable(path->native()));

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "common/engine/choices.h"
 #include "common/tensor/device.h"
 #include "common/train/loss.h"
 #include "common/train/lr_schedule.h"
@@ -18,6 +19,9 @@ class Tool;
 namespace flux::train {
 
 enum class Method { kLora, kFull };
+enum class OptimizerKind { kAdamW, kAdamW8bit, kAdafactor };
+enum class BasePrecision { kAsComputed, kFp8, kNf4 };
+enum class PlanOutput { kNone, kTable, kJson };
 enum class Precision { kAuto, kF32, kBF16 };
 enum class Posterior { kSample, kMean };
 enum class SaveDtype { kBF16, kF16, kF32 };
@@ -35,12 +39,16 @@ struct Options {
   SaveDtype lora_dtype = SaveDtype::kBF16;
   int64_t max_steps = 0;
   LrOptions lr;  // num_steps is max_steps
-  double weight_decay = 0.01;
-  double max_grad_norm = 1;  // 0: no clipping
+  OptimizerKind optimizer = OptimizerKind::kAdamW;
+  std::optional<double> weight_decay;    // nothing: the optimizer's default
+  std::optional<engine::ClipMode> clip;  // nothing: global; none for Adafactor, which clips itself
+  double max_grad_norm = 1;              // 0: no clipping
+  int64_t gradient_accumulation = 1;     // batches an update
   int64_t seed = 0;
   int64_t batch_size = 0;  // 0: the plan's
 
   Precision precision = Precision::kAuto;
+  BasePrecision base = BasePrecision::kAsComputed;  // of a LoRA's frozen weights
   DeviceChoice device = DeviceChoice::kAuto;
 
   std::optional<double> guidance;  // nothing: 1, and not read by a model without guidance
@@ -49,10 +57,21 @@ struct Options {
   Posterior posterior = Posterior::kSample;
   double prior_loss_weight = 1;
 
+  int64_t device_memory = 0, host_memory = 0;  // bytes; 0: 90 % and 80 % of what is free
+  /// What the user fixed of where weights are; the plan chooses the rest.
+  std::optional<int64_t> resident_blocks, kept_graphs, ring_slots;
+  std::optional<engine::InputPlace> block_inputs;
+  std::optional<engine::StreamFrom> stream_from;
+  std::filesystem::path scratch;  // empty: the run folder
+  PlanOutput plan = PlanOutput::kNone;
+  int64_t plan_width = 0, plan_height = 0, plan_t5_length = 512;  // of --plan: pixels, tokens
+
   int64_t reader_threads = 2;
   bool rehash = false;
   std::string command_line;  // for provenance
 
+  double effective_weight_decay() const;
+  engine::ClipMode effective_clip() const;
   double effective_alpha() const { return alpha > 0 ? alpha : static_cast<double>(rank); }
 };
 

@@ -10,12 +10,14 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <string_view>
+#include <vector>
 
 #include "common/core/cancel.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/progress.h"
 #include "common/core/text.h"
+#include "common/tensor/memory.h"
 #include "common/tensor/memory_errors.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/load.h"
@@ -59,6 +61,15 @@ void prepare_out(const Options& options) {
   write_file_atomic(options.out / "run.toml", run_toml(options));
 }
 
+void compare_with_plan(const Session& session) {
+  const auto& plan = session.plan;
+  const MemoryUse use = cpu_memory();
+  log::info("memory: tensors {} at most, {} planned; process {}",
+            show_bytes(static_cast<uint64_t>(use.peak)),
+            show_bytes(static_cast<uint64_t>(plan.device_bytes() + plan.staging_bytes)),
+            show_bytes(peak_rss_bytes()));
+}
+
 void train_steps(Session& session, BatchReader& reader, Report& report) {
   const Options& options = session.options;
   Metrics metrics(options.out / "metrics.jsonl", session.step);
@@ -72,17 +83,17 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   double waited = 0;
   while (session.step < options.max_steps && !cancel::requested()) {
     const auto start = std::chrono::steady_clock::now();
-    Batch batch;
+    std::vector<Batch> batches;
     StepResult result;
     try {
-      batch = reader.next();
-      result = train_step(session, batch);
+      for (int64_t i = 0; i < options.gradient_accumulation; ++i) batches.push_back(reader.next());
+      result = train_step(session, batches);
     } catch (...) {
       // Whatever it was, the last whole step stays: a damaged segment can be made again, a batch
-      // made smaller.
+      // made smaller. Of a full fine-tuning that updates in the backward it may not be whole any more.
       const std::exception_ptr failure = std::current_exception();
       try {
-        save_now();
+        if (session.trainer->step_is_whole()) save_now();
       } catch (const std::exception& error) {
         log::error("the last step could not be saved either: {}", error.what());
       }
@@ -98,16 +109,20 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                 session.step,
                 result.loss,
                 *report.seconds_to_first_step);
+      compare_with_plan(session);
     }
     report.loss_last = result.loss;
-    metrics.write({{"step", session.step},
-                   {"epoch", batch.epoch + 1},
-                   {"loss", result.loss},
-                   {"learning_rate", result.learning_rate},
-                   {"grad_norm", result.grad_norm},
-                   {"samples", batch.size()},
-                   {"seconds", seconds},
-                   {"data_wait_seconds", reader.wait_seconds() - waited}});
+    int64_t num_samples = 0;
+    for (const Batch& batch : batches) num_samples += batch.size();
+    metrics.write(
+        {{"step", session.step},
+         {"epoch", batches.back().epoch + 1},
+         {"loss", result.loss},
+         {"learning_rate", result.learning_rate},
+         {"grad_norm", result.grad_norm ? nlohmann::json(*result.grad_norm) : nlohmann::json()},
+         {"samples", num_samples},
+         {"seconds", seconds},
+         {"data_wait_seconds", reader.wait_seconds() - waited}});
     waited = reader.wait_seconds();
     progress.update(session.step - first, fmt::format("loss {:.4f}", result.loss));
     if (options.save_every > 0 && session.step % options.save_every == 0) save_now();
@@ -130,11 +145,14 @@ Report run_in_memory(const Options& options) {
     }
     require_same_run(session, *resumed);
   }
+  const bool resumes_weights = resumed && options.method == Method::kFull;
+  open_model(session, resumes_weights ? weights_of(*resumed) : options.model);
   // the first batches are read while the model is
   BatchReader reader(
       *session.data,
       session.position,
-      {.num_threads = options.reader_threads, .num_batches = options.max_steps - session.step});
+      {.num_threads = options.reader_threads,
+       .num_batches = (options.max_steps - session.step) * options.gradient_accumulation});
   load_model(session);
   start_hashing(session);
   if (resumed) {
@@ -182,10 +200,11 @@ nlohmann::json Report::object() const {
 }
 
 Report run(const Options& options) {
-  return with_memory_errors(
-      "out of memory",
-      "use a smaller --batch-size or resolution, --precision bf16, or a machine with more memory",
-      [&] { return run_in_memory(options); });
+  count_tensor_memory();
+  return with_memory_errors("out of memory",
+                            "give a smaller --host-memory or --device-memory, so that less stays "
+                            "there, or a smaller --batch-size or resolution",
+                            [&] { return run_in_memory(options); });
 }
 
 }  // namespace flux::train

@@ -28,4 +28,8 @@ struct Report {
 /// the step in hand is finished and saved.
 Report run(const Options& options);
 
+/// --plan: prints what the run would take as a table, or as the object {"fits", "peak_bytes", "causes", ...}. kOk if it
+/// fits, else kResource.
+ExitCode run_plan(const Options& options);
+
 }  // namespace flux::train

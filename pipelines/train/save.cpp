@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "common/core/version.h"
+#include "common/models/flux/names.h"
 #include "common/tensor/tensor.h"
 #include "common/tensor/weight_file.h"
 #include "pipelines/train/metadata.h"
@@ -21,6 +23,7 @@ namespace flux::train {
 namespace {
 
 constexpr char kLoraName[] = "lora.safetensors";
+constexpr char kModelName[] = "model.safetensors";
 constexpr char kStateName[] = "state.safetensors";
 
 at::ScalarType scalar_type_of(SaveDtype dtype) {
@@ -50,14 +53,79 @@ class Outgoing {
   std::vector<checkpoint::Tensor> tensors_;
 };
 
-std::vector<std::pair<std::string, at::Tensor>> state_tensors(const Session& session) {
-  std::vector<std::pair<std::string, at::Tensor>> out;
-  for (const Parameter& p : session.parameters) {
-    out.emplace_back("lora." + p.name, p.value.detach());
-    out.emplace_back("exp_avg." + p.name, p.exp_avg);
-    out.emplace_back("exp_avg_sq." + p.name, p.exp_avg_sq);
-  }
+using Named = std::vector<std::pair<std::string, at::Tensor>>;
+
+/// What state.safetensors holds of a trainable that is there. The weights of a full fine-tuning are in the model's file.
+Named state_of(const engine::Trainable& t, Session& session) {
+  Named out;
+  if (session.options.method == Method::kLora) out.emplace_back("lora." + t.name, t.value.detach());
+  const auto layout =
+      session.trainer->optimizer().state_layout(t.value.sizes(), t.value.scalar_type());
+  for (size_t i = 0; i < layout.size(); ++i)
+    out.emplace_back(layout[i].name + "." + t.name, t.states.at(i));
   return out;
+}
+
+/// Calls `visit` with every trainable while it is there. True: it was changed.
+void for_each_trainable(Session& session, const std::function<bool(engine::Trainable&)>& visit) {
+  engine::ModelBlocks& model = session.trainer->model();
+  for (auto& t : model.outer_trainables()) visit(t);
+  std::vector<int64_t> streamed;
+  const auto of_block = [&](int64_t block) {
+    bool changed = false;
+    for (auto& t : model.trainables(block)) changed = visit(t) || changed;
+    return changed;
+  };
+  for (int64_t block = 0; block < model.num_blocks(); ++block) {
+    if (model.trainables_stay(block))
+      of_block(block);
+    else
+      streamed.push_back(block);
+  }
+  model.visit(streamed, of_block);
+}
+
+void save_lora(const Session& session, checkpoint::Writer& writer) {
+  Outgoing adapters;
+  for (const auto& [name, tensor] :
+       lora::to_kohya(session.trainer->adapters(), scalar_type_of(session.options.lora_dtype)))
+    adapters.add(name, tensor);
+  auto metadata = lora_metadata(session);
+  const auto hashes = checkpoint::lora_hashes(adapters.tensors(), metadata);
+  metadata["sshs_model_hash"] = hashes.model_hash;
+  metadata["sshs_legacy_hash"] = hashes.legacy_hash;
+  writer.add(kLoraName, adapters.tensors(), metadata);
+}
+
+safetensors::TensorSpec spec_of(const std::string& name,
+                                at::ScalarType type,
+                                at::IntArrayRef shape) {
+  return {name, dtype_of(type), shape.vec()};
+}
+
+/// Both files of a full fine-tuning in one pass over the blocks.
+void save_full(Session& session, checkpoint::Writer& writer) {
+  std::vector<safetensors::TensorSpec> weights, states;
+  for (const auto& [name, shape] : dit::tensor_shapes(session.config)) {
+    weights.push_back(spec_of(name, session.compute, shape));
+    for (const auto& state : session.trainer->optimizer().state_layout(shape, session.compute))
+      states.push_back(spec_of(state.name + "." + name, state.dtype, state.shape));
+  }
+  {
+    safetensors::ScatteredWriter model(
+        writer.path_of(kModelName), weights, model_metadata(session));
+    safetensors::ScatteredWriter state(writer.path_of(kStateName), states, {});
+    for_each_trainable(session, [&](engine::Trainable& t) {
+      model.write(t.name, host_bytes(t.value.detach().cpu().contiguous()));
+      for (const auto& [name, tensor] : state_of(t, session))
+        state.write(name, host_bytes(tensor.cpu().contiguous()));
+      return false;
+    });
+    model.commit();
+    state.commit();
+  }
+  writer.added(kModelName);
+  writer.added(kStateName);
 }
 
 // What a resumed run must repeat, by the words of messages; all but the model's hash, which takes
@@ -83,25 +151,25 @@ nlohmann::json identity(const Session& session) {
 
 }  // namespace
 
-std::filesystem::path save(const Session& session) {
+std::filesystem::path save(Session& session) {
   if (session.model_sha256.wait_for(std::chrono::seconds(1)) != std::future_status::ready) {
     log::info("waiting for the hash of {}", show(session.options.model));
   }
   const Options& o = session.options;
+  const at::NoGradGuard no_grad;
+  session.trainer->flush();
   checkpoint::Writer writer(o.out, session.step);
-
-  Outgoing adapters;
-  for (const auto& [name, tensor] : lora::to_kohya(session.adapters, scalar_type_of(o.lora_dtype)))
-    adapters.add(name, tensor);
-  auto metadata = lora_metadata(session);
-  const auto hashes = checkpoint::lora_hashes(adapters.tensors(), metadata);
-  metadata["sshs_model_hash"] = hashes.model_hash;
-  metadata["sshs_legacy_hash"] = hashes.legacy_hash;
-  writer.add(kLoraName, adapters.tensors(), metadata);
-
-  Outgoing state;
-  for (const auto& [name, tensor] : state_tensors(session)) state.add(name, tensor);
-  writer.add(kStateName, state.tensors(), {});
+  if (o.method == Method::kFull) {
+    save_full(session, writer);
+  } else {
+    save_lora(session, writer);
+    Outgoing state;
+    for_each_trainable(session, [&](engine::Trainable& t) {
+      for (const auto& [name, tensor] : state_of(t, session)) state.add(name, tensor);
+      return false;
+    });
+    writer.add(kStateName, state.tensors(), {});
+  }
 
   nlohmann::json record = identity(session);
   record["model_sha256"] = session.model_sha256.get();
@@ -114,6 +182,10 @@ std::filesystem::path save(const Session& session) {
   const auto folder = writer.commit(std::move(record));
   log::info("saved {}", show(folder));
   return folder;
+}
+
+std::filesystem::path weights_of(const checkpoint::Checkpoint& checkpoint) {
+  return checkpoint.folder / kModelName;
 }
 
 DataPosition position_of(const checkpoint::Checkpoint& checkpoint) {
@@ -171,23 +243,31 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
     throw CacheError(error.what());
   }
   const at::NoGradGuard no_grad;
-  const auto wanted = state_tensors(session);
-  for (const auto& [name, tensor] : wanted) {
-    const auto found = saved.tensors.find(name);
-    if (found == saved.tensors.end() || found->second.sizes() != tensor.sizes() ||
-        found->second.scalar_type() != at::kFloat) {
-      throw CacheError(
-          fmt::format("{}: {} is {}, expected F32 {}",
-                      show(file),
-                      name,
-                      found == saved.tensors.end() ? "absent" : shape_text(found->second),
-                      shape_text(tensor)));
+  size_t num_wanted = 0;
+  for_each_trainable(session, [&](engine::Trainable& t) {
+    for (const auto& [name, tensor] : state_of(t, session)) {
+      ++num_wanted;
+      const auto found = saved.tensors.find(name);
+      if (found == saved.tensors.end() || found->second.sizes() != tensor.sizes() ||
+          found->second.scalar_type() != tensor.scalar_type()) {
+        throw CacheError(fmt::format("{}: {} is {}, expected {} {}",
+                                     show(file),
+                                     name,
+                                     found == saved.tensors.end()
+                                         ? "absent"
+                                         : fmt::format("{} {}",
+                                                       c10::toString(found->second.scalar_type()),
+                                                       shape_text(found->second)),
+                                     c10::toString(tensor.scalar_type()),
+                                     shape_text(tensor)));
+      }
+      tensor.copy_(found->second);
     }
-    tensor.copy_(found->second);
-  }
-  if (saved.tensors.size() != wanted.size()) {
-    throw CacheError(fmt::format(
-        "{}: {} tensors, expected {}", show(file), saved.tensors.size(), wanted.size()));
+    return true;
+  });
+  if (saved.tensors.size() != num_wanted) {
+    throw CacheError(
+        fmt::format("{}: {} tensors, expected {}", show(file), saved.tensors.size(), num_wanted));
   }
   session.step = checkpoint.step;
   session.position = position_of(checkpoint);

@@ -7,10 +7,13 @@
 
 namespace flux::train {
 
-/// Writes OUT/step-NNNNNN: lora.safetensors for others to use, state.safetensors (float32 adapters
-/// and moments), state.json. Waits for the model's hash. Throws ResourceError if the disk is full;
-/// older checkpoints stay.
-std::filesystem::path save(const Session& session);
+/// Writes OUT/step-NNNNNN: lora.safetensors or model.safetensors for others to use, state.safetensors (what else the
+/// training needs: float32 adapters, states of the optimizer), state.json. Blocks that stream are written one at a time.
+/// Waits for the model's hash. Throws ResourceError if the disk is full; older checkpoints stay.
+std::filesystem::path save(Session& session);
+
+/// The weights that a checkpoint of a full fine-tuning goes on with.
+std::filesystem::path weights_of(const checkpoint::Checkpoint& checkpoint);
 
 /// Where a checkpoint goes on. Throws CacheError if state.json lacks it.
 DataPosition position_of(const checkpoint::Checkpoint& checkpoint);
@@ -20,7 +23,7 @@ DataPosition position_of(const checkpoint::Checkpoint& checkpoint);
 /// precision, a cache's content; or a position beyond the data.
 void require_same_run(const Session& session, const checkpoint::Checkpoint& checkpoint);
 
-/// Takes adapters, moments, step and position from a checkpoint. Results then are those of a run
+/// Takes adapters, states, step and position from a checkpoint; weights were loaded from weights_of(). Results then are those of a run
 /// that was never stopped. Throws CacheError if the model's weights are others (naming both
 /// hashes), or the state file is damaged.
 void restore(Session& session, const checkpoint::Checkpoint& checkpoint);

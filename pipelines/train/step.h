@@ -1,17 +1,21 @@
 // pipelines/train/step.h - one optimizer update.
 #pragma once
+#include <optional>
+#include <span>
+
 #include "common/data/training_data.h"
 #include "pipelines/train/load.h"
 
 namespace flux::train {
 
 struct StepResult {
-  double loss = 0, grad_norm = 0, learning_rate = 0;  // grad_norm before clipping
+  double loss = 0, learning_rate = 0;
+  std::optional<double> grad_norm;  // before clipping, where it is computed
 };
 
-/// Draws the noise levels, computes loss and gradients, clips, and updates every parameter.
-/// Session::step counts on. Throws InputError with the samples' names, before anything is updated,
-/// if loss or gradients are not finite.
-StepResult train_step(Session& session, const Batch& batch);
+/// Draws the noise levels, computes loss and gradients of the batches of one update, clips, and updates every
+/// parameter. Session::step counts on. Throws InputError with the samples' names if loss or gradients are not finite:
+/// before anything is updated, but for gradients of a full fine-tuning without global clipping.
+StepResult train_step(Session& session, std::span<const Batch> batches);
 
 }  // namespace flux::train

@@ -9,6 +9,7 @@ int main(int argc, char** argv) {
     flux::train::add_flags(opts, tool);
     if (!tool.parse()) return flux::ExitCode::kOk;
     flux::train::check(opts, tool);
+    if (opts.plan != flux::train::PlanOutput::kNone) return flux::train::run_plan(opts);
     const auto report = flux::train::run(opts);
     tool.summary(report.line(), report.object(), report.exit_code);
     return report.exit_code;

@@ -127,7 +127,7 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
     const double bound = c.options.compute == at::kFloat
                              ? std::max(0.01 * static_cast<double>(use.peak), 1048576.0)
                              : std::max(0.03 * static_cast<double>(use.peak), 4 * 1048576.0);
-    EXPECT_NEAR(static_cast<double>(plan.peak_bytes()), static_cast<double>(use.peak), bound)
+    EXPECT_NEAR(static_cast<double>(plan.device_bytes()), static_cast<double>(use.peak), bound)
         << c.name << "\n"
         << table(plan.causes, use.causes);
   }

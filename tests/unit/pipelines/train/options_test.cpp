@@ -41,6 +41,10 @@ TEST(TrainOptions, DefaultsTrainFluxProperly) {
             (nlohmann::json{{"method", "lora"},
                             {"rank", 16},
                             {"alpha", 16.0},
+                            {"base-precision", "bf16"},
+                            {"optimizer", "adamw"},
+                            {"clip", "global"},
+                            {"gradient-accumulation", 1},
                             {"learning-rate", 1e-4},
                             {"lr-scheduler", "constant"},
                             {"weight-decay", 0.01},
@@ -72,9 +76,43 @@ TEST(TrainOptions, NamesWhatIsMissing) {
   EXPECT_EQ(message_of(arguments, false), "no error");
 }
 
-TEST(TrainOptions, RefusesWhatIsNotThereYetAndContradictions) {
-  EXPECT_THAT(message_of({"--method", "full"}),
-              testing::HasSubstr("--method full is not there yet"));
+TEST(TrainOptions, AdafactorClipsItself) {
+  EXPECT_EQ(parse({}).effective_clip(), engine::ClipMode::kGlobal);
+  EXPECT_EQ(parse({"--max-grad-norm", "0"}).effective_clip(), engine::ClipMode::kNone);
+  const Options adafactor = parse({"--optimizer", "adafactor"});
+  EXPECT_EQ(adafactor.effective_clip(), engine::ClipMode::kNone);
+  EXPECT_EQ(adafactor.effective_weight_decay(), 0);
+  EXPECT_EQ(parse({"--optimizer", "adafactor", "--clip", "global"}).effective_clip(),
+            engine::ClipMode::kGlobal);
+}
+
+TEST(TrainOptions, PlanNeedsModelMethodAndResolutionOnly) {
+  const Options plan = parse({"--plan", "--resolution", "640x512"});
+  EXPECT_EQ(plan.plan, PlanOutput::kTable);
+  EXPECT_EQ(plan.plan_width, 640);
+  EXPECT_EQ(plan.plan_height, 512);
+  EXPECT_EQ(parse({"--plan=json"}).plan, PlanOutput::kJson);
+  EXPECT_THAT(message_of({"--plan=xml"}), testing::HasSubstr("'xml' is not one of table|json"));
+  EXPECT_THAT(message_of({"--plan"}), testing::HasSubstr("--method is missing"));
+  EXPECT_THAT(message_of({"--plan", "--method", "lora"}),
+              testing::HasSubstr("--resolution is missing"));
+  EXPECT_EQ(message_of({"--plan", "--method", "lora", "--resolution", "512"}), "no error");
+  for (const char* wrong : {"500x512", "0x16", "512x", "x", "16x16x16", "a"})
+    EXPECT_THAT(message_of({"--plan", "--resolution", wrong}), testing::HasSubstr(wrong));
+}
+
+TEST(TrainOptions, RefusesContradictions) {
+  EXPECT_EQ(message_of({"--method", "full"}), "no error");
+  EXPECT_THAT(message_of({"--method", "full", "--rank", "4"}),
+              testing::HasSubstr("--rank has no effect with --method full"));
+  EXPECT_THAT(message_of({"--method", "full", "--base-precision", "fp8"}),
+              testing::HasSubstr("--base-precision has no effect with --method full"));
+  EXPECT_THAT(message_of({"--resolution", "512x512"}), testing::HasSubstr("without --plan"));
+  EXPECT_THAT(message_of({"--clip", "none", "--max-grad-norm", "2"}),
+              testing::HasSubstr("--max-grad-norm has no effect"));
+  EXPECT_THAT(message_of({"--clip", "global", "--max-grad-norm", "0"}),
+              testing::HasSubstr("contradicts"));
+  EXPECT_THAT(message_of({"--host-memory", "lots"}), testing::HasSubstr("'lots' is not a size"));
   EXPECT_THAT(message_of({"--resume", "--replace"}), testing::HasSubstr("contradict"));
 }
 
