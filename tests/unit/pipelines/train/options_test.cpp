@@ -87,11 +87,12 @@ TEST(TrainOptions, AdafactorClipsItself) {
 }
 
 TEST(TrainOptions, PlanNeedsModelMethodAndResolutionOnly) {
-  const Options plan = parse({"--plan", "--resolution", "640x512"});
+  const Options plan = parse({"--plan", "--method", "lora", "--resolution", "640x512"});
   EXPECT_EQ(plan.plan, PlanOutput::kTable);
   EXPECT_EQ(plan.plan_width, 640);
   EXPECT_EQ(plan.plan_height, 512);
-  EXPECT_EQ(parse({"--plan=json"}).plan, PlanOutput::kJson);
+  EXPECT_EQ(parse({"--plan=json", "--method", "full", "--resolution", "512"}).plan,
+            PlanOutput::kJson);
   EXPECT_THAT(message_of({"--plan=xml"}), testing::HasSubstr("'xml' is not one of table|json"));
   EXPECT_THAT(message_of({"--plan"}), testing::HasSubstr("--method is missing"));
   EXPECT_THAT(message_of({"--plan", "--method", "lora"}),
