@@ -72,7 +72,8 @@ struct Slot {
 };
 
 /// Results do not depend on the number of threads, and on CPU not on the machine either. A step on
-/// the Meta device changes nothing, but allocates what it allocates elsewhere.
+/// the Meta device changes nothing, but allocates what it allocates elsewhere. One optimizer makes one
+/// step at a time: its scratch and numbers are its own.
 class Optimizer {
  public:
   explicit Optimizer(OptimizerPrecision precision) : precision_(precision) {}

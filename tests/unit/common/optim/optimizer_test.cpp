@@ -13,6 +13,7 @@
 
 #include "common/core/rng.h"
 #include "common/optim/ema.h"
+#include "common/optim/norm.h"
 #include "common/optim/rounding.h"
 #include "tests/support/golden.h"
 
@@ -391,6 +392,25 @@ TEST(Ema, FollowsInBFloat16WhatNearestRoundingWouldLose) {
   EXPECT_THROW(ema_update(whole, at::zeros({5}), 0.5, 1, 1, 0), std::invalid_argument);
   EXPECT_THROW(ema_update(whole, at::zeros({4096}, at::kDouble), 0.5, 1, 1, 0),
                std::invalid_argument);
+}
+
+TEST(SumOfSquares, IsTheSameOnAnyNumberOfThreads) {
+  at::manual_seed(12);
+  const int threads = at::get_num_threads();
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    for (const int64_t n : {0, 1, 17, 1024, 300'001}) {
+      const at::Tensor x = at::randn({n}).to(type);
+      at::set_num_threads(1);
+      const double one = sum_of_squares(x);
+      at::set_num_threads(4);
+      EXPECT_EQ(sum_of_squares(x), one);
+      const double wanted = x.to(at::kDouble).square().sum().item<double>();
+      EXPECT_NEAR(one, wanted, 1e-6 * wanted);
+    }
+  }
+  at::set_num_threads(threads);
+  EXPECT_NEAR(sum_of_squares(at::full({6, 4}, 2.0f).t().slice(0, 0, 2)), 48, 1e-9);
+  EXPECT_EQ(sum_of_squares(at::empty({1 << 30}, at::device(at::kMeta).dtype(at::kFloat))), 0);
 }
 
 /// Adafactor in double, as the formulas of adafactor.h say.
