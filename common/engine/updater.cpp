@@ -1,12 +1,13 @@
 #include "common/engine/updater.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
+
+#include "common/optim/norm.h"
 
 namespace flux::engine {
 
@@ -19,6 +20,7 @@ void Updater::begin(int64_t step, double learning_rate) {
   whole_ = pending_.empty();
   norms_.clear();
   scalars_ = {step, learning_rate, 1, options_.seed};
+  optimizer_.begin_step(scalars_);
 }
 
 LoopHooks Updater::hooks() {
@@ -49,10 +51,7 @@ void Updater::update(std::span<Trainable> trainables, StepScalars scalars) {
 
 void Updater::add_norms(std::span<Trainable> trainables) {
   for (const Trainable& t : trainables)
-    norms_[t.id] =
-        t.gradient.defined() && !t.gradient.is_meta()
-            ? at::linalg_vector_norm(t.gradient, 2, c10::nullopt, false, at::kFloat).item<double>()
-            : 0;
+    norms_[t.id] = t.gradient.defined() ? std::sqrt(sum_of_squares(t.gradient)) : 0;
 }
 
 double Updater::global_norm() const {

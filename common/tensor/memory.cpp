@@ -54,6 +54,10 @@ class Meter {
     const std::scoped_lock lock(mutex_);
     return use_;
   }
+  int64_t live() const {
+    const std::scoped_lock lock(mutex_);
+    return use_.live;
+  }
   /// Largest live ever, whatever was reset.
   int64_t highest() const {
     const std::scoped_lock lock(mutex_);
@@ -132,11 +136,9 @@ class CpuAllocator final : public c10::Allocator {
         same.pop_back();
         kept_bytes_ -= bytes;
         std::erase_if(order_, [&](const auto& entry) { return entry.second == base; });
-        live_bytes_ += bytes;
         return base;
       }
-      live_bytes_ += bytes;
-      while (kept_bytes_ > 0 && live_bytes_ + kept_bytes_ > limit()) drop_oldest();
+      keep_within(bytes);
     }
     // aligned, so that huge pages can back it
     const int64_t extra = bytes >= kHugePage ? kHugePage : 0;
@@ -146,11 +148,7 @@ class CpuAllocator final : public c10::Allocator {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                         -1,
                         0);
-    if (mapped == MAP_FAILED) {
-      const std::scoped_lock lock(mutex_);
-      live_bytes_ -= bytes;
-      TORCH_CHECK(false, "flux: can't allocate memory: ", bytes, " bytes");
-    }
+    TORCH_CHECK(mapped != MAP_FAILED, "flux: can't allocate memory: ", bytes, " bytes");
     auto* base = static_cast<std::byte*>(mapped);
     if (extra == 0) return base;
     const auto address = reinterpret_cast<uintptr_t>(base);
@@ -166,14 +164,17 @@ class CpuAllocator final : public c10::Allocator {
 
   void give_back(std::byte* base, int64_t bytes) {
     const std::scoped_lock lock(mutex_);
-    live_bytes_ -= bytes;
     kept_[bytes].push_back(base);
     kept_bytes_ += bytes;
     order_.emplace_back(bytes, base);
-    while (kept_bytes_ > 0 && live_bytes_ + kept_bytes_ > limit()) drop_oldest();
+    keep_within(0);
   }
 
-  int64_t limit() const { return cpu_meter().highest(); }
+  /// What is live (arenas too), what is about to be and what is kept stay within the highest peak.
+  void keep_within(int64_t more) {
+    const int64_t limit = cpu_meter().highest() - cpu_meter().live() - more;
+    while (kept_bytes_ > 0 && kept_bytes_ > limit) drop_oldest();
+  }
 
   void drop_oldest() {
     const auto [bytes, base] = order_.front();
@@ -188,7 +189,7 @@ class CpuAllocator final : public c10::Allocator {
   std::mutex mutex_;
   std::unordered_map<int64_t, std::vector<std::byte*>> kept_;  // by the size of the mapping
   std::deque<std::pair<int64_t, std::byte*>> order_;           // of kept ones, the oldest first
-  int64_t kept_bytes_ = 0, live_bytes_ = 0;                    // of mappings
+  int64_t kept_bytes_ = 0;
 };
 
 CpuAllocator& cpu_allocator() {
