@@ -234,10 +234,15 @@ std::string read_caption_file(const std::filesystem::path& file, bool wildcards,
   std::string caption;
   for (const auto line : lines_of(text)) {
     const auto stripped = strip_unicode(line);
-    if (!wildcards) return std::string(stripped);
-    if (stripped.empty()) continue;
+    if (stripped.empty() && wildcards) continue;
     if (!caption.empty()) caption += '\n';
     caption += stripped;
+    if (!wildcards) break;
+  }
+  if (caption.empty() && !bytes.empty()) {
+    log::warn("{}: an empty caption: {}",
+              show(file),
+              wildcards ? "its lines are blank" : "its first line is blank");
   }
   return caption;
 }

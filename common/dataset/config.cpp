@@ -98,7 +98,8 @@ class Place {
   Place in(const std::string& part) const { return Place(text_ + ": " + part); }
   const std::string& text() const { return text_; }
   [[noreturn]] void fail(const std::string& what, const std::string& hint = {}) const {
-    throw InputError(text_ + ": " + what, hint);
+    throw InputError(text_ + ": " + what,
+                     hint.empty() ? "docs/datasets.md has the keys and what they may be" : hint);
   }
 
  private:

@@ -21,6 +21,8 @@ using Json = nlohmann::json;
 
 constexpr uint64_t kMaxMetadataBytes = uint64_t{2} << 30;
 
+constexpr const char* kMayBeRead = "check its permissions and those of the folders above it";
+
 std::string_view extension_of(std::string_view name) {
   const size_t dot = name.rfind('.');
   return dot == std::string_view::npos ? std::string_view() : name.substr(dot + 1);
@@ -49,9 +51,11 @@ bool is_image_name(std::string_view name, Profile profile) {
 std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
   std::error_code error;
   const bool there = fs::exists(folder, error);
-  if (error) throw InputError(show(folder) + ": " + error.message());
-  if (!there) throw InputError(show(folder) + ": there is no such folder");
-  if (!fs::is_directory(folder, error)) throw InputError(show(folder) + ": not a folder");
+  if (error) throw InputError(show(folder) + ": " + error.message(), kMayBeRead);
+  constexpr const char* kHint = "give the folder that holds the images";
+  if (!there) throw InputError(show(folder) + ": there is no such folder", kHint);
+  if (!fs::is_directory(folder, error))
+    throw InputError(show(folder) + ": is a file, not a folder", kHint);
   std::vector<std::string> names;
   fs::directory_iterator entries(folder, error);
   for (; !error && entries != fs::directory_iterator(); entries.increment(error)) {
@@ -59,7 +63,7 @@ std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
     std::error_code ignored;
     if (is_image_name(name, profile) && !entries->is_directory(ignored)) names.push_back(name);
   }
-  if (error) throw InputError(show(folder) + ": " + error.message());
+  if (error) throw InputError(show(folder) + ": " + error.message(), kMayBeRead);
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -207,11 +211,14 @@ std::vector<Image> list_subset(const Subset& subset, Profile profile) {
     if (subset.where.empty()) throw;
     const std::string what = error.what();
     const bool named = what.starts_with("image_dir ");
-    throw InputError(subset.where + ": " +
-                     (named      ? ""
-                      : metadata ? "metadata_file "
-                                 : "image_dir ") +
-                     what);
+    const bool has_hint = what.find("\n  hint: ") != std::string::npos;
+    throw InputError(
+        subset.where + ": " +
+            (named      ? ""
+             : metadata ? "metadata_file "
+                        : "image_dir ") +
+            what,
+        has_hint ? "" : "mend it, or see \"A file\" in docs/datasets.md for what is read");
   }
 }
 
@@ -276,7 +283,7 @@ bool is_there(const fs::path& path) {
   std::error_code error;
   const bool there = fs::exists(path, error);
   if (error && error != std::errc::filename_too_long)
-    throw InputError(show(path) + ": " + error.message());
+    throw InputError(show(path) + ": " + error.message(), kMayBeRead);
   return there;
 }
 

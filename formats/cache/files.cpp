@@ -103,6 +103,12 @@ bool is_quarantine_of_ours(const fs::path& path) {
                                       head->find("\"reason\":") != std::string::npos));
 }
 
+bool is_last_run_of_ours(const fs::path& path) {
+  constexpr size_t kHead = 1 << 16;
+  const auto head = head_of(path, kHead);
+  return head && (is_blank(*head) || head->find("\"stage_seconds\":") != std::string::npos);
+}
+
 [[noreturn]] void refuse(const fs::path& path, const char* kind) {
   throw CacheError(
       fmt::format("{}: is not {} of a cache, but has the name of one; nothing was changed",
@@ -191,6 +197,9 @@ void refuse_foreign_files(const fs::path& folder) {
     } else if (name == kQuarantineName) {
       if (fs::is_directory(path, error) || (!has_manifest && !is_quarantine_of_ours(path)))
         refuse(path, "the list of quarantined items");
+    } else if (name == kLastRunName) {
+      if (fs::is_directory(path, error) || !is_last_run_of_ours(path))
+        refuse(path, "the record of a run");
     }
   }
 }

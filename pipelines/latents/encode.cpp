@@ -15,6 +15,7 @@
 #include "common/image/image.h"
 #include "common/tensor/tensor.h"
 #include "pipelines/latents/read.h"
+#include "pipelines/stage/finish.h"
 #include "pipelines/stage/halving.h"
 
 namespace flux::latents {
@@ -54,7 +55,7 @@ Pixels load_pixels(const std::filesystem::path& file,
     }
     return pixels;
   } catch (const InputError& error) {
-    return {{}, {}, one_line(error.what())};
+    return {{}, {}, stage::reason_of(error.what(), file.parent_path())};
   } catch (const std::bad_alloc&) {
     throw ResourceError("no memory to decode " + show(file));
   }

@@ -56,7 +56,7 @@ Found look_at(const std::filesystem::path& file, Memo& memo, std::mutex& memo_lo
     }
     return {picture, {}};
   } catch (const InputError& error) {
-    return {std::nullopt, one_line(error.what())};
+    return {std::nullopt, stage::reason_of(error.what(), file.parent_path())};
   }
 }
 

@@ -29,11 +29,23 @@ cache::Provenance begin(std::string_view tool,
   return out;
 }
 
+std::string reason_of(std::string_view message, const std::filesystem::path& folder) {
+  std::string reason(message.substr(0, message.find('\n')));
+  if (folder.empty()) return reason;
+  const size_t quote = reason.starts_with('\'') ? 1 : 0;  // as show() writes blanks
+  const auto prefix = printable((folder / "").native());
+  if (!std::string_view(reason).substr(quote).starts_with(prefix)) return reason;
+  reason.erase(0, quote + prefix.size());
+  // without quotes, which may be there for the folder's sake
+  if (const auto end = reason.find("': "); quote > 0 && end != std::string::npos)
+    reason.erase(end, 1);
+  return reason;
+}
+
 cache::Quarantined leave_out(const Sha256Digest& item,
                              uint32_t subset,
                              const std::string& path,
-                             std::string_view message) {
-  const std::string reason(message.substr(0, message.find('\n')));  // without its hint
+                             const std::string& reason) {
   log::warn("{}: left out: {}", show(path), reason);
   return {item, subset, path, reason};
 }

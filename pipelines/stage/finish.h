@@ -28,11 +28,15 @@ cache::Provenance begin(std::string_view tool,
                         std::string_view command_line,
                         const c10::Device& device);
 
+/// Why an item is left out: an error's message without its hint, and without the folder of the file
+/// that it is about. Where a data set lies is no part of its cache: moving it changes nothing there.
+std::string reason_of(std::string_view message, const std::filesystem::path& folder);
+
 /// Logs that an item is left out, and why; returns its record for Publication::quarantined.
 cache::Quarantined leave_out(const Sha256Digest& item,
                              uint32_t subset,
                              const std::string& path,
-                             std::string_view message);
+                             const std::string& reason);
 
 /// Moves the items that need a sample that could not be made to the quarantined ones, which are then
 /// in the order of the data set.

@@ -117,8 +117,11 @@ Wanted read_dataset(const Options& options) {
         item.uses.push_back({captions.number(variant.text), variant.weight});
       wanted.items.push_back(std::move(item));
     } catch (const InputError& error) {
-      wanted.quarantined.push_back(stage::leave_out(
-          image.item, static_cast<uint32_t>(image.subset), image.name, error.what()));
+      wanted.quarantined.push_back(
+          stage::leave_out(image.item,
+                           static_cast<uint32_t>(image.subset),
+                           image.name,
+                           stage::reason_of(error.what(), image.file.parent_path())));
     }
     progress.update(static_cast<int64_t>(i) + 1);
   }

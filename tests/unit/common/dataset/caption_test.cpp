@@ -132,6 +132,26 @@ TEST(CaptionFile, TakesTheFirstLineOrAll) {
             std::string("a\0b", 3));
 }
 
+TEST(CaptionFile, WarnsOfBlanks) {
+  const test::TemporaryFolder folder;
+  const auto warnings_of = [&](std::string_view bytes, bool wildcards) {
+    const auto file = folder.write("c.txt", bytes);
+    testing::internal::CaptureStderr();
+    const bool empty = read_caption_file(file, wildcards, Profile::kDefault).empty();
+    const auto said = testing::internal::GetCapturedStderr();
+    EXPECT_EQ(empty, !said.empty()) << said;
+    return said;
+  };
+  for (const bool wildcards : {false, true}) {
+    EXPECT_NE(warnings_of("", wildcards).find("c.txt: an empty caption file"), std::string::npos);
+    for (const char* bytes : {" \t ", "\n", "\xEF\xBB\xBF", "\u00a0\n \n"})
+      EXPECT_NE(warnings_of(bytes, wildcards).find("an empty caption"), std::string::npos);
+    EXPECT_EQ(warnings_of("x\n\n", wildcards), "");
+  }
+  EXPECT_NE(warnings_of("\nx", false).find("its first line is blank"), std::string::npos);
+  EXPECT_EQ(warnings_of("\nx", true), "");
+}
+
 TEST(CaptionFile, RefusesWhatIsNotUtf8) {
   const test::TemporaryFolder folder;
   const auto file = folder.write("latin1.txt", "caf\xE9 x");

@@ -30,6 +30,8 @@ class DatasetFile : public testing::Test {
     try {
       refuse_uncacheable(resolve(toml));
     } catch (const InputError& error) {
+      EXPECT_NE(std::string_view(error.what()).find("\n  hint: "), std::string_view::npos)
+          << error.what();
       return error.what();
     }
     return "accepted";
@@ -231,6 +233,17 @@ TEST_F(DatasetFile, DoesNotPassOverACaptionThatCannotBeReached) {
   ASSERT_EQ(r.images.size(), 3u);
   EXPECT_THROW(read_caption(r, r.images[0]), InputError);
   EXPECT_EQ(read_caption(r, r.images[2]), "cat");
+}
+
+TEST_F(DatasetFile, FolderAloneNeedsAFolder) {
+  for (const char* name : {"nowhere", "cats/a.png"}) {
+    try {
+      resolve_folder(folder / name, 64, 64, Profile::kDefault);
+      FAIL() << name;
+    } catch (const InputError& error) {
+      EXPECT_HAS(std::string(error.what()), "hint: give the folder that holds the images");
+    }
+  }
 }
 
 TEST_F(DatasetFile, FolderAloneTakesTxtThenCaption) {

@@ -300,7 +300,8 @@ TEST_P(Maintenance, WhatIsNotOursIsNeitherReplacedNorRemoved) {
       {"manifest.json", R"({"name": "an app", "version": 2})"},
       {"seg-ffffffffffffffff.h5", "notes about the flux-cache"},
       {"seg-eeeeeeeeeeeeeeee.h5", std::string("\x89HDF\r\n\x1a\n", 8) + std::string(500, 'x')},
-      {".journal-ffffffffffffffff", "dear diary"}};
+      {".journal-ffffffffffffffff", "dear diary"},
+      {"last-run.json", R"({"km": 12, "seconds": 3600})"}};
   for (const auto& [name, bytes] : foreign) {
     SCOPED_TRACE(name);
     fs::remove_all(out);

@@ -408,6 +408,25 @@ TEST_F(Latents, BadImageIsQuarantinedAndStopsNothing) {
   EXPECT_NE(published.quarantined[0].reason.find("not a picture"), std::string::npos);
 }
 
+TEST_F(Latents, MovedFolderWithBadImagesTouchesNothing) {
+  three_photos();
+  options.data.images = folder / "my photos";  // shown in quotes
+  fs::rename(folder / "photos", options.data.images);
+  folder.write("my photos/bad.png", "no picture");
+  fs::create_symlink("nowhere", options.data.images / "link.png");
+  options.encode.max_failed = 2;
+  EXPECT_EQ(run(options).failed, 2);
+  const auto time = fs::last_write_time(manifest());
+  const auto published = cache::read_manifest(options.encode.out);
+  ASSERT_EQ(published.quarantined.size(), 2u);
+  EXPECT_EQ(published.quarantined[1].reason,
+            "link.png: cannot be read: No such file or directory");
+  fs::rename(options.data.images, folder / "moved");
+  options.data.images = folder / "moved";
+  EXPECT_EQ(run(options).encoded, 0);
+  EXPECT_EQ(fs::last_write_time(manifest()), time);
+}
+
 /// Of the manifest: what it says about the last run that encoded something.
 nlohmann::json last_run(const fs::path& out) {
   const auto all = cache::read_manifest(out).provenance;

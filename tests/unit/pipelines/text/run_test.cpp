@@ -280,6 +280,7 @@ TEST_F(TextPipeline, BadCaptionsAreQuarantinedAndCounted) {
   EXPECT_EQ(manifest.num_items, 2);
   ASSERT_EQ(manifest.quarantined.size(), 1u);
   EXPECT_EQ(manifest.quarantined[0].path, "b.png");
+  EXPECT_EQ(manifest.quarantined[0].reason, "b.txt: not UTF-8 at byte 3");  // wherever it lies
 }
 
 TEST_F(TextPipeline, CountsWhatIsCutOff) {
