@@ -151,7 +151,7 @@ Encoded encode_samples(const dataset::Resolved& resolved,
        [&](int64_t i) { return bytes_decoded(samples[static_cast<size_t>(i)]); }});
 
   const auto fail = [&](const Sample& sample, const std::string& reason) {
-    out.failures.push_back({sample.key, reason});
+    out.failures.push_back({info_of(sample, resolved.images[sample.image].name), reason});
   };
   for (int64_t next = 0; next < count;) {
     sink.stop_if_asked();

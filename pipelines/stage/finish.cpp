@@ -50,9 +50,31 @@ cache::Quarantined leave_out(const Sha256Digest& item,
   return {item, subset, path, reason};
 }
 
+void discount(const std::vector<Failure>& failures,
+              const cache::Writer& writer,
+              const cache::Publication& publication,
+              Report& report) {
+  if (failures.empty()) return;
+  std::map<Sha256Digest, const cache::SampleInfo*> infos;
+  for (const Failure& failure : failures) infos[failure.info.key] = &failure.info;
+  std::vector<cache::WantedItem> items;
+  for (cache::WantedItem item : publication.items) {
+    std::erase_if(item.variants, [&](const auto& variant) { return !infos.contains(variant.key); });
+    if (!item.variants.empty()) items.push_back(std::move(item));
+  }
+  const auto failed =
+      writer.compare(items, nullptr, [&](const Sha256Digest& key) { return *infos.at(key); });
+  report.changed -= failed.changed;
+  for (const auto& [field, count] : failed.changed_by) {
+    auto& of_all = report.changed_by.at(field);
+    of_all = of_all.get<int64_t>() - count;
+    if (of_all == 0) report.changed_by.erase(field);
+  }
+}
+
 void quarantine(const std::vector<Failure>& failures, cache::Publication& publication) {
   std::map<Sha256Digest, const std::string*> reasons;
-  for (const Failure& failure : failures) reasons[failure.key] = &failure.reason;
+  for (const Failure& failure : failures) reasons[failure.info.key] = &failure.reason;
   std::erase_if(publication.items, [&](const cache::WantedItem& item) {
     for (const auto& variant : item.variants) {
       const auto reason = reasons.find(variant.key);

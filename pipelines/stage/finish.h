@@ -38,6 +38,12 @@ cache::Quarantined leave_out(const Sha256Digest& item,
                              const std::string& path,
                              const std::string& reason);
 
+/// Takes the samples that could not be made out of the report's changed ones. Before quarantine().
+void discount(const std::vector<Failure>& failures,
+              const cache::Writer& writer,
+              const cache::Publication& publication,
+              Report& report);
+
 /// Moves the items that need a sample that could not be made to the quarantined ones, which are then
 /// in the order of the data set.
 void quarantine(const std::vector<Failure>& failures, cache::Publication& publication);
@@ -116,7 +122,7 @@ void fill(const EncodeOptions& options,
   try {
     const auto encoded = encode(static_cast<Sink&>(queue));
     report.encoded = encoded.num_samples;
-    report.changed = std::min(report.changed, report.encoded);
+    discount(encoded.failures, writer, publication, report);
     quarantine(encoded.failures, publication);
   } catch (...) {
     report.encoded = queue.num_written();

@@ -104,7 +104,12 @@ void Reproduction::stop_if_asked() { cancel::check(); }
 Drift Reproduction::drift(const std::vector<Failure>& failures) const {
   Drift out = drift_;
   out.num_failed = static_cast<int64_t>(failures.size());
-  for (const auto& failure : failures) log::error("cannot be encoded again: {}", failure.reason);
+  constexpr size_t kShownBytes = 80;
+  for (const auto& failure : failures) {
+    log::error("{}: cannot be encoded again: {}",
+               shortened(printable(failure.info.text), kShownBytes),
+               failure.reason);
+  }
   out.mean_absolute = num_values_ > 0 ? sum_absolute_ / static_cast<double>(num_values_) : 0;
   return out;
 }

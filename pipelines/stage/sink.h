@@ -16,7 +16,7 @@ struct EncodedSample {
 
 /// A sample that could not be made, and why; one line.
 struct Failure {
-  Sha256Digest key{};
+  cache::SampleInfo info;
   std::string reason;
 };
 

@@ -159,7 +159,7 @@ void encode_t5(std::span<const Job> jobs,
       auto& prompt = part.prompts[i];
       if (!prompt || !clip.bytes) {
         out.failures.push_back(
-            {job.key, fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
+            {info_of(job), fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
         continue;
       }
       cache::SampleInfo info = info_of(job);

@@ -419,12 +419,26 @@ TEST_F(Latents, MovedFolderWithBadImagesTouchesNothing) {
   const auto time = fs::last_write_time(manifest());
   const auto published = cache::read_manifest(options.encode.out);
   ASSERT_EQ(published.quarantined.size(), 2u);
-  EXPECT_EQ(published.quarantined[1].reason,
-            "link.png: cannot be read: No such file or directory");
+  EXPECT_EQ(published.quarantined[1].reason, "link.png: cannot be read: No such file or directory");
   fs::rename(options.data.images, folder / "moved");
   options.data.images = folder / "moved";
   EXPECT_EQ(run(options).encoded, 0);
   EXPECT_EQ(fs::last_write_time(manifest()), time);
+}
+
+TEST_F(Latents, BadImageIsNeitherNewNorChanged) {
+  three_photos();
+  run(options);
+  folder.write("photos/a.bmp", picture(64, 64, 9).substr(0, 4000));
+  folder.write("photos/b.bmp", picture(90, 60, 22));
+  for (uint8_t i = 0; i < 3; ++i)
+    folder.write("photos/new" + std::to_string(i) + ".bmp", picture(64, 64, 30 + i));
+  options.encode.max_failed = 1;
+  const auto report = run(options);
+  EXPECT_EQ(report.failed, 1);
+  EXPECT_EQ(report.encoded, 4);
+  EXPECT_EQ(report.changed, 1);
+  EXPECT_EQ(report.changed_by, (nlohmann::json{{"source_sha256", 1}}));
 }
 
 /// Of the manifest: what it says about the last run that encoded something.
