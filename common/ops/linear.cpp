@@ -1,8 +1,6 @@
 #include "common/ops/linear.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/ops/product.h"
 #include "common/quant/scratch.h"
 #include "common/tensor/tensor.h"
 
@@ -19,10 +18,10 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
-  // a^T b with a made contiguous first: measured 1.1 to 1.8 times faster on the CPU than handing
-  // over the transposed view
-  return at::mm(a.t().contiguous(), b);
+at::Tensor product(const Product& p) {
+  auto out = at::empty({p.a.size(0), p.b.size(1)}, p.a.options());
+  multiply(p, out);
+  return out;
 }
 
 /// Calls `use` with the weight as a matrix of the dtype of `x`.
@@ -49,16 +48,19 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Tensor>& up,
                             double scale,
                             const QuantizedWeight& quantized) {
-    auto y = with_weight(weight, quantized, x, [&](const at::Tensor& w) {
-      return bias ? at::addmm(*bias, x, w.t()) : at::mm(x, w.t());
-    });
     at::Tensor down_product, down_cast, up_cast;
     if (down) {
       down_cast = down->to(x.scalar_type());
       up_cast = up->to(x.scalar_type());
-      down_product = at::mm(x, down_cast.t());
-      y.addmm_(down_product, up_cast.t(), 1, scale);
+      down_product = product({.a = x, .b = down_cast.t(), .scale = scale});
     }
+    const auto y = with_weight(weight, quantized, x, [&](const at::Tensor& w) {
+      return product({.a = x,
+                      .b = w.t(),
+                      .c = down_product,
+                      .d = down ? up_cast.t() : at::Tensor(),
+                      .bias = bias.value_or(at::Tensor())});
+    });
     const bool x_needed = weight.requires_grad() || (down && down->requires_grad());
     context->save_for_backward(
         {x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast, quantized.scales});
@@ -87,18 +89,20 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       const auto format = context->saved_data["quant_format"].toInt();
       quantized = {static_cast<QuantFormat>(format), weight, saved[5]};
     }
+    // [n, rank]; `scale` is in both products of the adapter
+    const auto up_product =
+        down.defined() ? product({.a = grad, .b = up, .scale = scale}) : at::Tensor();
     if (wanted(kX))
-      out[kX] = with_weight(
-          weight, quantized, grad, [&](const at::Tensor& w) { return at::mm(grad, w); });
-    if (wanted(kWeight)) out[kWeight] = transposed_product(grad, x);
+      out[kX] = with_weight(weight, quantized, grad, [&](const at::Tensor& w) {
+        return product({.a = grad, .b = w, .c = up_product, .d = down});
+      });
+    if (wanted(kWeight)) out[kWeight] = product({.a = grad.t(), .b = x});
     if (missing == 0 && wanted(kBias)) out[kBias] = grad.sum(0);
-    if (down.defined()) {
-      const auto up_product = at::mm(grad, up).mul_(scale);  // [n, rank]
-      if (out[kX].defined()) out[kX].addmm_(up_product, down);
-      if (wanted(kDown)) out[kDown] = transposed_product(up_product, x).to(low_rank_type);
-      if (wanted(kUp))
-        out[kUp] = transposed_product(down_product, grad).t().to(low_rank_type).mul_(scale);
-    }
+    if (!down.defined()) return out;
+    if (wanted(kDown)) out[kDown] = product({.a = up_product.t(), .b = x}).to(low_rank_type);
+    if (wanted(kUp))
+      out[kUp] = at::empty(up.sizes(), up.options().dtype(low_rank_type))
+                     .copy_(product({.a = down_product.t(), .b = grad}).t());
     return out;
   }
 };

@@ -43,7 +43,9 @@ struct Case {
     return std::string(c10::toString(type)) + " batch " + std::to_string(batch) + " text " +
            std::to_string(text) + " image " + std::to_string(image) + " heads " +
            std::to_string(heads) + " of " + std::to_string(head) + (masked ? " masked" : "") +
-           (train == kNone ? " forward" : train == kLora ? " lora" : " full");
+           (train == kNone   ? " forward"
+            : train == kLora ? " lora"
+                             : " full");
   }
 };
 
@@ -114,9 +116,8 @@ class Block {
   Linear layer(int64_t out, int64_t in) const {
     Linear result{leaf({out, in}), leaf({out}), {}};
     if (c_.train != Case::kLora) return result;
-    result.lora = {make({4, in}, at::kFloat).requires_grad_(),
-                   make({out, 4}, at::kFloat).requires_grad_(),
-                   1};
+    result.lora = {
+        make({4, in}, at::kFloat).requires_grad_(), make({out, 4}, at::kFloat).requires_grad_(), 1};
     return result;
   }
 
@@ -127,19 +128,25 @@ class Block {
   std::optional<at::Tensor> mask_;
 };
 
-void expect_equal(const Use& cpu, const Use& meta, at::ScalarType type) {
+void expect_equal(const Use& cpu, const Use& meta, const Case& c) {
+  // Of attention's backward: a sum a row of a block of queries, in threads that hold theirs at the same time or do not;
+  // and in bfloat16 what oneDNN takes for the products of a block, which depends on the CPU (measured: up to 340 kB a
+  // thread).
+  const int64_t threads = at::get_num_threads();
+  const int64_t sums = threads > 1 ? 1024 * threads : 64;
   const auto near = [&](int64_t a, int64_t b) {
-    return std::abs(a - b) <= (type == at::kFloat ? 64 : a / 100);
+    if (c.type == at::kFloat) return std::abs(a - b) <= sums;
+    const int64_t products = c.train == Case::kNone ? 0 : threads * (int64_t{350} << 10);
+    return std::abs(a - b) <= std::max(a / 100, products);
   };
-  EXPECT_TRUE(near(cpu.peak, meta.peak))
-      << "peak " << cpu.peak << " on the CPU, " << meta.peak << " on Meta: "
-      << meta.peak - cpu.peak;
+  EXPECT_TRUE(near(cpu.peak, meta.peak)) << "peak " << cpu.peak << " on the CPU, " << meta.peak
+                                         << " on Meta: " << meta.peak - cpu.peak;
   EXPECT_TRUE(near(cpu.held, meta.held)) << cpu.held << " " << meta.held;
 }
 
 std::vector<Case> cases() {
   std::vector<Case> out;
-  for (const auto type : {at::kFloat})
+  for (const auto type : {at::kFloat, at::kBFloat16})
     for (const auto train : {Case::kNone, Case::kLora, Case::kAll})
       for (const bool masked : {false, true}) {
         out.push_back({type, 1, 16, 48, 2, 32, masked, train});
@@ -155,7 +162,7 @@ TEST(BlockMemory, OfADoubleBlockIsTheSameOnMeta) {
   for (const Case& c : cases()) {
     SCOPED_TRACE(c.text_of());
     const at::AutoGradMode grad(c.train != Case::kNone);
-    expect_equal(Block(c, at::kCPU).run_double(), Block(c, at::kMeta).run_double(), c.type);
+    expect_equal(Block(c, at::kCPU).run_double(), Block(c, at::kMeta).run_double(), c);
   }
 }
 
@@ -164,7 +171,7 @@ TEST(BlockMemory, OfASingleBlockIsTheSameOnMeta) {
   for (const Case& c : cases()) {
     SCOPED_TRACE(c.text_of());
     const at::AutoGradMode grad(c.train != Case::kNone);
-    expect_equal(Block(c, at::kCPU).run_single(), Block(c, at::kMeta).run_single(), c.type);
+    expect_equal(Block(c, at::kCPU).run_single(), Block(c, at::kMeta).run_single(), c);
   }
 }
 
