@@ -50,7 +50,8 @@ at::Tensor swapped(const at::Tensor& x) { return x.transpose(1, 2); }
 at::Tensor bias_of(const at::Tensor& mask, const at::Tensor& q, Kernel kernel) {
   constexpr int64_t kAligned = 16;  // numbers; CUDA's kernels read rows in vectors
   const int64_t batch = mask.size(0), keys = mask.size(1);
-  const int64_t padded = kernel == Kernel::kCpu ? keys : (keys + kAligned - 1) / kAligned * kAligned;
+  const int64_t padded =
+      kernel == Kernel::kCpu ? keys : (keys + kAligned - 1) / kAligned * kAligned;
   const auto bias = at::zeros({batch, 1, 1, padded}, q.options()).narrow(3, 0, keys);
   if (!q.is_meta())
     bias.masked_fill_(mask.logical_not().view({batch, 1, 1, keys}),
@@ -104,16 +105,13 @@ class CpuScratch {
     if (heads_ < 4 || head_ % 64 != 0 || keys_ < 64) return false;
     const int64_t blocks = (queries_ + query_block() - 1) / query_block();
     const double size = static_cast<double>(batch_ * heads_ * keys_ * head_ / 1024);
-    const double products =
-        static_cast<double>((batch_ * heads_ * blocks + threads_ - 1) / threads_ * query_block() *
-                            keys_ * head_ / 1024);
+    const double products = static_cast<double>((batch_ * heads_ * blocks + threads_ - 1) /
+                                                threads_ * query_block() * keys_ * head_ / 1024);
     const double ratio = products / size;
     if (size < 2688) return ratio >= 36 || (ratio >= 24 && head_ > 64);
     return ratio >= (size < 16384 ? 52 : 40);
   }
-  at::Tensor floats(int64_t count) const {
-    return at::empty({count}, options_.dtype(at::kFloat));
-  }
+  at::Tensor floats(int64_t count) const { return at::empty({count}, options_.dtype(at::kFloat)); }
   at::Tensor halves(int64_t count) const { return at::empty({count}, options_); }
 
   at::TensorOptions options_;
@@ -128,7 +126,7 @@ variable_list cuda_backward_scratch(const at::Tensor& q) {
   const MemoryScope scope(MemoryCause::kKernelScratch);
   const auto options = q.options().dtype(at::kFloat);
   const int64_t queries = rounded(q.size(1), 128), head = rounded(q.size(3), 32);
-  return {at::empty({q.size(0), q.size(2), queries}, options),           // rows' sums of dO * O
+  return {at::empty({q.size(0), q.size(2), queries}, options),         // rows' sums of dO * O
           at::empty({q.size(0), queries, q.size(2), head}, options)};  // dq
 }
 
@@ -226,43 +224,41 @@ struct Attention : torch::autograd::Function<Attention> {
           g, a, b, c, o, log_sums, 0, false, bias.defined() ? std::optional(bias) : std::nullopt);
     } else if (kernel == Kernel::kEfficient) {
       at::Tensor none;
-      std::tie(grad_q, grad_k, grad_v, none) =
-          at::_scaled_dot_product_efficient_attention_backward(
-              g, a, b, c, bias, o, log_sums, seed, offset, 0, {true, true, true, false});
+      std::tie(grad_q, grad_k, grad_v, none) = at::_scaled_dot_product_efficient_attention_backward(
+          g, a, b, c, bias, o, log_sums, seed, offset, 0, {true, true, true, false});
     } else {
       const int64_t max_q = context->saved_data["max_q"].toInt();
       const int64_t max_k = context->saved_data["max_k"].toInt();
       std::tie(grad_q, grad_k, grad_v) =
-          kernel == Kernel::kFlash
-              ? at::_scaled_dot_product_flash_attention_backward(g,
-                                                                 a,
-                                                                 b,
-                                                                 c,
-                                                                 o,
-                                                                 log_sums,
-                                                                 saved[8],
-                                                                 saved[9],
-                                                                 max_q,
-                                                                 max_k,
-                                                                 0,
-                                                                 false,
-                                                                 seed,
-                                                                 offset)
-              : at::_scaled_dot_product_cudnn_attention_backward(g,
-                                                                 a,
-                                                                 b,
-                                                                 c,
-                                                                 o,
-                                                                 log_sums,
-                                                                 seed,
-                                                                 offset,
-                                                                 bias,
-                                                                 saved[8],
-                                                                 saved[9],
-                                                                 max_q,
-                                                                 max_k,
-                                                                 0,
-                                                                 false);
+          kernel == Kernel::kFlash ? at::_scaled_dot_product_flash_attention_backward(g,
+                                                                                      a,
+                                                                                      b,
+                                                                                      c,
+                                                                                      o,
+                                                                                      log_sums,
+                                                                                      saved[8],
+                                                                                      saved[9],
+                                                                                      max_q,
+                                                                                      max_k,
+                                                                                      0,
+                                                                                      false,
+                                                                                      seed,
+                                                                                      offset)
+                                   : at::_scaled_dot_product_cudnn_attention_backward(g,
+                                                                                      a,
+                                                                                      b,
+                                                                                      c,
+                                                                                      o,
+                                                                                      log_sums,
+                                                                                      seed,
+                                                                                      offset,
+                                                                                      bias,
+                                                                                      saved[8],
+                                                                                      saved[9],
+                                                                                      max_q,
+                                                                                      max_k,
+                                                                                      0,
+                                                                                      false);
     }
     return {swapped(grad_q), swapped(grad_k), swapped(grad_v), at::Tensor()};
   }

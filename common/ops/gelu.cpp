@@ -100,9 +100,10 @@ struct ConcatGelu : torch::autograd::Function<ConcatGelu> {
 
 void check(const at::Tensor& x) {
   if (x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16)) return;
-  throw std::invalid_argument(fmt::format("gelu: x {} {} is not [B, N, width] in float32 or bfloat16",
-                                          shape_text(x),
-                                          c10::toString(x.scalar_type())));
+  throw std::invalid_argument(
+      fmt::format("gelu: x {} {} is not [B, N, width] in float32 or bfloat16",
+                  shape_text(x),
+                  c10::toString(x.scalar_type())));
 }
 
 }  // namespace

@@ -29,10 +29,13 @@ void modulate_cpu(const at::Tensor& x,
                   double eps,
                   const at::Tensor& out,
                   const at::Tensor& stats) {
-  kernel::for_ranges(x, x.size(0) * x.size(1), kernel::kRowsPerThread, [&]<class T>(T, int64_t first, int64_t last) {
-    kernel::modulate_cpu(
-        kernel::modulate_args<T>(x, shift, scale, eps, out, stats), first, last);
-  });
+  kernel::for_ranges(x,
+                     x.size(0) * x.size(1),
+                     kernel::kRowsPerThread,
+                     [&]<class T>(T, int64_t first, int64_t last) {
+                       kernel::modulate_cpu(
+                           kernel::modulate_args<T>(x, shift, scale, eps, out, stats), first, last);
+                     });
 }
 
 void modulate_backward_cpu(const at::Tensor& grad,
@@ -42,22 +45,26 @@ void modulate_backward_cpu(const at::Tensor& grad,
                            int64_t group,
                            const MaybeTensor& grad_x,
                            const MaybeTensor& sums) {
-  kernel::for_ranges(x,
-           kernel::rows_shape(x, group).num_groups(),
-           1,
-           [&]<class T>(T, int64_t first, int64_t last) {
-             kernel::modulate_cpu(
-                 kernel::modulate_args<T>(grad, x, scale, stats, group, grad_x, sums), first, last);
-           });
+  kernel::for_ranges(
+      x,
+      kernel::rows_shape(x, group).num_groups(),
+      1,
+      [&]<class T>(T, int64_t first, int64_t last) {
+        kernel::modulate_cpu(
+            kernel::modulate_args<T>(grad, x, scale, stats, group, grad_x, sums), first, last);
+      });
 }
 
 void gated_cpu(const at::Tensor& x,
                const at::Tensor& gate,
                const at::Tensor& update,
                const at::Tensor& out) {
-  kernel::for_ranges(x, x.size(0) * x.size(1), kernel::kRowsPerThread, [&]<class T>(T, int64_t first, int64_t last) {
-    kernel::gated_cpu(kernel::gated_args<T>(x, gate, update, out), first, last);
-  });
+  kernel::for_ranges(x,
+                     x.size(0) * x.size(1),
+                     kernel::kRowsPerThread,
+                     [&]<class T>(T, int64_t first, int64_t last) {
+                       kernel::gated_cpu(kernel::gated_args<T>(x, gate, update, out), first, last);
+                     });
 }
 
 void gated_backward_cpu(const at::Tensor& grad,
@@ -66,13 +73,14 @@ void gated_backward_cpu(const at::Tensor& grad,
                         int64_t group,
                         const MaybeTensor& grad_update,
                         const MaybeTensor& sums) {
-  kernel::for_ranges(grad,
-           kernel::rows_shape(grad, group).num_groups(),
-           1,
-           [&]<class T>(T, int64_t first, int64_t last) {
-             kernel::gated_cpu(
-                 kernel::gated_args<T>(grad, gate, update, group, grad_update, sums), first, last);
-           });
+  kernel::for_ranges(
+      grad,
+      kernel::rows_shape(grad, group).num_groups(),
+      1,
+      [&]<class T>(T, int64_t first, int64_t last) {
+        kernel::gated_cpu(
+            kernel::gated_args<T>(grad, gate, update, group, grad_update, sums), first, last);
+      });
 }
 
 void add_groups_cpu(const at::Tensor& sums, const at::Tensor& out) {
@@ -110,9 +118,7 @@ TORCH_LIBRARY_IMPL(flux, Meta, library) {
 }
 
 /// Tokens whose sums have one owner: fixed, so that results do not depend on the number of threads.
-int64_t tokens_per_group(const at::Tensor& x) {
-  return kernel_device(x) == c10::kCUDA ? 16 : 64;
-}
+int64_t tokens_per_group(const at::Tensor& x) { return kernel_device(x) == c10::kCUDA ? 16 : 64; }
 
 /// The memory of the groups' sums [B, groups, width], float32.
 at::Tensor group_sums(const at::Tensor& x, int64_t group, int64_t width) {
@@ -204,11 +210,10 @@ void check(std::string_view op,
            std::initializer_list<std::pair<const char*, at::Tensor>> vectors) {
   const auto type = x.scalar_type();
   if (x.dim() != 3 || (type != at::kFloat && type != at::kBFloat16))
-    throw std::invalid_argument(
-        fmt::format("{}: x {} {} is not [B, N, H] in float32 or bfloat16",
-                    op,
-                    shape_text(x),
-                    c10::toString(type)));
+    throw std::invalid_argument(fmt::format("{}: x {} {} is not [B, N, H] in float32 or bfloat16",
+                                            op,
+                                            shape_text(x),
+                                            c10::toString(type)));
   for (const auto& [name, vector] : vectors) {
     const bool whole = std::string_view(name) == "update";
     if (vector.scalar_type() != type ||

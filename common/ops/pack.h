@@ -25,10 +25,10 @@ struct Pack {
 };
 inline constexpr int kPack = 4;
 
-#define FLUX_PACK_OPERATOR(op)                                                        \
-  FLUX_PACK_FUNCTION Pack operator op(Pack a, Pack b) {                               \
-    return {a.v[0] op b.v[0], a.v[1] op b.v[1], a.v[2] op b.v[2], a.v[3] op b.v[3]};  \
-  }                                                                                   \
+#define FLUX_PACK_OPERATOR(op)                                                           \
+  FLUX_PACK_FUNCTION Pack operator op(Pack a, Pack b) {                                  \
+    return {a.v[0] op b.v[0], a.v[1] op b.v[1], a.v[2] op b.v[2], a.v[3] op b.v[3]};     \
+  }                                                                                      \
   FLUX_PACK_FUNCTION Pack operator op(Pack a, float b) { return a op Pack{b, b, b, b}; } \
   FLUX_PACK_FUNCTION Pack operator op(float a, Pack b) { return Pack{a, a, a, a} op b; }
 FLUX_PACK_OPERATOR(+)

@@ -6,13 +6,13 @@
 
 namespace flux::kernel {
 
-#define FLUX_ROWS_CPU(T)                                                            \
-  void modulate_cpu(const ModulateForward<T>& args, int64_t first, int64_t last);   \
-  void modulate_cpu(const ModulateBackward<T>& args, int64_t first, int64_t last);  \
-  void gated_cpu(const GatedForward<T>& args, int64_t first, int64_t last);         \
-  void gated_cpu(const GatedBackward<T>& args, int64_t first, int64_t last);        \
-  void add_groups_cpu(const GroupSums<T>& args, int64_t first, int64_t last);       \
-  void gelu_cpu(const GeluForward<T>& args, int64_t first, int64_t last);           \
+#define FLUX_ROWS_CPU(T)                                                           \
+  void modulate_cpu(const ModulateForward<T>& args, int64_t first, int64_t last);  \
+  void modulate_cpu(const ModulateBackward<T>& args, int64_t first, int64_t last); \
+  void gated_cpu(const GatedForward<T>& args, int64_t first, int64_t last);        \
+  void gated_cpu(const GatedBackward<T>& args, int64_t first, int64_t last);       \
+  void add_groups_cpu(const GroupSums<T>& args, int64_t first, int64_t last);      \
+  void gelu_cpu(const GeluForward<T>& args, int64_t first, int64_t last);          \
   void gelu_cpu(const GeluBackward<T>& args, int64_t first, int64_t last);
 FLUX_ROWS_CPU(float)
 FLUX_ROWS_CPU(Bf16Bits)

@@ -58,8 +58,9 @@ FLUX_PACK_FUNCTION void modulate_row(
   T* out = a.out.at(a.shape, row);
   const float count = static_cast<float>(n);
   Pack total = zeros();
-  for_packs(n, lane, lanes, [&](int64_t i, auto part)
-                                FLUX_PACK_LAMBDA { total = total + load(x + i, part); });
+  for_packs(n, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
+    total = total + load(x + i, part);
+  });
   const float mean = sum(sum_of(total)) / count;
   Pack squares = zeros();
   for_packs(n, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
@@ -165,8 +166,9 @@ FLUX_PACK_FUNCTION void gated_backward_group(const GatedBackward<T>& a,
   const int64_t n = a.shape.width;
   float* of_gate = a.sums ? a.sums + index * n : nullptr;
   if (of_gate)
-    for_packs(n, lane, lanes, [&](int64_t i, auto part)
-                                  FLUX_PACK_LAMBDA { save(zeros(), of_gate + i, part); });
+    for_packs(n, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
+      save(zeros(), of_gate + i, part);
+    });
   for_rows_of_group(a.shape, index, [&](int64_t row) FLUX_PACK_LAMBDA {
     const T* grad = a.grad.at(a.shape, row);
     if (of_gate) {
@@ -203,7 +205,8 @@ FLUX_PACK_FUNCTION void add_groups(const GroupSums<T>& a,
   const float* sums = a.sums + sample * groups * n;
   for_packs(n, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
     Pack total = zeros();
-    for (int64_t group = 0; group < groups; ++group) total = total + load(sums + group * n + i, part);
+    for (int64_t group = 0; group < groups; ++group)
+      total = total + load(sums + group * n + i, part);
     save(total, a.out + sample * n + i, part);
   });
 }
@@ -233,11 +236,15 @@ struct GeluForward {
 };
 
 template <class T>
-FLUX_PACK_FUNCTION void gelu_row(const GeluForward<T>& a, int64_t row, int64_t lane, int64_t lanes) {
+FLUX_PACK_FUNCTION void gelu_row(const GeluForward<T>& a,
+                                 int64_t row,
+                                 int64_t lane,
+                                 int64_t lanes) {
   const T* x = a.x.at(a.shape, row);
   T* out = a.out.at(a.shape, row);
-  for_packs(a.shape.width, lane, lanes, [&](int64_t i, auto part)
-                                            FLUX_PACK_LAMBDA { save(gelu_of(load(x + i, part)), out + i, part); });
+  for_packs(a.shape.width, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
+    save(gelu_of(load(x + i, part)), out + i, part);
+  });
 }
 
 template <class T>
