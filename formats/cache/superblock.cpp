@@ -90,7 +90,13 @@ void check_superblock(const std::filesystem::path& path) {
   };
   const int fd = open(path.c_str(),
                       O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would block for ever otherwise
-  if (fd < 0) refuse("cannot be read: " + std::generic_category().message(errno));
+  if (fd < 0) {
+    const int number = errno;
+    const auto text =
+        fmt::format("{}: cannot be read: {}", show(path), std::generic_category().message(number));
+    if (number == ENOENT) throw CacheError(text);
+    throw CacheError(text, "check its permissions and the limit on open files (ulimit -n)");
+  }
   std::array<std::byte, kSuperblockBytes> head;
   struct stat info {};
   const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);

@@ -340,6 +340,57 @@ TEST_P(Maintenance, WhatIsNotOursIsNeitherReplacedNorRemoved) {
   EXPECT_EQ(files_of(out), before);
 }
 
+/// While it lives the process may do what everybody may, and owns `folder`.
+class Unprivileged {
+ public:
+  explicit Unprivileged(const fs::path& folder) {
+    if (geteuid() != 0) return;
+    give(folder, kNobody);
+    for (const auto& entry : fs::recursive_directory_iterator(folder)) give(entry.path(), kNobody);
+    is_root_ = seteuid(kNobody) == 0;
+  }
+  ~Unprivileged() {
+    if (is_root_) {
+      EXPECT_EQ(seteuid(0), 0);
+    }
+  }
+
+ private:
+  static constexpr uid_t kNobody = 65534;
+  static void give(const fs::path& path, uid_t owner) {
+    EXPECT_EQ(lchown(path.c_str(), owner, static_cast<gid_t>(-1)), 0);
+  }
+  bool is_root_ = false;
+};
+
+TEST_P(Maintenance, WhatMayNotBeReadIsNeitherDamagedNorAnothers) {
+  const fs::path whole = temporary.path() / "whole";
+  make_part(whole, recipe, 10, {});
+  for (const std::string& name :
+       {std::string(kManifestName), std::string(kIndexName), names_of(whole, "seg-")[0]}) {
+    SCOPED_TRACE(name);
+    fs::remove_all(out);
+    fs::copy(whole, out, fs::copy_options::recursive);
+    const auto before = files_of(out);
+    fs::permissions(out / name, fs::perms::none);
+    std::vector<std::string> said;
+    {
+      const Unprivileged user(temporary.path());
+      said = {refusal([&] { repair_cache(out); }),
+              refusal([&] { collect_garbage(out, false); }),
+              refusal([&] { Writer(out, recipe, test::provenance()); })};
+    }
+    for (const auto& text : said) {
+      EXPECT_THAT(
+          text,
+          AllOf(HasSubstr(name + ": cannot be read: Permission denied; nothing was changed"),
+                HasSubstr("hint: check its permissions")));
+    }
+    fs::permissions(out / name, fs::perms::owner_read | fs::perms::owner_write);
+    EXPECT_EQ(files_of(out), before);
+  }
+}
+
 TEST_P(Maintenance, DamagedFilesOfOursAreRepaired) {
   const fs::path whole = temporary.path() / "whole";
   make_part(whole, recipe, 10, {{}, {3}});
