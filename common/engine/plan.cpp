@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "common/engine/record_layout.h"
+#include "common/quant/scratch.h"
 
 namespace flux::engine {
 namespace {
@@ -98,6 +99,8 @@ MemoryPlan plan_memory(const dit::Config& config,
     plan.host_store_bytes = model.host_store_bytes();
     if (file && model.streams()) plan.staging_bytes = model.staging_bytes(*file, options.device);
   }
+  // a run makes it once
+  release_plain_weights(at::kMeta);
   plan.causes = meta_memory().causes;
   plan.causes[static_cast<size_t>(MemoryCause::kOther)] -= before;
   return plan;

@@ -56,7 +56,7 @@ struct MemoryUse {
 /// Puts counting allocators under LibTorch's CPU and Meta tensors. Call it once in a program, before the first tensor
 /// is made and before threads start; a second call does nothing.
 ///
-/// The CPU allocator keeps freed memory of 1 MiB and more for the next tensor of the same size, as long as what it keeps and
+/// The CPU allocator keeps freed memory of 128 KiB and more for the next tensor of the same size, as long as what it keeps and
 /// what is live do not exceed the highest peak so far: a step that repeats its sizes maps no page twice, and the process
 /// never holds more than its peak.
 void count_tensor_memory();
