@@ -54,15 +54,15 @@ struct Input {
     if (fd < 0) {
       const int number = errno;
       throw InputError(fmt::format("{}: cannot be read: {}", show(path), errno_text(number)),
-                       number == ENOENT ? "check the path" : "");
+                       number == ENOENT ? "check the path" : "check its permissions and its disk");
     }
     struct stat info {};
     if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
       close(fd);
-      throw InputError(
-          fmt::format("{}: is {}, not a file",
-                      show(path),
-                      S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"));
+      throw InputError(fmt::format("{}: is {}, not a file",
+                                   show(path),
+                                   S_ISDIR(info.st_mode) ? "a folder" : "a device, pipe or socket"),
+                       "name a file");
     }
     stamp = stamp_of(path, info);
     size = stamp.size_bytes;

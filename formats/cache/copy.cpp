@@ -57,7 +57,7 @@ std::unique_ptr<MappedFile> open_source(const fs::path& folder, const Wanted& fi
   try {
     source = std::make_unique<MappedFile>(folder / file.name);
   } catch (const InputError& error) {
-    throw CacheError(error.what(), repair_hint(folder));
+    throw CacheError(message_of(error), repair_hint(folder));
   }
   const auto bytes = source->bytes();
   if (bytes.size() != static_cast<size_t>(file.bytes)) {

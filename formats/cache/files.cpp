@@ -233,6 +233,11 @@ int64_t bytes_of_file(const fs::path& path) {
   return static_cast<int64_t>(bytes);
 }
 
+std::string message_of(const Error& error) {
+  const std::string_view text = error.what();
+  return std::string(text.substr(0, text.find("\n  hint: ")));
+}
+
 std::string repair_hint(const fs::path& folder) {
   return fmt::format("flux-cache repair {}, then run the caching tool again", show(folder));
 }

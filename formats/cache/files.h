@@ -44,6 +44,8 @@ bool is_there(const std::filesystem::path& path);
 /// Throws CacheError if the file is not there or cannot be asked.
 int64_t bytes_of_file(const std::filesystem::path& path);
 
+/// What an error says, without its hint, for one with another hint.
+std::string message_of(const Error& error);
 /// What to do about damage: the hint of errors about it.
 std::string repair_hint(const std::filesystem::path& folder);
 /// Runs `read`; what it throws about a file of `folder` gets the hint to repair it, unless it has a

@@ -99,7 +99,7 @@ std::string file_xxh3_128(const fs::path& path) {
   try {
     return xxh3_128_hex(MappedFile(path).bytes());
   } catch (const InputError& error) {
-    throw CacheError(error.what(), "check the file and its permissions");
+    throw CacheError(message_of(error), "check the file and its permissions");
   }
 }
 

@@ -291,7 +291,7 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   try {
     text = read_file(path, kMaxManifestBytes);
   } catch (const InputError& failure) {
-    throw CacheError(failure.what(), "check the path and its permissions");
+    throw CacheError(message_of(failure), "check the path and its permissions");
   }
   return parse_manifest(text, path);
 }

@@ -71,6 +71,14 @@ TEST(ReadFile, RefusesWhatIsNoFile) {
   ASSERT_EQ(mkfifo((folder / "fifo").c_str(), 0600), 0);
   EXPECT_THROW(read_file(folder / "fifo"), InputError);  // and does not wait for a writer
   EXPECT_THROW(read_file(folder.write("big", "12345"), 4), InputError);
+  for (const auto& path : {folder.path(), folder / "absent", folder / "fifo", folder / "big/x"}) {
+    try {
+      read_file(path);
+      FAIL() << path;
+    } catch (const InputError& error) {
+      EXPECT_NE(std::string(error.what()).find("\n  hint: "), std::string::npos) << error.what();
+    }
+  }
 }
 
 TEST(MappedFile, ShowsTheBytesAndTakesAnEmptyFile) {
