@@ -66,7 +66,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_max_grad_norm", python_float(o.max_grad_norm)},
       {"ss_gradient_accumulation_steps", std::to_string(o.gradient_accumulation)},
       {"ss_gradient_checkpointing",
-       python_bool(s.trainer->options().residency.kept_graphs < s.trainer->model().num_blocks())},
+       "False"},  // whatever is run again: it is not seen in the result
       {"ss_max_train_steps", std::to_string(o.max_steps)},
       {"ss_steps", std::to_string(s.step)},
       {"ss_num_epochs", std::to_string(epochs)},

@@ -56,6 +56,8 @@ struct Candidate {
   engine::MemoryPlan plan;
   int64_t device = 0, host = 0;  // bytes needed of each budget; on a CPU all is host
   bool fits = false;
+  /// Of the memory that blocks stay in: less is left the more stay. On a GPU, host memory is the other way round.
+  bool fits_where_blocks_stay = false;
   double seconds = 0;
 };
 
@@ -110,24 +112,25 @@ class Planner {
     } else {
       c.host = fixed_ + c.plan.device_bytes() + c.plan.staging_bytes + c.plan.host_store_bytes;
     }
-    c.fits = c.host <= host_budget_ && (!is_cuda() || c.device <= device_budget_);
+    c.fits_where_blocks_stay = is_cuda() ? c.device <= device_budget_ : c.host <= host_budget_;
+    c.fits = c.fits_where_blocks_stay && c.host <= host_budget_;
     const Rates r = rates(o);
     c.seconds =
         std::max(c.plan.flops / r.flops, (c.plan.read_bytes + c.plan.written_bytes) / r.bytes);
     return c;
   }
 
-  /// The largest number in [low, high] whose candidate fits, if `low` does.
+  /// The largest number in [low, high] whose candidate fits where blocks stay, if `low` does.
   static std::optional<Candidate> largest(int64_t low,
                                           int64_t high,
                                           const std::function<Candidate(int64_t)>& of) {
     Candidate best = of(high);
-    if (best.fits) return best;
-    if (low == high || !(best = of(low)).fits) return std::nullopt;
+    if (best.fits_where_blocks_stay) return best;
+    if (low == high || !(best = of(low)).fits_where_blocks_stay) return std::nullopt;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       Candidate c = of(middle);
-      if (c.fits) {
+      if (c.fits_where_blocks_stay) {
         low = middle;
         best = std::move(c);
       } else {
@@ -155,26 +158,35 @@ class Planner {
     const int64_t low = std::min(options_.resident_blocks.value_or(0), all),
                   high = std::min(options_.resident_blocks.value_or(all), all);
     const int64_t kept = options_.kept_graphs.value_or(0);
+    std::optional<Candidate> too_much_on_host;
     for (const auto place : places) {
       if (auto all_there = with_graphs(high, place); all_there && all_there->fits)
         return *all_there;
       auto most = largest(low, high, [&](int64_t n) { return evaluate(n, kept, place); });
       if (!most) continue;
+      if (!most->fits) {
+        too_much_on_host = std::move(most);
+        continue;
+      }
       // memory may save reading weights or running blocks again
       Candidate best = *most;
       const int64_t resident = most->residency.resident_blocks;
       for (const int64_t n : {resident, resident * 3 / 4, resident / 2}) {
         if (n < low) continue;
         const auto c = with_graphs(n, place);
-        if (c && c->seconds < best.seconds) best = *c;
+        if (c && c->fits && c->seconds < best.seconds) best = *c;
       }
       return best;
     }
-    return evaluate(low, kept, places.back());
+    return too_much_on_host ? *too_much_on_host : evaluate(low, kept, places.back());
   }
 
   std::string hint(bool device_binds) const {
     std::string what = device_binds ? "give more --device-memory" : "give more --host-memory";
+    if (is_cuda() && !device_binds && wanted_.residency.stream_from == engine::StreamFrom::kHost)
+      what += ", or --stream-from file";
+    if (wanted_.full && wanted_.clip == engine::ClipMode::kGlobal)
+      what += ", or use --clip per-parameter, for which no gradients wait";
     if (!wanted_.full && !wanted_.base) what += ", or use --base-precision fp8 or nf4";
     return what + ", a smaller resolution or batch" +
            (options_.resident_blocks || options_.kept_graphs || options_.block_inputs
