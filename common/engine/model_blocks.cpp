@@ -171,6 +171,7 @@ lora::Adapters ModelBlocks::train(lora::Adapters adapters) {
     for (auto& [name, tensor] :
          {std::pair<const char*, at::Tensor&>{".down", module.down}, {".up", module.up}}) {
       tensor = tensor.to(options_.device).requires_grad_(true);
+      count_as(tensor, MemoryCause::kWeights);
       trainables.push_back({module.path + name, tensor, new_states(tensor.detach()), next_id_++});
     }
   }
