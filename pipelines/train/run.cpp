@@ -66,7 +66,7 @@ void compare_with_plan(const Session& session) {
   const MemoryUse use = cpu_memory();
   log::info("memory: tensors {} at most, {} planned; process {}",
             show_bytes(static_cast<uint64_t>(use.peak)),
-            show_bytes(static_cast<uint64_t>(plan.device_bytes() + plan.staging_bytes)),
+            show_bytes(static_cast<uint64_t>(plan.device_bytes() + plan.host_store_bytes)),
             show_bytes(peak_rss_bytes()));
 }
 

@@ -3,9 +3,9 @@
 //   plan_check [--count 40] [--seed 0]
 //
 // Every setting is planned and runs three steps in a process of its own, as flux-train would: random inputs, no
-// caches. A line each: planned and measured peak of tensors and arenas, whose difference must stay within
-// max(1 %, 1 MiB) in float32 and max(3 %, 4 MiB) in bfloat16; and the process (VmHWM), which must not exceed its plan by more than 5 %.
-// Exits 1 if one does.
+// caches. A line each: planned and measured peak of tensors and arenas, whose difference must be within
+// max(1 %, 1 MiB) in float32 and max(3 %, 4 MiB) in bfloat16; and the process (VmHWM), which must not exceed its
+// plan by more than 5 %. Exits 1 if one does.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
