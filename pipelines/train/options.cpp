@@ -361,6 +361,8 @@ void check(const Options& o, const Tool& tool) {
   }
 }
 
+std::string block_inputs_word(engine::InputPlace place) { return word(kInputPlaces, place); }
+
 nlohmann::json deciding_options(const Options& o) {
   nlohmann::json out{{"method", word(kMethods, o.method)},
                      {"optimizer", word(kOptimizers, o.optimizer)},

@@ -80,6 +80,9 @@ void add_flags(Options& options, Tool& tool);
 /// effect is an error. Throws UsageError.
 void check(const Options& options, const Tool& tool);
 
+/// The word of --block-inputs.
+std::string block_inputs_word(engine::InputPlace place);
+
 /// The options that decide the weights, by flag name, without those that have no effect: what a
 /// resumed run must repeat.
 nlohmann::json deciding_options(const Options& options);

@@ -221,12 +221,6 @@ std::vector<std::pair<std::string, int64_t>> causes(const Choice& choice, bool c
   return out;
 }
 
-std::string word_of(engine::InputPlace place) {
-  return place == engine::InputPlace::kDevice ? "device"
-         : place == engine::InputPlace::kHost ? "host"
-                                              : "disk";
-}
-
 nlohmann::json object(const Choice& choice, int64_t num_blocks, bool cuda) {
   nlohmann::json by_cause = nlohmann::json::object();
   std::string limit;
@@ -252,7 +246,7 @@ nlohmann::json object(const Choice& choice, int64_t num_blocks, bool cuda) {
             {"num_blocks", num_blocks},
             {"keep_graphs", r.kept_graphs},
             {"ring_slots", r.lookahead + 1},
-            {"block_inputs", word_of(r.inputs)}}},
+            {"block_inputs", block_inputs_word(r.inputs)}}},
           {"step",
            {{"flops", choice.plan.flops},
             {"read_bytes", choice.plan.read_bytes},
@@ -276,7 +270,7 @@ std::string table(const Choice& choice, int64_t num_blocks, bool cuda) {
       r.resident_blocks,
       r.kept_graphs,
       r.lookahead + 1,
-      word_of(r.inputs),
+      block_inputs_word(r.inputs),
       num_blocks);
   if (!choice.hint.empty()) out += "hint: " + choice.hint + "\n";
   return out;
