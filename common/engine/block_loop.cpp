@@ -53,6 +53,18 @@ void collect(std::span<Trainable> trainables, bool several) {
 
 }  // namespace
 
+bool Blocks::for_each_trainable(int64_t block, const std::function<bool(Trainable&)>& work) {
+  bool any = false;
+  const auto of_block = block < 0 ? outer_trainables() : trainables(block);
+  for (size_t i = 0; i < of_block.size(); ++i) {
+    open(block, i);
+    const bool changed = work(of_block[i]);
+    close(block, i, changed);
+    any = any || changed;
+  }
+  return any;
+}
+
 struct BlockLoop::Micro {
   int64_t text_length = 0, image_length = 0;
   dit::Rope rope;
@@ -140,8 +152,7 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
   const at::NoGradGuard no_grad;
   for (int64_t block = 0; block < num_blocks(); ++block) {
     blocks_.enter(block);
-    const bool changed =
-        hooks.before_forward && hooks.before_forward(block, blocks_.trainables(block));
+    const bool changed = hooks.before_forward && hooks.before_forward(block);
     for (size_t m = 0; m < micros_.size(); ++m) {
       Micro& micro = micros_[m];
       Values in = std::exchange(micro.values, {});

@@ -45,6 +45,14 @@ class Blocks {
   virtual std::span<Trainable> trainables(int64_t block) = 0;
   /// What is trained outside of blocks.
   virtual std::span<Trainable> outer_trainables() = 0;
+  /// States, and the gradient that waits, of trainable i of a block that is there; if they stream they are there between
+  /// open() and close() only. One is open at a time. Block -1: what is outside of blocks.
+  virtual void open(int64_t /*block*/, size_t /*i*/) {}
+  /// `changed`: it was updated.
+  virtual void close(int64_t /*block*/, size_t /*i*/, bool /*changed*/) {}
+  /// Opens each of a block's trainables, calls `work`, and closes it, changed if that returned true. Returns whether any
+  /// was.
+  bool for_each_trainable(int64_t block, const std::function<bool(Trainable&)>& work);
   /// Whether the block's trainables are there at all times.
   virtual bool trainables_stay(int64_t block) const = 0;
   /// Outside of steps: enters each of `blocks`, calls `work`, and leaves it, changed if that returned true.
@@ -71,7 +79,7 @@ struct LoopOptions {
 /// What a step calls on its way. All but `ready` may be empty.
 struct LoopHooks {
   /// A block was entered for the forward: a deferred update is made here. Returns whether it was.
-  std::function<bool(int64_t block, std::span<Trainable> trainables)> before_forward{};
+  std::function<bool(int64_t block)> before_forward{};
   /// The losses are known, nothing is updated yet: a loss that is not finite is refused here.
   std::function<void(std::span<const at::Tensor> losses)> after_forward{};
   /// All gradients of a block (-1: of what is outside of blocks) are there. Returns whether it updated anything. What

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -25,19 +26,13 @@ std::span<std::byte> bytes_of(const at::Tensor& record) {
 }  // namespace
 
 struct ModelBlocks::Home {
-  std::string prefix;   // "double_blocks.3."
-  RecordLayout layout;  // of the record: weights, then what a streamed block takes along
-  int64_t weight_bytes = 0;
-  at::Tensor record;  // while the block is there
-  Lease lease;        // of a streamed one
-  std::vector<Trainable> trainables;
-  /// Of each trainable that lies in the record.
-  struct Slices {
-    size_t value = 0, gradient = 0;
-    std::vector<size_t> states;
-  };
-  std::vector<Slices> slices;
-  bool has_gradients = false;  // the record holds gradients that wait
+  std::string prefix;                 // "double_blocks.3."
+  RecordLayout layout;                // of its weights
+  at::Tensor record;                  // while the block is there
+  Lease lease;                        // of a streamed one
+  std::vector<Trainable> trainables;  // if weights are trained, in the order of the layout
+  size_t first_entry = 0;             // of a streamed one that is trained: of its states
+  bool has_gradients = false;         // that were put away and wait
 };
 
 ModelBlocks::ModelBlocks(const dit::Config& config,
@@ -96,33 +91,28 @@ void ModelBlocks::make_home(int64_t block) {
   Home& home = homes_[static_cast<size_t>(block)];
   home.prefix = block_prefix(config_, block);
   home.layout = block_layout(config_, block, options_.compute, options_.base);
-  home.weight_bytes = home.layout.bytes();
+  home.first_entry = entries_.size();
   if (options_.train_weights) {
-    const size_t num_weights = home.layout.slices().size();
-    for (size_t i = 0; i < num_weights; ++i) {
-      const Slice weight = home.layout.slices()[i];
+    for (const Slice& weight : home.layout.slices()) {
       home.trainables.push_back({home.prefix + weight.name, {}, {}, next_id_++});
-      Home::Slices slices{.value = i, .gradient = 0, .states = {}};
-      if (!is_resident(block)) {
-        for (const auto& state : optimizer_.state_layout(weight.shape, weight.dtype))
-          slices.states.push_back(
-              home.layout.add(state.name + ":" + weight.name, state.shape, state.dtype));
-        if (options_.keep_gradients)
-          slices.gradient =
-              home.layout.add("gradient:" + weight.name,
-                              weight.shape,
-                              options_.several_micro_batches ? at::kFloat : options_.compute);
-      }
-      home.slices.push_back(std::move(slices));
+      if (is_resident(block)) continue;
+      StateEntry entry;
+      for (const auto& state : optimizer_.state_layout(weight.shape, weight.dtype))
+        entry.states.add(state.name, state.shape, state.dtype);
+      if (options_.keep_gradients)
+        entry.gradient.add("gradient",
+                           weight.shape,
+                           options_.several_micro_batches ? at::kFloat : options_.compute);
+      entries_.push_back(std::move(entry));
     }
   }
   if (!is_resident(block)) return;
   const MemoryScope scope(MemoryCause::kWeights);
   const auto bytes = at::TensorOptions().dtype(at::kByte);
   if (is_plan()) {
-    home.record = at::empty({home.weight_bytes}, bytes.device(options_.device));
+    home.record = at::empty({home.layout.bytes()}, bytes.device(options_.device));
   } else {
-    home.record = at::empty({home.weight_bytes}, bytes);
+    home.record = at::empty({home.layout.bytes()}, bytes);
     file_->read(block, bytes_of(home.record));
     home.record = home.record.to(options_.device);
   }
@@ -134,27 +124,27 @@ void ModelBlocks::make_home(int64_t block) {
 void ModelBlocks::make_store() {
   if (resident_ == num_blocks_) return;
   std::vector<int64_t> bytes;
-  for (int64_t block = 0; block < num_blocks_; ++block)
-    bytes.push_back(is_resident(block) ? 0 : homes_[static_cast<size_t>(block)].layout.bytes());
+  for (int64_t block = 0; block < num_blocks_; ++block) bytes.push_back(block_bytes(block));
+  const int64_t largest = *std::ranges::max_element(bytes);
+  std::ranges::copy(StateStream::record_bytes(entries_), std::back_inserter(bytes));
   const bool host = options_.stream_from == StreamFrom::kHost;
-  if (is_plan()) {
+  if (is_plan())
     store_ = std::make_shared<PlannedStore>(bytes, options_.train_weights);
-    return;
-  }
-  if (!options_.train_weights && !host) {
+  else if (!options_.train_weights && !host)
     store_ = file_;
-    return;
-  }
-  if (host)
+  else if (host)
     store_ = std::make_shared<MemoryStore>(bytes, MemoryStore::Pin::kIfPossible);
   else
     store_ = std::make_shared<FileArena>(options_.scratch, bytes, options_.access);
-  // states and gradients are zero
+  if (!entries_.empty())
+    states_ = std::make_unique<StateStream>(
+        store_, num_blocks_, entries_, options_.device, options_.lookahead);
+  if (is_plan() || store_ == file_) return;
+  // states are zero
   Progress progress("copying weights", "blocks", num_blocks_ - resident_);
-  const HostMemory buffer(*std::max_element(bytes.begin(), bytes.end()), MemoryCause::kRing);
+  const HostMemory buffer(largest, MemoryCause::kRing);
   for (int64_t block = resident_; block < num_blocks_; ++block) {
-    const std::span<std::byte> weights(
-        buffer.data(), static_cast<size_t>(homes_[static_cast<size_t>(block)].weight_bytes));
+    const std::span<std::byte> weights(buffer.data(), static_cast<size_t>(block_bytes(block)));
     file_->read(block, weights);
     store_->write(block, weights);
     progress.update(block - resident_ + 1);
@@ -212,15 +202,9 @@ void ModelBlocks::set_tensors(int64_t block, const std::function<at::Tensor(size
 
 void ModelBlocks::bind(int64_t block) {
   Home& home = homes_[static_cast<size_t>(block)];
-  for (size_t i = 0; i < home.slices.size(); ++i) {
-    Trainable& trainable = home.trainables[i];
-    const Home::Slices& slices = home.slices[i];
-    trainable.value = home.layout.view(home.record, slices.value).requires_grad_(true);
-    if (is_resident(block)) continue;
-    for (const size_t state : slices.states)
-      trainable.states.push_back(home.layout.view(home.record, state));
-    if (home.has_gradients) trainable.gradient = home.layout.view(home.record, slices.gradient);
-  }
+  if (options_.train_weights)
+    for (size_t i = 0; i < home.trainables.size(); ++i)
+      home.trainables[i].value = home.layout.view(home.record, i).requires_grad_(true);
   set_tensors(block, [&](size_t slice) {
     return options_.train_weights ? home.trainables[slice].value
                                   : home.layout.view(home.record, slice);
@@ -230,11 +214,11 @@ void ModelBlocks::bind(int64_t block) {
 void ModelBlocks::unbind(int64_t block) {
   Home& home = homes_[static_cast<size_t>(block)];
   set_tensors(block, [](size_t) { return at::Tensor(); });
-  for (size_t i = 0; i < home.slices.size(); ++i) {
-    Trainable& trainable = home.trainables[i];
-    trainable.value.reset();
-    trainable.states.clear();
-    trainable.gradient.reset();
+  if (options_.train_weights) {
+    for (Trainable& trainable : home.trainables) {
+      trainable.value.reset();
+      trainable.gradient.reset();
+    }
   }
   home.record.reset();
 }
@@ -266,20 +250,55 @@ void ModelBlocks::enter(int64_t block) {
 void ModelBlocks::leave(int64_t block, bool changed) {
   if (is_resident(block)) return;
   Home& home = homes_[static_cast<size_t>(block)];
-  if (options_.train_weights && options_.keep_gradients) {
+  if (states_ && options_.keep_gradients) {
     const at::NoGradGuard no_grad;
-    home.has_gradients = std::any_of(home.trainables.begin(),
-                                     home.trainables.end(),
-                                     [](const Trainable& t) { return t.gradient.defined(); });
-    for (size_t i = 0; home.has_gradients && i < home.slices.size(); ++i) {
-      const auto kept = home.layout.view(home.record, home.slices[i].gradient);
-      const at::Tensor& gradient = home.trainables[i].gradient;
-      gradient.defined() ? kept.copy_(gradient) : kept.zero_();
+    home.has_gradients = std::ranges::any_of(
+        home.trainables, [](const Trainable& t) { return t.gradient.defined(); });
+    for (size_t i = 0; home.has_gradients && i < home.trainables.size(); ++i) {
+      if (!states_->expects(home.first_entry + i, StateStream::Use::kPutAway))
+        states_->expect(entries_from(block, /*ascending=*/false), StateStream::Use::kPutAway);
+      states_->put_away(std::exchange(home.trainables[i].gradient, {}));
     }
-    changed = changed || home.has_gradients;
   }
   unbind(block);
   ring().release(std::exchange(home.lease, {}), changed && options_.train_weights);
+}
+
+/// The entries of all blocks in the order of their numbers, or the reverse, from this block on.
+std::vector<size_t> ModelBlocks::entries_from(int64_t block, bool ascending) const {
+  std::vector<int64_t> blocks = visited_;
+  if (blocks.empty()) {
+    for (int64_t b = resident_; b < num_blocks_; ++b) blocks.push_back(b);
+    if (!ascending) std::ranges::reverse(blocks);
+    std::ranges::rotate(blocks, std::ranges::find(blocks, block));
+  }
+  std::vector<size_t> entries;
+  for (const int64_t b : blocks) {
+    const Home& home = homes_[static_cast<size_t>(b)];
+    for (size_t i = 0; i < home.trainables.size(); ++i) entries.push_back(home.first_entry + i);
+  }
+  return entries;
+}
+
+void ModelBlocks::open(int64_t block, size_t i) {
+  if (!states_ || block < 0 || is_resident(block)) return;
+  Home& home = homes_[static_cast<size_t>(block)];
+  const bool waits = home.has_gradients;
+  const auto use = waits ? StateStream::Use::kUpdateWithWaiting : StateStream::Use::kUpdate;
+  // gradients that waited are taken by the forward, others by the backward
+  if (!states_->expects(home.first_entry + i, use))
+    states_->expect(entries_from(block, /*ascending=*/waits), use);
+  auto opened = states_->open();
+  home.trainables[i].states = std::move(opened.states);
+  if (waits) home.trainables[i].gradient = std::move(opened.gradient);
+}
+
+void ModelBlocks::close(int64_t block, size_t i, bool changed) {
+  if (!states_ || block < 0 || is_resident(block)) return;
+  Trainable& trainable = homes_[static_cast<size_t>(block)].trainables[i];
+  trainable.states.clear();
+  trainable.gradient.reset();
+  states_->close(changed);
 }
 
 std::span<Trainable> ModelBlocks::trainables(int64_t block) {
@@ -291,35 +310,74 @@ void ModelBlocks::visit(std::span<const int64_t> blocks,
   std::vector<int64_t> cycle;
   for (const int64_t block : blocks)
     if (!is_resident(block)) cycle.push_back(block);
+  abandon();
   if (!cycle.empty()) ring().set_schedule(cycle);
+  struct Visit {
+    std::vector<int64_t>& blocks;
+    ~Visit() { blocks.clear(); }
+  } const visit{visited_};
+  visited_ = cycle;
   for (const int64_t block : blocks) {
     enter(block);
     leave(block, work(block));
+    if (!is_resident(block)) visited_.erase(visited_.begin());
   }
   if (!cycle.empty()) ring().set_schedule(step_cycle());
 }
 
-RingCounts ModelBlocks::ring_counts() const { return ring_ ? ring_->counts() : RingCounts{}; }
+/// After a step that failed: leaves the block it was at.
+void ModelBlocks::abandon() {
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    Home& home = homes_[static_cast<size_t>(block)];
+    if (home.lease.position < 0) continue;
+    for (Trainable& trainable : home.trainables) trainable.gradient.reset();
+    leave(block, false);
+  }
+}
 
-int64_t ModelBlocks::bytes_per_step() {
-  if (!streams()) return 0;
+RingCounts ModelBlocks::ring_counts() const {
+  RingCounts sum = ring_ ? ring_->counts() : RingCounts{};
+  if (!states_) return sum;
+  const RingCounts states = states_->counts();
+  sum.loads += states.loads;
+  sum.bytes_read += states.bytes_read;
+  sum.write_backs += states.write_backs;
+  sum.bytes_written += states.bytes_written;
+  sum.waited_seconds += states.waited_seconds;
+  return sum;
+}
+
+int64_t ModelBlocks::block_bytes(int64_t block) const {
+  return is_resident(block) ? 0 : homes_[static_cast<size_t>(block)].layout.bytes();
+}
+
+ModelBlocks::Traffic ModelBlocks::bytes_per_step() {
+  if (!streams()) return {};
   std::vector<int64_t> bytes;
-  for (int64_t block = 0; block < num_blocks_; ++block)
-    bytes.push_back(store_->record_bytes(block));
-  return ring().plan().bytes_per_cycle(bytes, step_cycle().size());
+  for (int64_t block = 0; block < num_blocks_; ++block) bytes.push_back(block_bytes(block));
+  Traffic traffic{.read = ring().plan().bytes_per_cycle(bytes, step_cycle().size())};
+  if (!options_.train_weights) return traffic;
+  traffic.written = std::reduce(bytes.begin(), bytes.end());
+  for (const int64_t record : StateStream::record_bytes(entries_)) {
+    traffic.read += record;
+    traffic.written += record;
+  }
+  return traffic;
 }
 
 int64_t ModelBlocks::host_store_bytes() const {
   if (!streams() || options_.stream_from != StreamFrom::kHost) return 0;
   int64_t sum = 0;
-  for (int64_t block = 0; block < num_blocks_; ++block) sum += store_->record_bytes(block);
+  for (int64_t record = 0; record < store_->num_records(); ++record)
+    sum += store_->record_bytes(record);
   return sum;
 }
 
 int64_t ModelBlocks::staging_bytes(const ModelFile& file, at::Device device) const {
   const bool from_file = !options_.train_weights && options_.stream_from == StreamFrom::kFile;
-  return Ring::staging_bytes(
-      from_file ? static_cast<const RecordStore&>(file) : *store_, device, ring_options());
+  const RecordStore& store = from_file ? static_cast<const RecordStore&>(file) : *store_;
+  const int64_t weights = Ring::staging_bytes(store, device, ring_options());
+  return weights + (states_ ? Ring::staging_bytes(store, device, states_->ring_options()) : 0);
 }
 
 RingOptions ModelBlocks::ring_options() const {

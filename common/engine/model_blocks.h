@@ -19,6 +19,7 @@
 #include "common/engine/choices.h"
 #include "common/engine/model_file.h"
 #include "common/engine/ring.h"
+#include "common/engine/state_stream.h"
 #include "common/models/lora/lora.h"
 #include "common/optim/optimizer.h"
 
@@ -64,6 +65,8 @@ class ModelBlocks final : public Blocks {
 
   void enter(int64_t block) override;
   void leave(int64_t block, bool changed) override;
+  void open(int64_t block, size_t i) override;
+  void close(int64_t block, size_t i, bool changed) override;
   std::span<Trainable> trainables(int64_t block) override;
   std::span<Trainable> outer_trainables() override { return outer_; }
   void visit(std::span<const int64_t> blocks,
@@ -72,8 +75,11 @@ class ModelBlocks final : public Blocks {
   /// Of the ring; zeros without one.
   RingCounts ring_counts() const;
   bool streams() const { return resident_ < num_blocks_; }
-  /// Read into the ring in a step, once the first is over.
-  int64_t bytes_per_step();
+  /// Between the store and the rings in a step, once the first is over.
+  struct Traffic {
+    int64_t read = 0, written = 0;
+  };
+  Traffic bytes_per_step();
   /// Of weights that stream from host memory.
   int64_t host_store_bytes() const;
   /// Host memory that streaming from `file` on `device` holds beside the ring.
@@ -89,8 +95,11 @@ class ModelBlocks final : public Blocks {
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
   void bind(int64_t block);
   void unbind(int64_t block);
+  void abandon();
   std::vector<int64_t> step_cycle() const;
+  std::vector<size_t> entries_from(int64_t block, bool ascending) const;
   RingOptions ring_options() const;
+  int64_t block_bytes(int64_t block) const;
   Ring& ring();
 
   dit::Config config_;
@@ -101,9 +110,13 @@ class ModelBlocks final : public Blocks {
   dit::Weights weights_;
   std::vector<Home> homes_;
   std::vector<Trainable> outer_;
-  uint64_t next_id_ = 0;                // of a trainable
-  std::shared_ptr<RecordStore> store_;  // by block; those that stay in memory have no bytes there
-  std::unique_ptr<Ring> ring_;          // made at the first use, when it is known what is trained
+  uint64_t next_id_ = 0;  // of a trainable
+  // by block; those that stay in memory have no bytes there; behind them states and gradients that wait
+  std::shared_ptr<RecordStore> store_;
+  std::vector<StateEntry> entries_;      // of streamed blocks that are trained
+  std::unique_ptr<StateStream> states_;  // of them
+  std::vector<int64_t> visited_;         // in visit(): the blocks from here on
+  std::unique_ptr<Ring> ring_;           // made at the first use, when it is known what is trained
 };
 
 }  // namespace flux::engine

@@ -94,8 +94,9 @@ MemoryPlan plan_memory(const dit::Config& config,
     // the second one has the updates that waited
     for (int64_t step = 1; step <= 2; ++step) trainer.step(of_a_step, step, 1e-4);
     ModelBlocks& model = trainer.model();
-    plan.read_bytes = static_cast<double>(model.bytes_per_step());
-    if (options.full) plan.written_bytes = plan.read_bytes / 2;
+    const auto traffic = model.bytes_per_step();
+    plan.read_bytes = static_cast<double>(traffic.read);
+    plan.written_bytes = static_cast<double>(traffic.written);
     plan.host_store_bytes = model.host_store_bytes();
     if (file && model.streams()) plan.staging_bytes = model.staging_bytes(*file, options.device);
   }

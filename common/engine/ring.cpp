@@ -148,11 +148,13 @@ class Ring::Impl {
   Impl(std::shared_ptr<RecordStore> store,
        at::Device device,
        std::vector<int64_t> cycle,
-       const RingOptions& options)
-      : store_(std::move(store)), device_(device), options_(options) {
+       const RingOptions& options,
+       RingContents contents)
+      : store_(std::move(store)), device_(device), options_(options), contents_(contents) {
     for (int64_t i = 0; i < store_->num_records(); ++i)
       record_bytes_.push_back(store_->record_bytes(i));
-    plan_ = plan_ring(record_bytes_, cycle, options.lookahead, options.capacity_bytes);
+    plan_ =
+        plan_ring(record_bytes_, cycle, options.lookahead, options.capacity_bytes, options.slots);
     cycle_ = std::move(cycle);
     make_arena();
     {
@@ -230,7 +232,7 @@ class Ring::Impl {
          [&] { return std::ranges::none_of(residents_, [](const auto& r) { return r->dirty; }); });
   }
 
-  void set_schedule(std::vector<int64_t> cycle) {
+  void set_schedule(std::vector<int64_t> cycle, RingContents contents) {
     flush();
     RingPlan plan = plan_for(cycle);
     std::unique_lock lock(mutex_);
@@ -240,6 +242,7 @@ class Ring::Impl {
     restarting_ = false;
     plan_ = std::move(plan);
     cycle_ = std::move(cycle);
+    contents_ = contents;
     residents_.clear();
     ahead_.clear();
     blocker_.reset();
@@ -266,12 +269,12 @@ class Ring::Impl {
   RingPlan plan_for(std::span<const int64_t> cycle) const {
     for (int64_t lookahead = options_.lookahead; lookahead > 1; --lookahead) {
       try {
-        return plan_ring(record_bytes_, cycle, lookahead, plan_.capacity);
+        return plan_ring(record_bytes_, cycle, lookahead, plan_.capacity, options_.slots);
       } catch (const std::invalid_argument&) {
         // another order may need more room than the one the arena was made for
       }
     }
-    return plan_ring(record_bytes_, cycle, 1, plan_.capacity);
+    return plan_ring(record_bytes_, cycle, 1, plan_.capacity, options_.slots);
   }
 
   void make_arena() {
@@ -355,6 +358,7 @@ class Ring::Impl {
     resident->open = 1;
     residents_.push_back(resident);
     ahead_.push_back(resident);
+    if (contents_ == RingContents::kNone) return true;
     ++counts_.loads;
     counts_.bytes_read += bytes;
     if (device_.is_meta()) return true;
@@ -490,6 +494,7 @@ class Ring::Impl {
   std::shared_ptr<RecordStore> store_;
   at::Device device_;
   RingOptions options_;
+  RingContents contents_;
   std::vector<int64_t> record_bytes_, cycle_;
   RingPlan plan_;
   at::Tensor arena_;
@@ -515,14 +520,18 @@ class Ring::Impl {
 Ring::Ring(std::shared_ptr<RecordStore> store,
            at::Device device,
            std::vector<int64_t> cycle,
-           const RingOptions& options)
-    : impl_(std::make_unique<Impl>(std::move(store), device, std::move(cycle), options)) {}
+           const RingOptions& options,
+           RingContents contents)
+    : impl_(std::make_unique<Impl>(std::move(store), device, std::move(cycle), options, contents)) {
+}
 Ring::~Ring() = default;
 
 Lease Ring::acquire() { return impl_->acquire(); }
 void Ring::release(Lease lease, bool dirty) { impl_->release(lease, dirty); }
 void Ring::flush() { impl_->flush(); }
-void Ring::set_schedule(std::vector<int64_t> cycle) { impl_->set_schedule(std::move(cycle)); }
+void Ring::set_schedule(std::vector<int64_t> cycle, RingContents contents) {
+  impl_->set_schedule(std::move(cycle), contents);
+}
 int64_t Ring::capacity_bytes() const { return impl_->capacity(); }
 const RingPlan& Ring::plan() const { return impl_->plan(); }
 RingCounts Ring::counts() const { return impl_->counts(); }

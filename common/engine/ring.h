@@ -25,6 +25,7 @@ struct RingOptions {
   int64_t capacity_bytes = 0;
   /// Threads that read. Two get 2.0 GB/s out of a disk that gives one 1.7 (docs/benchmarks.md).
   int read_threads = 2;
+  RingSlots slots = RingSlots::kFitting;
   /// acquire() and flush() throw Interrupted while they wait, once a signal has come: for work
   /// that has nothing to save.
   bool interruptible = false;
@@ -35,6 +36,12 @@ struct Lease {
   at::Tensor record;      // uint8 [record_bytes], on the ring's device
   int64_t index = -1;     // of the record
   int64_t position = -1;  // since the schedule began
+};
+
+/// What a record that is acquired holds.
+enum class RingContents {
+  kRead,  // what the store has
+  kNone,  // anything: the whole record will be written, so nothing is read
 };
 
 /// What a ring did since it was made.
@@ -54,7 +61,8 @@ class Ring {
   Ring(std::shared_ptr<RecordStore> store,
        at::Device device,
        std::vector<int64_t> cycle,
-       const RingOptions& options = {});
+       const RingOptions& options = {},
+       RingContents contents = RingContents::kRead);
   /// Waits for reads and writes in progress only; dirty records that were not flushed are lost.
   ~Ring();
   Ring(const Ring&) = delete;
@@ -73,7 +81,7 @@ class Ring {
   void flush();
   /// Starts anew at position 0 of another cycle, in the same arena, with a lookahead as large as it allows. Flushes first,
   /// and forgets what is there. Throws as flush() and plan_ring() do.
-  void set_schedule(std::vector<int64_t> cycle);
+  void set_schedule(std::vector<int64_t> cycle, RingContents contents = RingContents::kRead);
 
   int64_t capacity_bytes() const;
   const RingPlan& plan() const;

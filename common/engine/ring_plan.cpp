@@ -198,7 +198,8 @@ int64_t RingPlan::bytes_per_cycle(std::span<const int64_t> record_bytes,
 RingPlan plan_ring(std::span<const int64_t> record_bytes,
                    std::span<const int64_t> cycle,
                    int64_t lookahead,
-                   int64_t capacity) {
+                   int64_t capacity,
+                   RingSlots slots) {
   if (cycle.empty()) throw std::invalid_argument("plan_ring: no record in the cycle");
   if (lookahead < 1)
     throw std::invalid_argument(fmt::format("plan_ring: a lookahead of {}", lookahead));
@@ -227,13 +228,16 @@ RingPlan plan_ring(std::span<const int64_t> record_bytes,
     return Simulation(bytes, cycle, lookahead, room, 0, 0).run(kMaxTurns);
   };
   // finds places and repeats itself whatever the sizes are
-  const auto in_least_slots = [&](int64_t room) {
-    return *Simulation(bytes, cycle, lookahead, room, largest, lookahead + 1)
+  const auto in_slots = [&](int64_t room, int64_t num_slots) {
+    return *Simulation(bytes, cycle, lookahead, room, largest, num_slots)
                 .run(INT64_MAX / 2 / std::ssize(cycle));
   };
+  const auto in_least_slots = [&](int64_t room) { return in_slots(room, lookahead + 1); };
 
+  capacity = capacity / kRecordAlignment * kRecordAlignment;
+  if (slots == RingSlots::kEqual && (capacity == 0 || capacity >= most))
+    return capacity == 0 ? in_least_slots(most) : in_slots(capacity, capacity / largest);
   if (capacity > 0) {
-    capacity = capacity / kRecordAlignment * kRecordAlignment;
     std::optional<RingPlan> best;
     const auto consider = [&](std::optional<RingPlan> plan) {
       if (plan && (!best || plan->bytes_per_cycle(bytes, cycle.size()) <
@@ -247,8 +251,8 @@ RingPlan plan_ring(std::span<const int64_t> record_bytes,
         if (const int64_t room = capacity / 16 * part / kRecordAlignment * kRecordAlignment;
             room >= least)
           consider(anywhere(room));
-      if (const int64_t slots = capacity / largest; slots > lookahead) {
-        consider(Simulation(bytes, cycle, lookahead, capacity, largest, slots).run(kMaxTurns));
+      if (const int64_t fitting = capacity / largest; fitting > lookahead) {
+        consider(Simulation(bytes, cycle, lookahead, capacity, largest, fitting).run(kMaxTurns));
         consider(in_least_slots(capacity));
       }
     }

@@ -15,6 +15,8 @@ struct Placement {
   bool kept = false;
 };
 
+enum class RingSlots { kFitting, kEqual };
+
 /// Positions 0, 1, 2, ... of a cycle that repeats for ever. The first positions start with an empty
 /// arena; after the last one it goes on at `loop`.
 struct RingPlan {
@@ -36,6 +38,8 @@ struct RingPlan {
 ///   lookahead     at least 1: how many positions may be in memory beside the newest
 ///   capacity      of an arena that is there; 0: the smallest for which places are found. Tens of
 ///                 records of different sizes in a large arena take up to 0.7 s to place
+///   slots         kFitting as said; kEqual: places are multiples of the largest record of the cycle, found at
+///                 once however many there are
 ///
 /// Capacity is never below the largest sum of the different records in lookahead + 1 neighbouring
 /// positions, and never above lookahead + 1 times the largest record. Throws std::invalid_argument
@@ -43,7 +47,8 @@ struct RingPlan {
 RingPlan plan_ring(std::span<const int64_t> record_bytes,
                    std::span<const int64_t> cycle,
                    int64_t lookahead,
-                   int64_t capacity = 0);
+                   int64_t capacity = 0,
+                   RingSlots slots = RingSlots::kFitting);
 
 /// 0, 1, ..., n-1, n-1, ..., 0 over `records`: how a step visits them.
 std::vector<int64_t> forward_and_back(std::span<const int64_t> records);

@@ -24,10 +24,7 @@ void Updater::begin(int64_t step, double learning_rate) {
 }
 
 LoopHooks Updater::hooks() {
-  return {.before_forward =
-              [this](int64_t block, std::span<Trainable> trainables) {
-                return before_forward(block, trainables);
-              },
+  return {.before_forward = [this](int64_t block) { return before_forward(block); },
           .ready = [this](int64_t block,
                           std::span<Trainable> trainables) { return ready(block, trainables); }};
 }
@@ -37,16 +34,17 @@ double Updater::clip_scale(double norm) const {
   return norm + 1e-6 > options_.max_norm ? options_.max_norm / (norm + 1e-6) : 1;
 }
 
-void Updater::update(std::span<Trainable> trainables, StepScalars scalars) {
+bool Updater::update(int64_t block, StepScalars scalars) {
   const at::NoGradGuard no_grad;
-  for (Trainable& t : trainables) {
+  return blocks_.for_each_trainable(block, [&](Trainable& t) {
     at::Tensor gradient = std::exchange(t.gradient, {});
     // none reaches the text half of the last double block of a model without single blocks
     if (!gradient.defined()) gradient = at::zeros_like(t.value);
     if (options_.clip == ClipMode::kPerParameter)
       scalars.gradient_scale = clip_scale(norms_.at(t.id));
     optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id}, scalars);
-  }
+    return true;
+  });
 }
 
 void Updater::add_norms(std::span<Trainable> trainables) {
@@ -70,8 +68,7 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
     if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id)))
       throw NotFinite("the gradient of " + t.name);
   whole_ = false;
-  update(trainables, scalars_);
-  return true;
+  return update(block, scalars_);
 }
 
 std::optional<double> Updater::finish() {
@@ -86,25 +83,22 @@ std::optional<double> Updater::finish() {
   scalars_.gradient_scale = clip_scale(norm);
   std::erase_if(waiting_, [&](int64_t block) {
     if (block >= 0 && !blocks_.trainables_stay(block)) return false;
-    update(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block), scalars_);
+    update(block, scalars_);
     return true;
   });
   return norm;
 }
 
-bool Updater::before_forward(int64_t block, std::span<Trainable> trainables) {
+bool Updater::before_forward(int64_t block) {
   if (std::erase(pending_, block) == 0) return false;
-  update(trainables, pending_scalars_);
+  update(block, pending_scalars_);
   whole_ = pending_.empty();
   return true;
 }
 
 void Updater::flush() {
   std::sort(waiting_.begin(), waiting_.end());
-  blocks_.visit(waiting_, [this](int64_t block) {
-    update(blocks_.trainables(block), scalars_);
-    return true;
-  });
+  blocks_.visit(waiting_, [this](int64_t block) { return update(block, scalars_); });
   waiting_.clear();
 }
 

@@ -54,8 +54,8 @@ class Updater {
   double clip_scale(double norm) const;
   double global_norm() const;
   void add_norms(std::span<Trainable> trainables);
-  void update(std::span<Trainable> trainables, StepScalars scalars);
-  bool before_forward(int64_t block, std::span<Trainable> trainables);
+  bool update(int64_t block, StepScalars scalars);
+  bool before_forward(int64_t block);
   bool ready(int64_t block, std::span<Trainable> trainables);
 
   Blocks& blocks_;

@@ -69,13 +69,9 @@ Named state_of(const engine::Trainable& t, Session& session) {
 /// Calls `visit` with every trainable while it is there. True: it was changed.
 void for_each_trainable(Session& session, const std::function<bool(engine::Trainable&)>& visit) {
   engine::ModelBlocks& model = session.trainer->model();
-  for (auto& t : model.outer_trainables()) visit(t);
+  model.for_each_trainable(-1, visit);
   std::vector<int64_t> streamed;
-  const auto of_block = [&](int64_t block) {
-    bool changed = false;
-    for (auto& t : model.trainables(block)) changed = visit(t) || changed;
-    return changed;
-  };
+  const auto of_block = [&](int64_t block) { return model.for_each_trainable(block, visit); };
   for (int64_t block = 0; block < model.num_blocks(); ++block) {
     if (model.trainables_stay(block))
       of_block(block);

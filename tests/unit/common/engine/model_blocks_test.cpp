@@ -72,20 +72,16 @@ class ModelBlocksTest : public ::testing::Test {
         out["loss " + std::to_string(step) + " " + std::to_string(i)] = losses[i];
     }
     updater.flush();
-    const auto take = [&](std::span<Trainable> trainables) {
-      for (const Trainable& t : trainables) {
-        out[t.name] = t.value.detach().clone();
-        for (size_t i = 0; i < t.states.size(); ++i)
-          out[t.name + " state " + std::to_string(i)] = t.states[i].clone();
-      }
+    const auto take = [&](const Trainable& t) {
+      out[t.name] = t.value.detach().clone();
+      for (size_t i = 0; i < t.states.size(); ++i)
+        out[t.name + " state " + std::to_string(i)] = t.states[i].clone();
+      return false;
     };
-    take(model.outer_trainables());
+    model.for_each_trainable(-1, take);
     std::vector<int64_t> all(static_cast<size_t>(model.num_blocks()));
     std::iota(all.begin(), all.end(), 0);
-    model.visit(all, [&](int64_t block) {
-      take(model.trainables(block));
-      return false;
-    });
+    model.visit(all, [&](int64_t block) { return model.for_each_trainable(block, take); });
     return out;
   }
 
