@@ -164,7 +164,10 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
       micro.values = run_block(block, micro, in, micro.vec);
       if (block >= options_.first_trained) inputs_.keep(block, m, std::move(in));
     }
-    if (!keeps_graph(block)) blocks_.leave(block, changed);
+    if (!keeps_graph(block))
+      blocks_.leave(block, changed);
+    else if (changed)
+      changed_.push_back(block);
   }
 }
 
@@ -203,7 +206,8 @@ void BlockLoop::backward(const LoopHooks& hooks) {
       if (trains_outer()) add(micro.grad_vec, graph.vec.grad());
       collect(trainables, micros_.size() > 1);
     }
-    blocks_.leave(block, hooks.ready(block, trainables));
+    const bool updated = hooks.ready(block, trainables);
+    blocks_.leave(block, std::erase(changed_, block) > 0 || updated);
   }
   if (!trains_outer()) return;
   for (Micro& micro : micros_) {
@@ -218,6 +222,7 @@ std::vector<at::Tensor> BlockLoop::step(std::span<const MicroBatch> micro_batche
                                         const LoopHooks& hooks) {
   micros_.clear();
   inputs_.clear();
+  changed_.clear();
   forward(micro_batches, hooks);
   auto results = losses(micro_batches);
   if (hooks.after_forward) hooks.after_forward(results);

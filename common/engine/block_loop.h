@@ -114,6 +114,8 @@ class BlockLoop {
   LoopOptions options_;
   BlockInputs inputs_;
   std::vector<Micro> micros_;
+  std::vector<int64_t>
+      changed_;  // blocks that were updated before their forward and not left since
 };
 
 }  // namespace flux::engine

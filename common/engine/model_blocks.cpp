@@ -227,7 +227,8 @@ std::vector<int64_t> ModelBlocks::step_cycle() const {
   std::vector<int64_t> cycle;
   for (int64_t block = resident_; block < num_blocks_; ++block) cycle.push_back(block);
   for (int64_t block = num_blocks_; block-- > std::max(resident_, first_trained());)
-    cycle.push_back(block);
+    if (options_.kept_graphs.empty() || !options_.kept_graphs[static_cast<size_t>(block)])
+      cycle.push_back(block);
   return cycle;
 }
 

@@ -31,6 +31,8 @@ struct ModelOptions {
   at::Device device = at::kCPU;
   bool train_weights = false;    // full fine-tuning
   int64_t resident_blocks = -1;  // the first blocks that stay in memory; -1: all
+  std::vector<char>
+      kept_graphs{};  // by block: whether it is not left at the turn-around; empty: none
   StreamFrom stream_from = StreamFrom::kFile;
   int64_t lookahead = 1;  // of the ring: 1 to 3
   FileAccess access = kDefaultFileAccess;

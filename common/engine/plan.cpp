@@ -59,11 +59,11 @@ double step_flops(const dit::Config& config,
                   const TrainerOptions& options,
                   const StepShape& shape) {
   const int64_t num_blocks = config.num_double_blocks + config.num_single_blocks;
-  const int64_t kept = std::min(options.residency.kept_graphs, num_blocks);
+  const auto kept = blocks_with_kept_graph(num_blocks, options.residency);
   double sum = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const BlockFlops flops = block_flops(config, block, shape);
-    const double runs = block < num_blocks - kept ? 2 : 1;
+    const double runs = kept[static_cast<size_t>(block)] ? 1 : 2;
     // the flash backward makes the scores again and four products more
     sum += flops.linear * (runs + (options.full ? 2 : 1)) + flops.attention * (runs + 2.5);
   }

@@ -1,5 +1,6 @@
 #include "common/engine/trainer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -7,12 +8,14 @@
 namespace flux::engine {
 namespace {
 
-ModelOptions model_options(const TrainerOptions& o) {
+ModelOptions model_options(const dit::Config& config, const TrainerOptions& o) {
   return {.compute = o.compute,
           .base = o.base,
           .device = o.device,
           .train_weights = o.full,
           .resident_blocks = o.residency.resident_blocks,
+          .kept_graphs = blocks_with_kept_graph(config.num_double_blocks + config.num_single_blocks,
+                                                o.residency),
           .stream_from = o.residency.stream_from,
           .lookahead = o.residency.lookahead,
           .access = o.access,
@@ -30,26 +33,31 @@ lora::Adapters new_adapters(const dit::Config& config, const TrainerOptions& o) 
 
 }  // namespace
 
-LoopOptions Trainer::loop_options() const {
-  LoopOptions loop{.first_trained = model_.first_trained(),
-                   .keep_graph = {},
-                   .inputs = options_.residency.inputs,
-                   .scratch = options_.scratch};
-  loop.keep_graph.resize(static_cast<size_t>(model_.num_blocks()), 0);
-  int64_t kept = options_.residency.kept_graphs;
-  for (int64_t block = model_.num_blocks(); block-- > 0 && kept > 0;) {
-    if (!model_.is_resident(block)) continue;
-    loop.keep_graph[static_cast<size_t>(block)] = 1;
-    --kept;
+std::vector<char> blocks_with_kept_graph(int64_t num_blocks, const Residency& residency) {
+  std::vector<char> kept(static_cast<size_t>(num_blocks), 0);
+  const int64_t resident =
+      residency.resident_blocks < 0 ? num_blocks : std::min(residency.resident_blocks, num_blocks);
+  int64_t left = residency.kept_graphs;
+  for (int64_t block = num_blocks; block-- > 0 && left > 0;) {
+    if (block >= resident && block < num_blocks - 1 - residency.lookahead) continue;
+    kept[static_cast<size_t>(block)] = 1;
+    --left;
   }
-  return loop;
+  return kept;
+}
+
+LoopOptions Trainer::loop_options() const {
+  return {.first_trained = model_.first_trained(),
+          .keep_graph = blocks_with_kept_graph(model_.num_blocks(), options_.residency),
+          .inputs = options_.residency.inputs,
+          .scratch = options_.scratch};
 }
 
 Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, TrainerOptions options)
     : config_(config),
       options_(std::move(options)),
       optimizer_(make_optimizer(options_.optimizer, options_.precision)),
-      model_(config, std::move(file), *optimizer_, model_options(options_)),
+      model_(config, std::move(file), *optimizer_, model_options(config, options_)),
       adapters_(model_.train(new_adapters(config, options_))),
       loop_(config, model_, loop_options()),
       updater_(model_,

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "common/engine/block_loop.h"
 #include "common/engine/model_blocks.h"
@@ -27,10 +28,15 @@ struct Residency {
   int64_t lookahead = 1;         // streamed blocks read ahead: 1 to 3
   StreamFrom stream_from = StreamFrom::kFile;
   int64_t kept_graphs =
-      0;  // blocks that are not run again in the backward; the last of the resident ones
+      0;  // blocks that are not run again in the backward, see blocks_with_kept_graph()
   InputPlace inputs = InputPlace::kDevice;
   bool operator==(const Residency&) const = default;
 };
+
+/// By block: whether its graph is kept from the forward to the backward. Blocks are taken from the last one on, for the
+/// last ones' graphs are needed soonest: with one micro-batch the very last costs nothing. A streamed one must stay in the
+/// ring meanwhile, so of them only the last lookahead + 1 can.
+std::vector<char> blocks_with_kept_graph(int64_t num_blocks, const Residency& residency);
 
 struct TrainerOptions {
   at::Device device = at::kCPU;

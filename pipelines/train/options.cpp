@@ -264,7 +264,7 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("keep-graphs",
             o.kept_graphs,
             "N",
-            "of them, blocks that are not run again in the backward; else the plan's",
+            "blocks that are not run again in the backward, the last ones; else the plan's",
             0,
             1000);
   tool.flag(

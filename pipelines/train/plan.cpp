@@ -8,6 +8,7 @@
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -140,13 +141,19 @@ class Planner {
     return best;
   }
 
+  /// How many graphs can be kept: streamed blocks stay in the ring for it.
+  int64_t most_graphs(int64_t resident) const {
+    return std::min(num_blocks(), resident + wanted_.residency.lookahead + 1);
+  }
+
   /// With as many kept graphs as fit.
   std::optional<Candidate> with_graphs(int64_t resident, engine::InputPlace inputs) const {
     if (options_.kept_graphs) {
       Candidate c = evaluate(resident, *options_.kept_graphs, inputs);
       return c.fits ? std::optional(std::move(c)) : std::nullopt;
     }
-    return largest(0, resident, [&](int64_t kept) { return evaluate(resident, kept, inputs); });
+    return largest(
+        0, most_graphs(resident), [&](int64_t kept) { return evaluate(resident, kept, inputs); });
   }
 
   Candidate search() const {
@@ -171,7 +178,7 @@ class Planner {
       // memory may save reading weights or running blocks again
       Candidate best = *most;
       const int64_t resident = most->residency.resident_blocks;
-      for (const int64_t n : {resident, resident * 3 / 4, resident / 2}) {
+      for (const int64_t n : std::set{resident, resident * 3 / 4, resident / 2}) {
         if (n < low) continue;
         const auto c = with_graphs(n, place);
         if (c && c->fits && c->seconds < best.seconds) best = *c;

@@ -102,7 +102,7 @@ Setting draw(int64_t seed, int64_t number) {
   o.gradient_accumulation = shape.micro_batches = 1 + below(3);
   // half of the models stay as a whole
   o.resident_blocks = below(2) ? num_blocks : below(num_blocks);
-  o.kept_graphs = below(2) ? 0 : below(*o.resident_blocks + 1);
+  o.kept_graphs = below(2) ? 0 : below(*o.resident_blocks + 3);
   o.ring_slots = 2 + below(3);
   o.block_inputs = below(2) ? engine::InputPlace::kDisk : engine::InputPlace::kDevice;
   o.stream_from = below(4) ? engine::StreamFrom::kFile : engine::StreamFrom::kHost;

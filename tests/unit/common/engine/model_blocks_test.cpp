@@ -1,5 +1,6 @@
 // Where weights are must not be seen in the results: steps with all blocks in memory against steps with streamed ones.
 #include "common/engine/model_blocks.h"
+#include "common/engine/trainer.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/equal.h>
@@ -36,7 +37,7 @@ class ModelBlocksTest : public ::testing::Test {
     int64_t micro_batches = 1;
     int64_t resident = -1, lookahead = 1;
     StreamFrom from = StreamFrom::kFile;
-    std::vector<char> keep_graph{};
+    int64_t kept = 0;  // graphs
   };
 
   /// All trained tensors and states after three steps, and the losses.
@@ -45,20 +46,22 @@ class ModelBlocksTest : public ::testing::Test {
     ModelFileOptions read;
     read.dtype = run.compute;
     auto file = std::make_shared<ModelFile>(folder_ / "flux.safetensors", read);
+    const auto kept = blocks_with_kept_graph(
+        6, {.resident_blocks = run.resident, .lookahead = run.lookahead, .kept_graphs = run.kept});
     ModelBlocks model(config_,
                       file,
                       *optimizer,
                       {.compute = run.compute,
                        .train_weights = run.full,
                        .resident_blocks = run.resident,
+                       .kept_graphs = kept,
                        .stream_from = run.from,
                        .lookahead = run.lookahead,
                        .scratch = folder_,
                        .keep_gradients = run.clip == ClipMode::kGlobal,
                        .several_micro_batches = run.micro_batches > 1});
     if (!run.full) model.train(lora::make_adapters(lora::default_targets(config_), 4, 4, 7));
-    BlockLoop loop(
-        config_, model, {.first_trained = model.first_trained(), .keep_graph = run.keep_graph});
+    BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
     Updater updater(model, *optimizer, {.clip = run.clip, .max_norm = 0.05, .seed = 5});
     std::map<std::string, at::Tensor> out;
     for (int64_t step = 1; step <= 3; ++step) {
@@ -112,8 +115,15 @@ TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereWeightsAre) {
                         .micro_batches = 2,
                         .resident = 2,
                         .from = StreamFrom::kHost,
-                        .keep_graph = {1, 1, 0, 0, 0, 0}}),
+                        .kept = 4}),
                  expected);
+    for (const int64_t kept : {1, 2, 3})
+      expect_equal(train({.compute = compute,
+                          .micro_batches = 2,
+                          .resident = 0,
+                          .lookahead = 2,
+                          .kept = kept}),
+                   expected);
   }
 }
 
@@ -129,6 +139,8 @@ TEST_F(ModelBlocksTest, FullFineTuningDoesNotSeeWhereWeightsAre) {
         const auto expected = train(run);
         run.resident = 1;
         expect_equal(train(run), expected);
+        run.kept = 3;
+        expect_equal(train(run), expected);
         run.from = StreamFrom::kHost;
         run.resident = 0;
         run.lookahead = 2;
@@ -136,6 +148,22 @@ TEST_F(ModelBlocksTest, FullFineTuningDoesNotSeeWhereWeightsAre) {
       }
     }
   }
+}
+
+TEST(BlocksWithKeptGraph, AreTheLastOnesThatCanBeKept) {
+  const auto kept = [](int64_t resident, int64_t lookahead, int64_t count) {
+    const auto which = blocks_with_kept_graph(
+        6, {.resident_blocks = resident, .lookahead = lookahead, .kept_graphs = count});
+    std::string text;
+    for (const char c : which) text += c ? 'k' : '-';
+    return text;
+  };
+  EXPECT_EQ(kept(-1, 1, 2), "----kk");
+  EXPECT_EQ(kept(0, 1, 1), "-----k");
+  EXPECT_EQ(kept(0, 1, 6), "----kk");
+  EXPECT_EQ(kept(2, 1, 3), "-k--kk");
+  EXPECT_EQ(kept(2, 2, 9), "kk-kkk");
+  EXPECT_EQ(kept(0, 1, 0), "------");
 }
 
 TEST_F(ModelBlocksTest, EveryTrainedTensorMoves) {

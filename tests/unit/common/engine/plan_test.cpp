@@ -98,6 +98,7 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
   };
   Residency all, streamed, kept, disk;
   streamed.resident_blocks = 1;
+  streamed.kept_graphs = 2;
   kept.kept_graphs = 6;
   disk.resident_blocks = 0;
   disk.inputs = InputPlace::kDisk;
