@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -151,22 +152,47 @@ void ModelBlocks::make_store() {
   }
 }
 
-lora::Adapters ModelBlocks::train(lora::Adapters adapters) {
+ModelBlocks::Home* ModelBlocks::home_of(const std::string& path) {
+  const auto home =
+      std::ranges::find_if(homes_, [&](const Home& h) { return path.starts_with(h.prefix); });
+  return home == homes_.end() ? nullptr : &*home;
+}
+
+void ModelBlocks::train(const lora::Adapters& adapters) {
+  if (options_.stream_adapters && streams())
+    adapters_ = std::make_unique<AdapterStream>(
+        num_blocks_,
+        AdapterStreamOptions{.device = options_.device,
+                             .from = options_.stream_from,
+                             .lookahead = options_.lookahead,
+                             .access = options_.access,
+                             .scratch = options_.scratch,
+                             .keep_gradients = options_.keep_gradients});
+  std::map<std::string, Linear*> layers;
+  dit::for_each_linear(weights_,
+                       [&](const std::string& path, Linear& layer) { layers[path] = &layer; });
+  lora::Adapters staying;
   const MemoryScope scope(MemoryCause::kWeights);
-  for (lora::Module& module : adapters.modules) {
-    const auto home = std::find_if(homes_.begin(), homes_.end(), [&](const Home& h) {
-      return module.path.starts_with(h.prefix);
-    });
-    auto& trainables = home == homes_.end() ? outer_ : home->trainables;
+  for (lora::Module module : adapters.modules) {
+    Home* home = home_of(module.path);
+    auto& trainables = home ? home->trainables : outer_;
+    if (home && adapters_ && !is_resident(home - homes_.data())) {
+      adapters_->add(
+          home - homes_.data(), module, *layers.at(module.path), optimizer_, trainables, next_id_);
+      continue;
+    }
     for (auto& [name, tensor] :
          {std::pair<const char*, at::Tensor&>{".down", module.down}, {".up", module.up}}) {
       tensor = tensor.to(options_.device).requires_grad_(true);
       count_as(tensor, MemoryCause::kWeights);
       trainables.push_back({module.path + name, tensor, new_states(tensor.detach()), next_id_++});
     }
+    staying.modules.push_back(std::move(module));
   }
-  lora::attach(adapters, weights_);
-  return adapters;
+  lora::attach(staying, weights_);
+  if (!adapters_) return;
+  adapters_->start();
+  adapters_->set_schedule(step_cycle());
 }
 
 int64_t ModelBlocks::first_trained() const {
@@ -246,6 +272,7 @@ void ModelBlocks::enter(int64_t block) {
         fmt::format("the ring is at block {}, the loop at {}", home.lease.index, block));
   home.record = home.lease.record;
   bind(block);
+  if (adapters_) adapters_->enter(block, home.trainables);
 }
 
 void ModelBlocks::leave(int64_t block, bool changed) {
@@ -261,6 +288,7 @@ void ModelBlocks::leave(int64_t block, bool changed) {
       states_->put_away(std::exchange(home.trainables[i].gradient, {}));
     }
   }
+  if (adapters_) adapters_->leave(block, home.trainables, changed);
   unbind(block);
   ring().release(std::exchange(home.lease, {}), changed && options_.train_weights);
 }
@@ -308,43 +336,64 @@ std::span<Trainable> ModelBlocks::trainables(int64_t block) {
 
 void ModelBlocks::visit(std::span<const int64_t> blocks,
                         const std::function<bool(int64_t block)>& work) {
-  std::vector<int64_t> cycle;
-  for (const int64_t block : blocks)
-    if (!is_resident(block)) cycle.push_back(block);
   abandon();
-  if (!cycle.empty()) ring().set_schedule(cycle);
+  std::vector<int64_t> streamed;
+  for (const int64_t block : blocks)
+    if (!is_resident(block)) streamed.push_back(block);
+  // frozen weights need not come for what is trained beside them
+  const bool weights = !adapters_ && !streamed.empty();
+  if (weights) ring().set_schedule(streamed);
+  if (adapters_) adapters_->set_schedule(streamed);
   struct Visit {
     std::vector<int64_t>& blocks;
     ~Visit() { blocks.clear(); }
   } const visit{visited_};
-  visited_ = cycle;
+  visited_ = streamed;
   for (const int64_t block : blocks) {
+    if (adapters_ && !is_resident(block)) {
+      adapters_->enter(block, trainables(block));
+      adapters_->leave(block, trainables(block), work(block));
+      continue;
+    }
     enter(block);
     leave(block, work(block));
     if (!is_resident(block)) visited_.erase(visited_.begin());
   }
-  if (!cycle.empty()) ring().set_schedule(step_cycle());
+  if (weights) ring().set_schedule(step_cycle());
+  if (adapters_) adapters_->set_schedule(step_cycle());
+}
+
+void ModelBlocks::for_all_trainables(const std::function<bool(Trainable&)>& work) {
+  for_each_trainable(-1, work);
+  std::vector<int64_t> streamed;
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    if (trainables_stay(block))
+      for_each_trainable(block, work);
+    else
+      streamed.push_back(block);
+  }
+  visit(streamed, [&](int64_t block) { return for_each_trainable(block, work); });
 }
 
 /// After a step that failed: leaves the block it was at.
 void ModelBlocks::abandon() {
   for (int64_t block = 0; block < num_blocks_; ++block) {
     Home& home = homes_[static_cast<size_t>(block)];
-    if (home.lease.position < 0) continue;
+    const bool adapters_there = adapters_ && adapters_->is_there(block);
+    if (home.lease.position < 0 && !adapters_there) continue;
     for (Trainable& trainable : home.trainables) trainable.gradient.reset();
-    leave(block, false);
+    if (home.lease.position >= 0)
+      leave(block, false);
+    else
+      adapters_->leave(block, home.trainables, false);
   }
 }
 
 RingCounts ModelBlocks::ring_counts() const {
-  RingCounts sum = ring_ ? ring_->counts() : RingCounts{};
-  if (!states_) return sum;
-  const RingCounts states = states_->counts();
-  sum.loads += states.loads;
-  sum.bytes_read += states.bytes_read;
-  sum.write_backs += states.write_backs;
-  sum.bytes_written += states.bytes_written;
-  sum.waited_seconds += states.waited_seconds;
+  RingCounts sum;
+  if (ring_) sum += ring_->counts();
+  if (states_) sum += states_->counts();
+  if (adapters_) sum += adapters_->counts();
   return sum;
 }
 
@@ -357,6 +406,10 @@ ModelBlocks::Traffic ModelBlocks::bytes_per_step() {
   std::vector<int64_t> bytes;
   for (int64_t block = 0; block < num_blocks_; ++block) bytes.push_back(block_bytes(block));
   Traffic traffic{.read = ring().plan().bytes_per_cycle(bytes, step_cycle().size())};
+  if (adapters_) {
+    traffic.read += 2 * adapters_->store_bytes();
+    traffic.written += (options_.keep_gradients ? 2 : 1) * adapters_->store_bytes();
+  }
   if (!options_.train_weights) return traffic;
   traffic.written = std::reduce(bytes.begin(), bytes.end());
   for (const int64_t record : StateStream::record_bytes(entries_)) {
@@ -368,7 +421,7 @@ ModelBlocks::Traffic ModelBlocks::bytes_per_step() {
 
 int64_t ModelBlocks::host_store_bytes() const {
   if (!streams() || options_.stream_from != StreamFrom::kHost) return 0;
-  int64_t sum = 0;
+  int64_t sum = adapters_ ? adapters_->store_bytes() : 0;
   for (int64_t record = 0; record < store_->num_records(); ++record)
     sum += store_->record_bytes(record);
   return sum;
@@ -378,7 +431,8 @@ int64_t ModelBlocks::staging_bytes(const ModelFile& file, at::Device device) con
   const bool from_file = !options_.train_weights && options_.stream_from == StreamFrom::kFile;
   const RecordStore& store = from_file ? static_cast<const RecordStore&>(file) : *store_;
   const int64_t weights = Ring::staging_bytes(store, device, ring_options());
-  return weights + (states_ ? Ring::staging_bytes(store, device, states_->ring_options()) : 0);
+  return weights + (states_ ? Ring::staging_bytes(store, device, states_->ring_options()) : 0) +
+         (adapters_ ? adapters_->staging_bytes(device) : 0);
 }
 
 RingOptions ModelBlocks::ring_options() const {

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "common/engine/adapter_stream.h"
 #include "common/engine/block_loop.h"
 #include "common/engine/choices.h"
 #include "common/engine/model_file.h"
@@ -40,6 +41,7 @@ struct ModelOptions {
   /// Trained blocks take their gradients along when they leave, for an update at their next visit; in float32 if
   /// steps have several micro-batches.
   bool keep_gradients = false, several_micro_batches = false;
+  bool stream_adapters = false;  // those of streamed blocks come and go with them
 };
 
 class ModelBlocks final : public Blocks {
@@ -52,15 +54,15 @@ class ModelBlocks final : public Blocks {
               const ModelOptions& options);
   ~ModelBlocks() override;
 
-  /// Puts adapters into the model and trains them: they and their states stay in memory, on the device. Returns them with
-  /// the tensors that are trained.
-  lora::Adapters train(lora::Adapters adapters);
+  /// Puts adapters into the model and trains them: they and their states stay in memory, on the device, but for those that
+  /// stream. Throws what AdapterStream throws.
+  void train(const lora::Adapters& adapters);
 
   const dit::Weights& weights() const override { return weights_; }
   int64_t num_blocks() const { return num_blocks_; }
   bool is_resident(int64_t block) const { return block < resident_; }
   bool trainables_stay(int64_t block) const override {
-    return !options_.train_weights || is_resident(block);
+    return is_resident(block) || !(options_.train_weights || adapters_);
   }
   /// The first block with something to train, -1 for what is outside; for LoopOptions.
   int64_t first_trained() const;
@@ -74,7 +76,10 @@ class ModelBlocks final : public Blocks {
   void visit(std::span<const int64_t> blocks,
              const std::function<bool(int64_t block)>& work) override;
 
-  /// Of the ring; zeros without one.
+  /// Calls `work` with every trainable while it is there, with its states; it returns whether it changed it.
+  void for_all_trainables(const std::function<bool(Trainable&)>& work);
+
+  /// Of the rings; zeros without one.
   RingCounts ring_counts() const;
   bool streams() const { return resident_ < num_blocks_; }
   /// Between the store and the rings in a step, once the first is over.
@@ -94,6 +99,7 @@ class ModelBlocks final : public Blocks {
   void make_home(int64_t block);
   void make_store();
   std::vector<at::Tensor> new_states(const at::Tensor& value) const;
+  Home* home_of(const std::string& path);
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
   void bind(int64_t block);
   void unbind(int64_t block);
@@ -117,8 +123,9 @@ class ModelBlocks final : public Blocks {
   std::shared_ptr<RecordStore> store_;
   std::vector<StateEntry> entries_;      // of streamed blocks that are trained
   std::unique_ptr<StateStream> states_;  // of them
-  std::vector<int64_t> visited_;         // in visit(): the blocks from here on
-  std::unique_ptr<Ring> ring_;           // made at the first use, when it is known what is trained
+  std::unique_ptr<AdapterStream> adapters_;
+  std::vector<int64_t> visited_;  // in visit(): the blocks from here on
+  std::unique_ptr<Ring> ring_;    // made at the first use, when it is known what is trained
 };
 
 }  // namespace flux::engine

@@ -517,6 +517,15 @@ class Ring::Impl {
   std::vector<std::jthread> threads_;
 };
 
+RingCounts& RingCounts::operator+=(const RingCounts& other) {
+  loads += other.loads;
+  bytes_read += other.bytes_read;
+  write_backs += other.write_backs;
+  bytes_written += other.bytes_written;
+  waited_seconds += other.waited_seconds;
+  return *this;
+}
+
 Ring::Ring(std::shared_ptr<RecordStore> store,
            at::Device device,
            std::vector<int64_t> cycle,

@@ -49,6 +49,7 @@ struct RingCounts {
   int64_t loads = 0, bytes_read = 0;
   int64_t write_backs = 0, bytes_written = 0;
   double waited_seconds = 0;  // of acquire() and flush()
+  RingCounts& operator+=(const RingCounts& other);
 };
 
 /// One thread acquires and releases; others read and write. On Meta there is the arena and no

@@ -1,7 +1,11 @@
 #include "common/engine/trainer.h"
 
+#include <ATen/core/grad_mode.h>
+
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,12 +25,11 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o) {
           .access = o.access,
           .scratch = o.scratch,
           .keep_gradients = o.clip == ClipMode::kGlobal,
-          .several_micro_batches = o.several_micro_batches};
+          .several_micro_batches = o.several_micro_batches,
+          .stream_adapters = o.residency.stream_adapters};
 }
 
-lora::Adapters new_adapters(const dit::Config& config, const TrainerOptions& o) {
-  if (o.full) return {};
-  const auto targets = lora::default_targets(config);
+lora::Adapters new_adapters(const std::vector<lora::Target>& targets, const TrainerOptions& o) {
   return o.device.is_meta() ? lora::empty_adapters(targets, o.rank, o.alpha, o.device)
                             : lora::make_adapters(targets, o.rank, o.alpha, o.seed);
 }
@@ -57,9 +60,10 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
     : config_(config),
       options_(std::move(options)),
       optimizer_(make_optimizer(options_.optimizer, options_.precision)),
+      targets_(options_.full ? std::vector<lora::Target>{} : lora::default_targets(config)),
       model_(config, std::move(file), *optimizer_, model_options(config, options_)),
-      adapters_(model_.train(new_adapters(config, options_))),
-      loop_(config, model_, loop_options()),
+      // in this order, which braces keep
+      loop_{config, with_adapters(), loop_options()},
       updater_(model_,
                *optimizer_,
                {.clip = options_.clip,
@@ -67,6 +71,30 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
                 .seed = options_.seed,
                 // reading all gradients of a model once more takes its time
                 .want_norm = !options_.full}) {}
+
+ModelBlocks& Trainer::with_adapters() {
+  if (!options_.full) model_.train(new_adapters(targets_, options_));
+  return model_;
+}
+
+lora::Adapters Trainer::adapters() {
+  std::map<std::string, at::Tensor> values;
+  const at::NoGradGuard no_grad;
+  model_.for_all_trainables([&](Trainable& t) {
+    values[t.name] = t.value.detach().cpu();
+    // a record's memory is another's soon
+    if (options_.residency.stream_adapters && t.value.is_cpu())
+      values[t.name] = values[t.name].clone();
+    return false;
+  });
+  lora::Adapters adapters;
+  for (const lora::Target& target : targets_)
+    adapters.modules.push_back({target.path,
+                                values.at(target.path + ".down"),
+                                values.at(target.path + ".up"),
+                                options_.alpha});
+  return adapters;
+}
 
 Trainer::~Trainer() = default;
 

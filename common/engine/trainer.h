@@ -30,6 +30,7 @@ struct Residency {
   int64_t kept_graphs =
       0;  // blocks that are not run again in the backward, see blocks_with_kept_graph()
   InputPlace inputs = InputPlace::kDevice;
+  bool stream_adapters = false;  // of streamed blocks, with their states
   bool operator==(const Residency&) const = default;
 };
 
@@ -78,17 +79,21 @@ class Trainer {
   void flush() { updater_.flush(); }
 
   ModelBlocks& model() { return model_; }
-  const lora::Adapters& adapters() const { return adapters_; }
+  /// The adapters as they are now, on the host; those that stay there share their memory with the model.
+  lora::Adapters adapters();
+  /// The layers with adapters; empty if all weights are trained.
+  const std::vector<lora::Target>& targets() const { return targets_; }
   Optimizer& optimizer() { return *optimizer_; }
   const TrainerOptions& options() const { return options_; }
 
  private:
+  ModelBlocks& with_adapters();
   LoopOptions loop_options() const;
   dit::Config config_;
   TrainerOptions options_;
   std::unique_ptr<Optimizer> optimizer_;
+  std::vector<lora::Target> targets_;
   ModelBlocks model_;
-  lora::Adapters adapters_;
   BlockLoop loop_;
   Updater updater_;
 };

@@ -161,6 +161,7 @@ engine::TrainerOptions trainer_options(const Options& o,
   r.resident_blocks = o.resident_blocks.value_or(-1);
   r.kept_graphs = o.kept_graphs.value_or(0);
   r.lookahead = o.ring_slots.value_or(2) - 1;
+  r.stream_adapters = o.stream_adapters;
   r.inputs = o.block_inputs.value_or(engine::InputPlace::kDevice);
   r.stream_from = o.stream_from.value_or(device.is_cuda() ? engine::StreamFrom::kHost
                                                           : engine::StreamFrom::kFile);
@@ -247,8 +248,8 @@ void load_model(Session& session) {
     log::info("{}; LoRA of rank {}, {} modules, {} parameters",
               session.config.describe(),
               options.rank,
-              session.trainer->adapters().modules.size(),
-              session.trainer->adapters().num_parameters());
+              session.trainer->targets().size(),
+              lora::num_parameters(session.trainer->targets(), options.rank));
   cancel::check();
 }
 

@@ -269,6 +269,9 @@ void add_flags(Options& o, Tool& tool) {
             1000);
   tool.flag(
       "ring-slots", o.ring_slots, "N", "blocks in memory at a time of those that stream", 2, 4);
+  tool.flag("stream-adapters",
+            o.stream_adapters,
+            "of blocks that stream: a LoRA and its optimizer's states come and go with them");
   optional_flag(tool,
                 "block-inputs",
                 o.block_inputs,
@@ -416,6 +419,7 @@ std::string run_toml(const Options& o) {
     if (value) all[name] = *value;
   if (o.block_inputs) all["block-inputs"] = word(kInputPlaces, *o.block_inputs);
   if (o.stream_from) all["stream-from"] = word(kStreamFroms, *o.stream_from);
+  if (o.stream_adapters) all["stream-adapters"] = true;
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;

@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -66,22 +67,7 @@ Named state_of(const engine::Trainable& t, Session& session) {
   return out;
 }
 
-/// Calls `visit` with every trainable while it is there. True: it was changed.
-void for_each_trainable(Session& session, const std::function<bool(engine::Trainable&)>& visit) {
-  engine::ModelBlocks& model = session.trainer->model();
-  model.for_each_trainable(-1, visit);
-  std::vector<int64_t> streamed;
-  const auto of_block = [&](int64_t block) { return model.for_each_trainable(block, visit); };
-  for (int64_t block = 0; block < model.num_blocks(); ++block) {
-    if (model.trainables_stay(block))
-      of_block(block);
-    else
-      streamed.push_back(block);
-  }
-  model.visit(streamed, of_block);
-}
-
-void save_lora(const Session& session, checkpoint::Writer& writer) {
+void save_lora(Session& session, checkpoint::Writer& writer) {
   Outgoing adapters;
   for (const auto& [name, tensor] :
        lora::to_kohya(session.trainer->adapters(), scalar_type_of(session.options.lora_dtype)))
@@ -93,34 +79,54 @@ void save_lora(const Session& session, checkpoint::Writer& writer) {
   writer.add(kLoraName, adapters.tensors(), metadata);
 }
 
-safetensors::TensorSpec spec_of(const std::string& name,
-                                at::ScalarType type,
-                                at::IntArrayRef shape) {
-  return {name, dtype_of(type), shape.vec()};
+/// Everything that is trained, with what state_of() gives of it.
+struct Trained {
+  std::string name;
+  at::ScalarType type;
+  std::vector<int64_t> shape;
+};
+
+std::vector<Trained> all_trained(const Session& session) {
+  std::vector<Trained> out;
+  if (session.options.method == Method::kFull) {
+    for (const auto& [name, shape] : dit::tensor_shapes(session.config))
+      out.push_back({name, session.compute, shape});
+    return out;
+  }
+  for (const lora::Target& target : session.trainer->targets()) {
+    const int64_t rank = session.options.rank;
+    out.push_back({target.path + ".down", at::kFloat, {rank, target.in}});
+    out.push_back({target.path + ".up", at::kFloat, {target.out, rank}});
+  }
+  return out;
 }
 
-/// Both files of a full fine-tuning in one pass over the blocks.
-void save_full(Session& session, checkpoint::Writer& writer) {
+/// state.safetensors, and the model of a full fine-tuning, in one pass over the blocks.
+void save_trained(Session& session, checkpoint::Writer& writer) {
+  const bool full = session.options.method == Method::kFull;
   std::vector<safetensors::TensorSpec> weights, states;
-  for (const auto& [name, shape] : dit::tensor_shapes(session.config)) {
-    weights.push_back(spec_of(name, session.compute, shape));
-    for (const auto& state : session.trainer->optimizer().state_layout(shape, session.compute))
-      states.push_back(spec_of(state.name + "." + name, state.dtype, state.shape));
+  for (const auto& [name, type, shape] : all_trained(session)) {
+    if (full)
+      weights.push_back({name, dtype_of(type), shape});
+    else
+      states.push_back({"lora." + name, dtype_of(type), shape});
+    for (const auto& state : session.trainer->optimizer().state_layout(shape, type))
+      states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
   }
   {
-    safetensors::ScatteredWriter model(
-        writer.path_of(kModelName), weights, model_metadata(session));
+    std::optional<safetensors::ScatteredWriter> model;
+    if (full) model.emplace(writer.path_of(kModelName), weights, model_metadata(session));
     safetensors::ScatteredWriter state(writer.path_of(kStateName), states, {});
-    for_each_trainable(session, [&](engine::Trainable& t) {
-      model.write(t.name, host_bytes(t.value.detach().cpu().contiguous()));
+    session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
+      if (model) model->write(t.name, host_bytes(t.value.detach().cpu().contiguous()));
       for (const auto& [name, tensor] : state_of(t, session))
         state.write(name, host_bytes(tensor.cpu().contiguous()));
       return false;
     });
-    model.commit();
+    if (model) model->commit();
     state.commit();
   }
-  writer.added(kModelName);
+  if (full) writer.added(kModelName);
   writer.added(kStateName);
 }
 
@@ -155,17 +161,8 @@ std::filesystem::path save(Session& session) {
   const at::NoGradGuard no_grad;
   session.trainer->flush();
   checkpoint::Writer writer(o.out, session.step);
-  if (o.method == Method::kFull) {
-    save_full(session, writer);
-  } else {
-    save_lora(session, writer);
-    Outgoing state;
-    for_each_trainable(session, [&](engine::Trainable& t) {
-      for (const auto& [name, tensor] : state_of(t, session)) state.add(name, tensor);
-      return false;
-    });
-    writer.add(kStateName, state.tensors(), {});
-  }
+  if (o.method == Method::kLora) save_lora(session, writer);
+  save_trained(session, writer);
 
   nlohmann::json record = identity(session);
   record["model_sha256"] = session.model_sha256.get();
@@ -240,7 +237,7 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
   }
   const at::NoGradGuard no_grad;
   size_t num_wanted = 0;
-  for_each_trainable(session, [&](engine::Trainable& t) {
+  session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
     for (const auto& [name, tensor] : state_of(t, session)) {
       ++num_wanted;
       const auto found = saved.tensors.find(name);

@@ -104,6 +104,7 @@ Setting draw(int64_t seed, int64_t number) {
   o.resident_blocks = below(2) ? num_blocks : below(num_blocks);
   o.kept_graphs = below(2) ? 0 : below(*o.resident_blocks + 3);
   o.ring_slots = 2 + below(3);
+  o.stream_adapters = !full && below(2);
   o.block_inputs = below(2) ? engine::InputPlace::kDisk : engine::InputPlace::kDevice;
   o.stream_from = below(4) ? engine::StreamFrom::kFile : engine::StreamFrom::kHost;
   // chosen before: what is asked for is what is measured
@@ -116,7 +117,7 @@ Setting draw(int64_t seed, int64_t number) {
   shape.loss_mask = below(3) == 0;
   shape.text_type = below(2) ? at::kBFloat16 : at::kFloat;
   const auto yes = [](bool is, const char* word) { return is ? word : ""; };
-  s.text = fmt::format("{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{} {}/{}res {}kept {}slots{}{}",
+  s.text = fmt::format("{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{} {}/{}res {}kept {}slots{}{}{}",
                        config.num_parameters() / 1000000,
                        full ? "full" : fmt::format("lora{}", o.rank),
                        o.precision == train::Precision::kBF16 ? "bf16" : "f32",
@@ -138,6 +139,7 @@ Setting draw(int64_t seed, int64_t number) {
                        num_blocks,
                        *o.kept_graphs,
                        *o.ring_slots,
+                       yes(o.stream_adapters, " adapters"),
                        yes(*o.block_inputs == engine::InputPlace::kDisk, " disk"),
                        yes(*o.stream_from == engine::StreamFrom::kHost, " host"));
   return s;

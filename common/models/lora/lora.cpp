@@ -63,6 +63,12 @@ std::vector<Target> default_targets(const dit::Config& config) {
   return out;
 }
 
+int64_t num_parameters(const std::vector<Target>& targets, int64_t rank) {
+  int64_t sum = 0;
+  for (const Target& target : targets) sum += target.in + target.out;
+  return sum * rank;
+}
+
 int64_t Adapters::num_parameters() const {
   int64_t total = 0;
   for (const auto& module : modules) total += module.down.numel() + module.up.numel();

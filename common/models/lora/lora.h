@@ -25,6 +25,9 @@ std::vector<Target> default_targets(const dit::Config& config);
 /// All Linears of the transformer.
 std::vector<Target> all_targets(const dit::Config& config);
 
+/// Trained numbers of adapters of this rank.
+int64_t num_parameters(const std::vector<Target>& targets, int64_t rank);
+
 /// One adapted Linear: W + multiplier * alpha / rank * up @ down.
 struct Module {
   std::string path;  // BFL module path

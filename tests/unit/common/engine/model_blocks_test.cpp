@@ -38,6 +38,7 @@ class ModelBlocksTest : public ::testing::Test {
     int64_t resident = -1, lookahead = 1;
     StreamFrom from = StreamFrom::kFile;
     int64_t kept = 0;  // graphs
+    bool stream_adapters = false;
   };
 
   /// All trained tensors and states after three steps, and the losses.
@@ -59,7 +60,8 @@ class ModelBlocksTest : public ::testing::Test {
                        .lookahead = run.lookahead,
                        .scratch = folder_,
                        .keep_gradients = run.clip == ClipMode::kGlobal,
-                       .several_micro_batches = run.micro_batches > 1});
+                       .several_micro_batches = run.micro_batches > 1,
+                       .stream_adapters = run.stream_adapters});
     if (!run.full) model.train(lora::make_adapters(lora::default_targets(config_), 4, 4, 7));
     BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
     Updater updater(model, *optimizer, {.clip = run.clip, .max_norm = 0.05, .seed = 5});
@@ -75,16 +77,12 @@ class ModelBlocksTest : public ::testing::Test {
         out["loss " + std::to_string(step) + " " + std::to_string(i)] = losses[i];
     }
     updater.flush();
-    const auto take = [&](const Trainable& t) {
+    model.for_all_trainables([&](const Trainable& t) {
       out[t.name] = t.value.detach().clone();
       for (size_t i = 0; i < t.states.size(); ++i)
         out[t.name + " state " + std::to_string(i)] = t.states[i].clone();
       return false;
-    };
-    model.for_each_trainable(-1, take);
-    std::vector<int64_t> all(static_cast<size_t>(model.num_blocks()));
-    std::iota(all.begin(), all.end(), 0);
-    model.visit(all, [&](int64_t block) { return model.for_each_trainable(block, take); });
+    });
     return out;
   }
 
@@ -124,6 +122,28 @@ TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereWeightsAre) {
                           .lookahead = 2,
                           .kept = kept}),
                    expected);
+  }
+}
+
+TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereItsAdaptersAre) {
+  for (const auto& optimizer : std::vector<OptimizerOptions>{AdamWOptions{}, AdamW8bitOptions{}}) {
+    for (const auto clip : {ClipMode::kNone, ClipMode::kGlobal, ClipMode::kPerParameter}) {
+      for (const int64_t count : {1, 2}) {
+        Run run{.optimizer = optimizer, .clip = clip, .micro_batches = count};
+        const auto expected = train(run);
+        run.stream_adapters = true;
+        for (const int64_t resident : {0, 2, 6}) {
+          for (const int64_t kept : {0, 2}) {
+            for (const auto from : {StreamFrom::kFile, StreamFrom::kHost}) {
+              run.resident = resident;
+              run.kept = kept;
+              run.from = from;
+              expect_equal(train(run), expected);
+            }
+          }
+        }
+      }
+    }
   }
 }
 

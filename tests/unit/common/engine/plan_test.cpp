@@ -96,10 +96,12 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
     o.residency = residency;
     return o;
   };
-  Residency all, streamed, kept, disk;
+  Residency all, streamed, kept, disk, adapters;
   streamed.resident_blocks = 1;
   streamed.kept_graphs = 2;
   kept.kept_graphs = 6;
+  adapters.resident_blocks = 0;
+  adapters.stream_adapters = true;
   disk.resident_blocks = 0;
   disk.inputs = InputPlace::kDisk;
   StepShape one, two;
@@ -117,6 +119,7 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
       {"full f32 adamw", full(at::kFloat, all, AdamWOptions{}), one},
       {"full f32 adamw8bit streamed", full(at::kFloat, streamed, AdamW8bitOptions{}), two},
       {"full f32 adafactor streamed", full(at::kFloat, streamed, AdafactorOptions{}), one},
+      {"lora f32 adapters streamed", lora(at::kFloat, adapters), one},
       {"lora bf16", lora(at::kBFloat16, all), one},
       {"lora bf16 streamed", lora(at::kBFloat16, streamed), two},
       {"full bf16 adafactor", full(at::kBFloat16, all, AdafactorOptions{}), one},

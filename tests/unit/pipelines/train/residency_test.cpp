@@ -65,8 +65,8 @@ TEST(TrainMemory, StreamedRunsSaveTheSameBytes) {
   for (const auto method : {Method::kLora, Method::kFull}) {
     for (const auto optimizer : {OptimizerKind::kAdamW8bit, OptimizerKind::kAdafactor}) {
       for (const int64_t accumulation : {1, 3}) {
-        Scene all, streamed;
-        for (Scene* scene : {&all, &streamed}) {
+        Scene all, streamed, adapters;
+        for (Scene* scene : {&all, &streamed, &adapters}) {
           scene->options.method = method;
           scene->options.optimizer = optimizer;
           scene->options.gradient_accumulation = accumulation;
@@ -77,6 +77,12 @@ TEST(TrainMemory, StreamedRunsSaveTheSameBytes) {
         const char* weights = method == Method::kFull ? "model.safetensors" : "lora.safetensors";
         EXPECT_TRUE(all.saved(weights) == streamed.saved(weights));
         EXPECT_TRUE(all.saved("state.safetensors") == streamed.saved("state.safetensors"));
+        if (method == Method::kFull) continue;
+        stream(adapters.options);
+        adapters.options.stream_adapters = true;
+        run(adapters.options);
+        EXPECT_TRUE(all.saved(weights) == adapters.saved(weights));
+        EXPECT_TRUE(all.saved("state.safetensors") == adapters.saved("state.safetensors"));
       }
     }
   }
@@ -102,6 +108,20 @@ TEST(TrainMemory, FullFineTuningResumesBitForBitWhereverItsWeightsAre) {
     EXPECT_TRUE(straight.saved("model.safetensors") == halves.saved("model.safetensors"));
     EXPECT_TRUE(straight.saved("state.safetensors") == halves.saved("state.safetensors"));
   }
+}
+
+TEST(TrainMemory, StreamedAdaptersResumeBitForBit) {
+  Scene straight, halves;
+  run(straight.options);
+  halves.options.max_steps = 2;
+  stream(halves.options);
+  halves.options.stream_adapters = true;
+  run(halves.options);
+  halves.options.max_steps = 4;
+  halves.options.resume = true;
+  run(halves.options);
+  EXPECT_TRUE(straight.saved("lora.safetensors") == halves.saved("lora.safetensors"));
+  EXPECT_TRUE(straight.saved("state.safetensors") == halves.saved("state.safetensors"));
 }
 
 TEST(TrainMemory, ASavedModelIsAModelAndMoved) {
