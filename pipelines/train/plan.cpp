@@ -122,10 +122,11 @@ class Planner {
     c.fits_where_blocks_stay = is_cuda() ? c.device <= device_budget_ : c.host <= host_budget_;
     c.fits = c.fits_where_blocks_stay && c.host <= host_budget_;
     const Rates r = rates(o);
-    const auto [less, more] =
-        std::minmax(c.plan.flops / r.flops, (c.plan.read_bytes + c.plan.written_bytes) / r.bytes);
-    // at the same time, but not for nothing
-    c.seconds = more + less / 4;
+    const double computing = c.plan.flops / r.flops,
+                 copying = (c.plan.read_bytes + c.plan.written_bytes) / r.bytes;
+    // at the same time; what copies on a CPU is its cores
+    c.seconds =
+        std::max(computing, copying) + std::min(computing, copying) * (is_cuda() ? 0.01 : 0.25);
     return c;
   }
 

@@ -58,7 +58,9 @@ class Presets(unittest.TestCase):
                  "--block-inputs", "host", "--device-memory", "6GiB", "--host-memory", "128GiB"]
         for gib, args in ((3.5, ["--method", "lora"]),
                           (3.0, ["--method", "lora", "--base-precision", "fp8"]),
-                          (4.2, ["--method", "full", "--optimizer", "adamw8bit", "--clip", "per-parameter"])):
+                          (2.6, ["--method", "lora", "--stream-adapters"]),
+                          (2.0, ["--method", "lora", "--base-precision", "fp8", "--stream-adapters"]),
+                          (4.2, ["--method", "full", "--optimizer", "adamw8bit"])):
             with self.subTest(args):
                 code, found = plan(MODEL, *small, *args)
                 self.assertEqual(code, 0, found)
