@@ -3,15 +3,16 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <optional>
 #include <system_error>
 #include <utility>
 
-#include "common/core/error.h"
 #include "common/core/text.h"
 
 namespace flux {
@@ -19,6 +20,8 @@ namespace {
 
 // Large enough for a disk's full rate, small enough that a signal is noticed.
 constexpr size_t kChunkBytes = size_t{16} << 20;
+
+bool is_full(int error) { return error == ENOSPC || error == EDQUOT || error == EFBIG; }
 
 int open_unnamed(const std::filesystem::path& folder) {
   const int file = open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
@@ -44,30 +47,52 @@ ScratchFile::~ScratchFile() {
   if (file_ >= 0) close(file_);
 }
 
+int ScratchFile::release() { return std::exchange(file_, -1); }
+
+ResourceError ScratchFile::failure(const std::filesystem::path& folder,
+                                   const std::string& purpose,
+                                   const std::string& what,
+                                   int error_number) {
+  return ResourceError(
+      fmt::format("scratch file for {} in {} {}: {}",
+                  purpose,
+                  show(folder),
+                  what,
+                  std::generic_category().message(error_number)),
+      is_full(error_number)
+          ? "free some space, or give a folder on a larger disk with --scratch"
+          : "check that the folder can be written, or give another with --scratch");
+}
+
 void ScratchFile::fail(const char* what, int error) const {
-  const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-  throw ResourceError(fmt::format("scratch file for {} in {} {}: {}",
-                                  purpose_,
-                                  show(folder_),
-                                  what,
-                                  std::generic_category().message(error)),
-                      full
-                          ? "free some space, or give a folder on a larger disk with --scratch"
-                          : "check that the folder can be written, or give another with --scratch");
+  throw failure(folder_, purpose_, what, error);
 }
 
 void ScratchFile::reserve(int64_t size) {
-  const int error = posix_fallocate(file_, 0, size);
-  if (error == 0) return;
-  if (error != ENOSPC && error != EDQUOT && error != EFBIG) fail("cannot be grown", error);
-  std::error_code ignored;
-  const auto space = std::filesystem::space(folder_, ignored);
-  throw ResourceError(fmt::format("{}: no space for {}: {} needed, {} free",
-                                  show(folder_),
-                                  purpose_,
-                                  show_bytes(static_cast<uint64_t>(size)),
-                                  show_bytes(ignored ? 0 : space.available)),
-                      "free some space, or give a folder on a larger disk with --scratch");
+  if (size == 0) return;
+  const auto refuse = [&](const std::optional<uint64_t>& free, int number) {
+    throw ResourceError(
+        fmt::format("{}: no space for {}: {} bytes ({}) needed, {}{}",
+                    show(folder_),
+                    purpose_,
+                    size,
+                    show_bytes(static_cast<uint64_t>(size)),
+                    free ? fmt::format("{} bytes ({}) are free", *free, show_bytes(*free))
+                         : std::string("the disk refuses"),
+                    number == ENOSPC ? "" : ": " + std::generic_category().message(number)),
+        "free some space, or give a folder on a larger disk with --scratch");
+  };
+  // first asked, so that the disk is not filled to the brim for a moment
+  struct statvfs disk {};
+  std::optional<uint64_t> free;
+  if (fstatvfs(file_, &disk) == 0) free = uint64_t{disk.f_bavail} * disk.f_frsize;
+  if (free && *free < static_cast<uint64_t>(size)) refuse(free, ENOSPC);
+  int error = 0;
+  do {
+    error = posix_fallocate(file_, 0, size);
+  } while (error == EINTR);
+  if (error != 0 && !is_full(error)) fail("cannot be grown", error);
+  if (error != 0) refuse(free, error);
 }
 
 void ScratchFile::read(int64_t offset, std::span<std::byte> to) const {

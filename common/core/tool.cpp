@@ -183,6 +183,10 @@ void Tool::State::print_help() const {
   std::fputs(out.c_str(), stdout);
 }
 
+void refuse_choice(const std::string& text, const std::string& names) {
+  throw UsageError("'" + printable(text) + "' is not one of " + names);
+}
+
 Tool::Tool(std::string name, std::vector<std::string> arguments)
     : state_(std::make_unique<State>()) {
   state_->name = std::move(name);

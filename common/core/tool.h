@@ -83,6 +83,13 @@ class Tool {
   /// One of the named values; the list is shown as a|b|c.
   template <class E>
   void flag(std::string_view name, E& value, const Choices<E>& choices, std::string_view help);
+  /// The same of a value that may be left out: help shows `otherwise`, what happens then.
+  template <class E>
+  void flag(std::string_view name,
+            std::optional<E>& value,
+            const Choices<E>& choices,
+            std::string_view help,
+            std::string_view otherwise);
   /// Anything else: `set` parses and throws UsageError (its message is shown after the flag's
   /// name).
   void flag(std::string_view name,
@@ -138,21 +145,42 @@ std::string version_text(std::string_view program);
 std::string_view tool_version();
 bool add_version_line(std::string line);
 
+/// "a|b|c".
+template <class E>
+std::string choice_names(const Choices<E>& choices) {
+  std::string names;
+  for (const auto& choice : choices) names += (names.empty() ? "" : "|") + choice.first;
+  return names;
+}
+
+[[noreturn]] void refuse_choice(const std::string& text, const std::string& names);
+
+/// The value of a word. Throws UsageError that names all words.
+template <class E>
+E choice_of(const Choices<E>& choices, const std::string& text) {
+  for (const auto& [known, choice] : choices)
+    if (known == text) return choice;
+  refuse_choice(text, choice_names(choices));
+}
+
 template <class E>
 void Tool::flag(std::string_view name, E& value, const Choices<E>& choices, std::string_view help) {
-  std::string names, current;
-  for (const auto& [text, choice] : choices) {
-    names += (names.empty() ? "" : "|") + text;
+  std::string current;
+  for (const auto& [text, choice] : choices)
     if (choice == value) current = text;
-  }
-  flag(name, names, help, current, [&value, choices, names](const std::string& text) {
-    for (const auto& [known, choice] : choices) {
-      if (known == text) {
-        value = choice;
-        return;
-      }
-    }
-    throw UsageError("'" + text + "' is not one of " + names);
+  flag(name, choice_names(choices), help, current, [&value, choices](const std::string& text) {
+    value = choice_of(choices, text);
+  });
+}
+
+template <class E>
+void Tool::flag(std::string_view name,
+                std::optional<E>& value,
+                const Choices<E>& choices,
+                std::string_view help,
+                std::string_view otherwise) {
+  flag(name, choice_names(choices), help, otherwise, [&value, choices](const std::string& text) {
+    value = choice_of(choices, text);
   });
 }
 

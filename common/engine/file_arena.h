@@ -10,13 +10,12 @@
 
 namespace flux::engine {
 
-/// A file in `folder` without a name (O_TMPFILE, or removed as soon as it is made), so that nothing
-/// of it is left however the process ends. Its blocks are reserved when it is made: a later write
-/// does not find the disk full. Records are zero at first.
+/// A ScratchFile in `folder`, so that nothing of it is left however the process ends. Its blocks are reserved when it is
+/// made: a later write does not find the disk full. Records are zero at first.
 class FileArena final : public RecordStore {
  public:
-  /// Throws ResourceError: the folder is not there or not writable; not enough room on its disk,
-  /// naming the folder, the bytes needed and those free.
+  /// Throws ResourceError: the folder is not writable; not enough room on its disk, naming the folder, the bytes needed
+  /// and those free.
   FileArena(const std::filesystem::path& folder,
             std::vector<int64_t> record_bytes,
             FileAccess access = kDefaultFileAccess);

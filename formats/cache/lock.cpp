@@ -17,6 +17,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/hash.h"
+#include "common/core/process.h"
 #include "common/core/text.h"
 #include "formats/cache/files.h"
 #include "formats/cache/schema.h"
@@ -37,23 +38,6 @@ std::string process_namespace() {
   return fs::read_symlink("/proc/self/ns/pid", error).string();
 }
 
-// Clock ticks after boot at which `pid` started: the 22nd field of its stat, behind the name in
-// parentheses. Empty: unknown.
-std::string start_time(int64_t pid) {
-  const std::string stat = first_line(fmt::format("/proc/{}/stat", pid).c_str());
-  const size_t end = stat.rfind(") ");
-  if (end == std::string::npos) return {};
-  const auto fields = split(stat.substr(end + 2), ' ');
-  return fields.size() > 19 ? fields[19] : std::string();
-}
-
-bool is_zombie(int64_t pid) {
-  const std::string stat = first_line(fmt::format("/proc/{}/stat", pid).c_str());
-  const size_t end = stat.rfind(") ");
-  return end != std::string::npos && end + 2 < stat.size() &&
-         (stat[end + 2] == 'Z' || stat[end + 2] == 'X');
-}
-
 std::string this_host() {
   char name[256] = {};
   gethostname(name, sizeof name - 1);
@@ -61,11 +45,12 @@ std::string this_host() {
 }
 
 std::string this_process() {
+  const auto started = process_stat(getpid());
   const nlohmann::json owner = {{"host", this_host()},
                                 {"boot", first_line("/proc/sys/kernel/random/boot_id")},
                                 {"namespace", process_namespace()},
                                 {"pid", getpid()},
-                                {"started", start_time(getpid())},
+                                {"started", started ? started->start_ticks : std::string()},
                                 {"id", random_name()}};
   return owner.dump() + "\n";
 }
@@ -90,10 +75,10 @@ bool is_dead(const std::string& text) {
     const auto pid = owner.at("pid").get<int64_t>();
     if (pid < 1 || pid > INT32_MAX) return false;
     if (kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return true;
-    const std::string started = start_time(pid);
-    if (is_zombie(pid)) return true;  // killed, and nobody has asked how it ended
-    return !started.empty() &&
-           owner.at("started") != started;  // the number belongs to another process now
+    const auto stat = process_stat(static_cast<pid_t>(pid));
+    if (!stat) return false;
+    // killed, and nobody has asked how it ended; or the number belongs to another process now
+    return stat->state == 'Z' || stat->state == 'X' || owner.at("started") != stat->start_ticks;
   } catch (const nlohmann::json::exception&) {
     return false;
   }

@@ -9,7 +9,6 @@
 
 #include "common/core/cancel.h"
 #include "common/core/error.h"
-#include "common/core/file.h"
 #include "common/core/hash.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
@@ -235,10 +234,6 @@ void load_model(Session& session) {
   session.plan = choice.plan;
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
-  const bool to_disk =
-      wanted.residency.inputs == engine::InputPlace::kDisk ||
-      (wanted.full && wanted.residency.resident_blocks < session.file->num_records());
-  if (to_disk) make_folder(wanted.scratch);  // a new run's folder is not there yet
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
   if (wanted.full)
     log::info("{}; all {} parameters are trained",

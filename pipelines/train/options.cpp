@@ -61,26 +61,6 @@ std::string word(const Choices<E>& choices, E value) {
   throw std::invalid_argument("a choice without a name");
 }
 
-/// A choice that may be left out: help shows what happens then.
-template <class E>
-void optional_flag(Tool& tool,
-                   const char* name,
-                   std::optional<E>& value,
-                   const Choices<E>& choices,
-                   const char* help,
-                   const char* otherwise) {
-  std::string names;
-  for (const auto& [text, choice] : choices) names += (names.empty() ? "" : "|") + text;
-  tool.flag(name, names, help, otherwise, [&value, &choices, names](const std::string& text) {
-    for (const auto& [known, choice] : choices)
-      if (known == text) {
-        value = choice;
-        return;
-      }
-    throw UsageError("'" + printable(text) + "' is not one of " + names);
-  });
-}
-
 void bytes_flag(
     Tool& tool, const char* name, int64_t& value, const char* help, const char* otherwise) {
   tool.flag(name, "SIZE", help, otherwise, [&value](const std::string& text) {
@@ -177,12 +157,8 @@ void add_flags(Options& o, Tool& tool) {
             "decoupled decay; 0.01, with adafactor 0, if not given",
             0,
             100);
-  optional_flag(tool,
-                "clip",
-                o.clip,
-                kClips,
-                "by which norm gradients are clipped",
-                "global; none with adafactor");
+  tool.flag(
+      "clip", o.clip, kClips, "by which norm gradients are clipped", "global; none with adafactor");
   tool.flag(
       "max-grad-norm", o.max_grad_norm, "X", "norm that gradients are clipped to; 0 = off", 0, 1e9);
   tool.flag(
@@ -272,18 +248,16 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("stream-adapters",
             o.stream_adapters,
             "of blocks that stream: a LoRA and its optimizer's states come and go with them");
-  optional_flag(tool,
-                "block-inputs",
-                o.block_inputs,
-                kInputPlaces,
-                "where the forward keeps what the backward needs",
-                "the plan's");
-  optional_flag(tool,
-                "stream-from",
-                o.stream_from,
-                kStreamFroms,
-                "where streamed weights are",
-                "file; host on a GPU");
+  tool.flag("block-inputs",
+            o.block_inputs,
+            kInputPlaces,
+            "where the forward keeps what the backward needs",
+            "the plan's");
+  tool.flag("stream-from",
+            o.stream_from,
+            kStreamFroms,
+            "where streamed weights are",
+            "file; host on a GPU");
   tool.flag("scratch",
             o.scratch,
             "DIR",

@@ -1,20 +1,16 @@
 #include "pipelines/train/run.h"
 
 #include <fmt/format.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <exception>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
-#include <string_view>
 #include <vector>
 
 #include "common/core/cancel.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
+#include "common/core/process.h"
 #include "common/core/progress.h"
 #include "common/core/text.h"
 #include "common/tensor/memory.h"
@@ -27,21 +23,6 @@
 
 namespace flux::train {
 namespace {
-
-// Since this process was started, to 10 ms: what the loader does before main() counts too.
-double process_seconds() {
-  static const double started = [] {
-    std::ifstream file("/proc/self/stat");
-    const std::string stat(std::istreambuf_iterator<char>(file), {});
-    // behind the program's name, which may hold anything: the 20th field is starttime, in ticks
-    // after the boot
-    const auto fields = split(stat.substr(stat.rfind(')') + 2), ' ');
-    return std::stod(fields.at(19)) / static_cast<double>(sysconf(_SC_CLK_TCK));
-  }();
-  timespec now{};
-  clock_gettime(CLOCK_BOOTTIME, &now);
-  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9 - started;
-}
 
 void check_out(const Options& options) {
   const auto steps = checkpoint::steps_in(options.out);
