@@ -27,6 +27,8 @@ double exact_order_log(double x) {
   return 2 * s * sum + static_cast<double>(exponent) * 0.6931471805599453;
 }
 
+}  // namespace
+
 // AS 241, PPND16: relative accuracy about 1e-16.
 double normal_quantile(double p) {
   const double q = p - 0.5;
@@ -113,6 +115,8 @@ double normal_quantile(double p) {
   }
   return q < 0 ? -value : value;
 }
+
+namespace {
 
 // SplitMix64's finaliser: spreads any difference in (seed, purpose, a, b) over the whole key.
 uint64_t mix(uint64_t x) {

@@ -13,6 +13,10 @@ namespace flux {
 /// Random123.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
 
+/// The standard normal value that a share `p` in (0, 1) of all lies below, with no call into libm; see
+/// RandomStream::normal().
+double normal_quantile(double p);
+
 /// What a stream of random numbers is for; streams of different purposes never meet. Values are
 /// part of what a seed means: never renumber.
 enum class Purpose : uint32_t {
@@ -29,6 +33,8 @@ enum class Purpose : uint32_t {
   kDemo = 11,
   kCaptionProgram = 12,
   kLatentSample = 13,
+  kTimestepStratum = 14,
+  kInputNoise = 15,
 };
 
 /// One stream of numbers, fixed by (seed, purpose, a, b): `a` is an epoch or step, `b` an item, for

@@ -163,6 +163,10 @@ struct TrainingData::State {
                     int64_t epoch,
                     uint64_t visit,
                     std::span<float> out) const;
+  void perturb_noise(int64_t epoch,
+                     uint64_t visit,
+                     std::span<const float> noise,
+                     std::span<float> out) const;
 
   DataOptions options;
   cache::ReaderLock latents_lock, text_lock;  // taken before the manifests are read
@@ -175,8 +179,8 @@ struct TrainingData::State {
           num_validation = 0;
   int64_t empty_caption = -1;  // item of the text cache
   double shift = 0, scale = 1;
-  bool masked = false;      // attention leaves out padding
-  bool loss_masks = false;  // some latents have a mask
+  bool masked = false;        // attention leaves out padding
+  bool stores_masks = false;  // some latents have a mask
 };
 
 void TrainingData::State::join() {
@@ -339,6 +343,18 @@ void TrainingData::State::draw_latents(std::span<const float> stored,
   }
 }
 
+void TrainingData::State::perturb_noise(int64_t epoch,
+                                        uint64_t visit,
+                                        std::span<const float> noise,
+                                        std::span<float> out) const {
+  const RandomStream stream(
+      options.seed, Purpose::kInputNoise, static_cast<uint64_t>(epoch), visit);
+  double strength = options.input_noise;
+  if (options.random_input_noise) strength *= stream.uniform(noise.size());
+  for (size_t i = 0; i < noise.size(); ++i)
+    out[i] = static_cast<float>(noise[i] + strength * stream.normal(i));
+}
+
 TrainingData::TrainingData(const std::filesystem::path& latents,
                            const std::filesystem::path& text,
                            const DataOptions& options)
@@ -355,9 +371,10 @@ TrainingData::TrainingData(const std::filesystem::path& latents,
   s.plan = dataset::parse_plan(s.latents.manifest().plan);
   s.shift = number(s.latents.manifest(), latents, "shift");
   s.scale = number(s.latents.manifest(), latents, "scale");
-  s.masked = s.text.manifest().recipe.parameters.value("pad_policy", "") == "masked";
+  s.masked = options.text_mask.value_or(
+      s.text.manifest().recipe.parameters.value("pad_policy", "") == "masked");
   const auto& features = s.latents.manifest().required_features;
-  s.loss_masks =
+  s.stores_masks =
       std::find(features.begin(), features.end(), cache::kMasksFeature) != features.end();
   s.join();
   s.find_empty_caption();
@@ -375,6 +392,10 @@ int64_t TrainingData::largest_batch() const { return state_->largest_batch; }
 int64_t TrainingData::num_regularization() const { return state_->num_regularization; }
 int64_t TrainingData::num_quarantined() const { return state_->num_quarantined; }
 int64_t TrainingData::num_validation() const { return state_->num_validation; }
+bool TrainingData::has_text_mask() const { return state_->masked; }
+bool TrainingData::has_loss_masks() const {
+  return state_->stores_masks && state_->options.loss_masks;
+}
 
 std::vector<BucketVisits> TrainingData::buckets() const {
   std::map<std::pair<uint32_t, uint32_t>, int64_t> visits;
@@ -434,6 +455,7 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
   batch.index = index;
   batch.latents = at::empty({b, kLatentChannels, rows, columns}, at::kFloat);
   batch.noise = at::empty({b, kLatentChannels, rows, columns}, at::kFloat);
+  if (s.options.input_noise > 0) batch.input_noise = at::empty(batch.noise.sizes(), at::kFloat);
   batch.prompt_embedding = at::empty({b, text.t5_length, text.t5_width}, text_type);
   batch.pooled_embedding = at::empty({b, text.clip_width}, text_type);
   if (s.masked) batch.text_mask = at::empty({b, text.t5_length}, at::kBool);
@@ -443,8 +465,8 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
     return std::span(tensor.mutable_data_ptr<float>() + row * elements,
                      static_cast<size_t>(elements));
   };
-  std::vector<std::byte> stored(
-      static_cast<size_t>(latents.channels * rows * columns * dtype_bits(latents.dtype) / 8));
+  std::vector<std::byte> unused_mask, stored(static_cast<size_t>(latents.channels * rows * columns *
+                                                                 dtype_bits(latents.dtype) / 8));
 
   for (int64_t row = 0; row < b; ++row) {
     const Visit& visit = visits[static_cast<size_t>(row)];
@@ -456,13 +478,18 @@ Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>&
         pick(s.latents.index().variants(item.in_latents),
              RandomStream(s.options.seed, Purpose::kFlip, at, key).uniform(0));
     std::vector<std::span<std::byte>> tensors{stored};
-    if (s.loss_masks && (s.latents.info(form).flags & cache::kSampleMasked)) {
-      if (!batch.loss_mask.defined()) batch.loss_mask = at::ones({b, 1, rows, columns}, at::kFloat);
-      tensors.push_back(row_bytes(batch.loss_mask, row));
+    if (s.stores_masks && (s.latents.info(form).flags & cache::kSampleMasked)) {
+      if (!batch.loss_mask.defined() && s.options.loss_masks)
+        batch.loss_mask = at::ones({b, 1, rows, columns}, at::kFloat);
+      if (!s.options.loss_masks) unused_mask.resize(static_cast<size_t>(rows * columns) * 4);
+      tensors.push_back(s.options.loss_masks ? row_bytes(batch.loss_mask, row)
+                                             : std::span<std::byte>(unused_mask));
     }
     s.latents.read_into(form, tensors);
     s.draw_latents(to_floats(stored, latents.dtype), epoch, key, sample_of(batch.latents, row));
     RandomStream(s.options.seed, Purpose::kNoise, at, key).fill_normal(sample_of(batch.noise, row));
+    if (s.options.input_noise > 0)
+      s.perturb_noise(epoch, key, sample_of(batch.noise, row), sample_of(batch.input_noise, row));
 
     const std::array<std::span<std::byte>, 2> embeddings{row_bytes(batch.prompt_embedding, row),
                                                          row_bytes(batch.pooled_embedding, row)};

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,12 @@ struct DataOptions {
   int64_t batch_size = 0;        // 0: what the plan says for each of its data sets
   bool sample_posterior = true;  // draw latents anew at each visit; false: their mean
   double prior_loss_weight = 1;  // of regularisation images
+  std::optional<bool>
+      text_mask;           // attention leaves out padding; nothing: as the text cache was made
+  bool loss_masks = true;  // use those that the latents cache holds
+  double input_noise = 0;  // see Batch::input_noise
+  bool random_input_noise =
+      false;  // its strength is uniform in [0, input_noise), drawn for each visit
 };
 
 /// One use of an item in an epoch.
@@ -31,10 +38,11 @@ struct Batch {
   int64_t epoch = 0, index = 0;  // from 0; `index` within the epoch
   at::Tensor latents;            // [B, 16, H/8, W/8] float32, shifted and scaled
   at::Tensor noise;              // the same shape, standard normal, float32
-  at::Tensor prompt_embedding;   // [B, L, X] in the cache's dtype
-  at::Tensor pooled_embedding;   // [B, V] in the cache's dtype
-  at::Tensor text_mask;  // [B, L] bool, true = real token; undefined unless the cache's pad policy
-                         // is masked
+  at::Tensor
+      input_noise;  // noise + DataOptions::input_noise * another such draw; undefined if that is 0
+  at::Tensor prompt_embedding;  // [B, L, X] in the cache's dtype
+  at::Tensor pooled_embedding;  // [B, V] in the cache's dtype
+  at::Tensor text_mask;  // [B, L] bool, true = real token; undefined unless DataOptions::text_mask
   at::Tensor loss_mask;  // [B, 1, H/8, W/8] float32 in [0, 1], how much each latent pixel counts;
                          // ones for samples without a mask; undefined if the batch has none
   at::Tensor loss_weight;          // [B] float32: 1, or prior_loss_weight
@@ -76,6 +84,8 @@ class TrainingData {
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
   int64_t num_validation() const;
+  bool has_text_mask() const;   // batches have one
+  bool has_loss_masks() const;  // some batches may have one
   /// By width, then height.
   std::vector<BucketVisits> buckets() const;
   /// Hex digests of all that batches take from each cache: its parameters, plan, items and samples.

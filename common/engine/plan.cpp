@@ -25,6 +25,7 @@ FlowInputs planned_batch(const dit::Config& config, const StepShape& s) {
   in.pooled_embedding = meta({s.batch, config.pooled_dim}, s.text_type);
   in.loss_weight = meta({s.batch}, at::kFloat);
   if (s.text_mask) in.text_mask = meta({s.batch, s.text_length}, at::kBool);
+  if (s.input_noise) in.input_noise = meta({s.batch, channels, rows, columns}, at::kFloat);
   if (s.loss_mask) in.loss_mask = meta({s.batch, 1, rows, columns}, at::kFloat);
   return in;
 }

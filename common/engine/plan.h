@@ -18,7 +18,7 @@ struct StepShape {
   int64_t batch = 1, micro_batches = 1;
   int64_t width = 0, height = 0;  // of the largest pictures, in pixels; multiples of 16
   int64_t text_length = 512;
-  bool text_mask = false, loss_mask = false;
+  bool text_mask = false, loss_mask = false, input_noise = false;
   at::ScalarType text_type = at::kBFloat16;  // of the cached embeddings
   int64_t batches_ahead = 0;                 // held by the reader
 };

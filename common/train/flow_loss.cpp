@@ -16,7 +16,8 @@ FlowStep flow_step(const dit::Config& config, const FlowInputs& in) {
   FlowStep step;
   step.sigma = in.sigma;
   step.loss_weight = in.loss_weight;
-  step.noisy = dit::pack_latents(noised_latents(in.latents, in.noise, in.sigma));
+  step.noisy = dit::pack_latents(
+      noised_latents(in.latents, in.input_noise.defined() ? in.input_noise : in.noise, in.sigma));
   step.target = dit::pack_latents(velocity_target(in.latents, in.noise));
   if (in.loss_mask.defined()) {
     check_shape(
@@ -36,8 +37,12 @@ FlowStep flow_step(const dit::Config& config, const FlowInputs& in) {
 }
 
 at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity) {
+  const at::Tensor target =
+      options.prediction == Prediction::kRaw
+          ? step.target
+          : model_prediction(options.prediction, step.target, step.noisy, step.sigma);
   const at::Tensor loss =
-      loss_per_sample(options, velocity, step.noisy, step.target, step.sigma, step.mask);
+      loss_per_sample(options, velocity, step.noisy, target, step.sigma, step.mask);
   return step.loss_weight.defined() ? (loss * step.loss_weight).mean() : loss.mean();
 }
 

@@ -18,6 +18,7 @@ struct FlowInputs {
   at::Tensor loss_mask{};       // [B, 1, h, w] float32 in [0, 1], or undefined: 1
   at::Tensor loss_weight{};     // [B] float32, or undefined: 1
   double guidance = 1;
+  at::Tensor input_noise{};  // what the input is noised with, if not `noise`
 };
 
 /// A batch noised to its sigma, as the transformer reads it, and what its output is held against.
@@ -33,7 +34,7 @@ struct FlowStep {
 /// Throws std::invalid_argument if shapes disagree.
 FlowStep flow_step(const dit::Config& config, const FlowInputs& inputs);
 
-/// The mean over the samples of loss_per_sample() times weight; scalar float32 with its graph.
+/// The mean over the samples of loss_per_sample() times weight, the target taken as options.prediction takes the output; scalar float32 with its graph.
 ///   velocity  [B, N, 64] of dit::forward()
 at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <stdexcept>
 
@@ -29,6 +30,9 @@ T rule_number(std::string_view text, const std::string& rules) {
 double piecewise_factor(const std::string& rules, int64_t step) {
   for (const std::string& rule : split(rules, ',')) {
     const std::vector<std::string> parts = split(rule, ':');
+    if (parts.size() > 2)
+      throw std::invalid_argument(
+          fmt::format("step rules '{}': '{}' is not FACTOR:STEP", rules, rule));
     const auto factor = rule_number<double>(trim(parts[0]), rules);
     if (parts.size() == 1 || step < rule_number<int64_t>(trim(parts[1]), rules)) return factor;
   }
@@ -37,6 +41,10 @@ double piecewise_factor(const std::string& rules, int64_t step) {
 }
 
 }  // namespace
+
+void check_step_rules(const std::string& rules) {
+  piecewise_factor(rules, std::numeric_limits<int64_t>::max());
+}
 
 double learning_rate(const LrOptions& o, int64_t step) {
   const auto s = static_cast<double>(step), warmup = static_cast<double>(o.num_warmup_steps);
@@ -54,31 +62,37 @@ double learning_rate(const LrOptions& o, int64_t step) {
                        : progress);
   }
   const double progress = (s - warmup) / std::max(1.0, total - warmup);
+  const auto falling = [&](double factor) {
+    return full * (factor * (1 - o.min_lr_ratio) + o.min_lr_ratio);
+  };
   switch (o.schedule) {
     case LrSchedule::kConstant:
     case LrSchedule::kPiecewiseConstant:
     case LrSchedule::kConstantWithWarmup:
       return full;
     case LrSchedule::kLinear:
-      return full * std::max(0.0, 1 - progress);
+      return falling(std::max(0.0, 1 - progress));
     case LrSchedule::kCosine:
-      return full * half_cosine(progress);
+    case LrSchedule::kCosineWithMinLr:
+      return falling(half_cosine(progress));
     case LrSchedule::kCosineWithRestarts:
-      return progress >= 1 ? 0 : full * half_cosine(std::fmod(o.num_cycles * progress, 1.0));
+      return falling(progress >= 1 ? 0 : half_cosine(std::fmod(o.num_cycles * progress, 1.0)));
     case LrSchedule::kPolynomial:
       return step > o.num_steps ? o.lr_end
                                 : (full - o.lr_end) * std::pow(1 - progress, o.power) + o.lr_end;
     case LrSchedule::kInverseSqrt: {
-      const double timescale = o.num_warmup_steps > 0 ? warmup : 10000.0;
-      return full / std::sqrt((s + timescale - warmup) / timescale);
+      const double timescale = o.num_timescale_steps > 0
+                                   ? static_cast<double>(o.num_timescale_steps)
+                               : o.num_warmup_steps > 0 ? warmup
+                                                        : 10000.0;
+      return std::max(full * o.min_lr_ratio,
+                      full / std::sqrt((s + timescale - warmup) / timescale));
     }
-    case LrSchedule::kCosineWithMinLr:
-      return full * (half_cosine(progress) * (1 - o.min_lr_ratio) + o.min_lr_ratio);
     case LrSchedule::kWarmupStableDecay: {
       const double into_decay = s - (total - decay);
       if (into_decay < 0) return full;
       if (into_decay >= decay) return full * o.min_lr_ratio;
-      return full * (half_cosine(into_decay / decay) * (1 - o.min_lr_ratio) + o.min_lr_ratio);
+      return falling(half_cosine(into_decay / decay));
     }
   }
   throw std::invalid_argument("unknown learning rate schedule");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 
 namespace flux {
 
@@ -69,10 +70,66 @@ double sampled_sigma(const TimestepOptions& options,
       options.discrete_flow_shift);
 }
 
-double sampled_sigma(const TimestepOptions& options,
-                     const RandomStream& stream,
-                     int64_t num_image_tokens) {
-  return sampled_sigma(options, stream.uniform(2), stream.normal(0), num_image_tokens);
+namespace {
+
+constexpr double kBelowOne = 1 - 0x1p-53;
+
+double unbounded_sigma(const TimestepOptions& options, double uniform, int64_t num_image_tokens) {
+  // infinite normal values are of no use
+  const double share = std::clamp(uniform, 0x1p-54, kBelowOne);
+  return sampled_sigma(options, uniform, normal_quantile(share), num_image_tokens);
+}
+
+/// The smallest u in [0, 1] where `reached` holds; once it holds it goes on to.
+template <class F>
+double first_where(const F& reached) {
+  if (reached(0)) return 0;
+  if (!reached(kBelowOne)) return 1;
+  double below = 0, above = kBelowOne;
+  for (int i = 0; i < 60; ++i) {
+    const double middle = below + (above - below) / 2;
+    (reached(middle) ? above : below) = middle;
+  }
+  return above;
+}
+
+}  // namespace
+
+double sampled_sigma(const TimestepOptions& options, double uniform, int64_t num_image_tokens) {
+  const auto sigma = [&](double u) { return unbounded_sigma(options, u, num_image_tokens); };
+  if (options.min_timestep <= 0 && options.max_timestep >= 1000) return sigma(uniform);
+  const double low = options.min_timestep / 1000, high = options.max_timestep / 1000;
+  double from = 0, to = 1;
+  if (sigma(kBelowOne) >= sigma(0)) {
+    from = first_where([&](double u) { return sigma(u) >= low; });
+    to = first_where([&](double u) { return sigma(u) > high; });
+  } else {
+    from = first_where([&](double u) { return sigma(u) <= high; });
+    to = first_where([&](double u) { return sigma(u) < low; });
+  }
+  return std::clamp(sigma(std::min(from + uniform * (to - from), kBelowOne)), low, high);
+}
+
+std::vector<double> timestep_uniforms(bool stratified,
+                                      uint64_t seed,
+                                      uint64_t step,
+                                      std::span<const SampleKey> samples) {
+  std::vector<double> draws;
+  for (const SampleKey& sample : samples)
+    draws.push_back(RandomStream(seed, Purpose::kTimestep, sample.epoch, sample.visit).uniform(0));
+  if (!stratified) return draws;
+  std::vector<size_t> order(samples.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t a, size_t b) { return samples[a] < samples[b]; });
+  const auto strata =
+      RandomStream(seed, Purpose::kTimestepStratum, step).permutation(samples.size());
+  const auto n = static_cast<double>(samples.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    double& draw = draws[order[i]];
+    draw = std::min((static_cast<double>(strata[i]) + draw) / n, kBelowOne);
+  }
+  return draws;
 }
 
 }  // namespace flux

@@ -81,6 +81,13 @@ void check_fit(const Options& options, const TrainingData& data, const dit::Conf
                                  show(options.latents)),
                      "leave it out, or cache the latents with --store mean_logvar");
   }
+  if ((options.masked_loss == MaskedLoss::kOn ||
+       options.masked_loss == MaskedLoss::kRenormalised) &&
+      !data.has_loss_masks()) {
+    throw UsageError(
+        fmt::format("--masked-loss has no effect: {} holds no masks", show(options.latents)),
+        "cache the latents of subsets with alpha_mask = true, or leave it out");
+  }
   if (options.prior_loss_weight != 1 && data.num_regularization() == 0) {
     throw UsageError("--prior-loss-weight has no effect: the data set has no regularisation images",
                      "leave it out");
@@ -112,7 +119,9 @@ engine::StepShape step_shape(const Session& session) {
   shape.batch = data.largest_batch();
   shape.micro_batches = session.options.gradient_accumulation;
   shape.text_length = text.t5_length;
-  shape.text_mask = data.text_manifest().recipe.parameters.value("pad_policy", "") == "masked";
+  shape.text_mask = data.has_text_mask();
+  shape.loss_mask = data.has_loss_masks();
+  shape.input_noise = session.options.ip_noise_gamma > 0;
   shape.text_type = data.text_manifest().recipe.parameters.value("dtype", "") == "f32"
                         ? at::kFloat
                         : at::kBFloat16;
@@ -154,6 +163,8 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.clip = o.effective_clip();
   t.max_norm = o.max_grad_norm;
   t.loss = o.loss;
+  t.loss.weighting = o.timesteps.weighting;
+  t.loss.renormalise_mask = o.masked_loss == MaskedLoss::kRenormalised;
   t.several_micro_batches = o.gradient_accumulation > 1;
   t.scratch = o.scratch.empty() ? o.out : o.scratch;
   engine::Residency& r = t.residency;
@@ -186,7 +197,13 @@ Session open_data(const Options& options) {
       DataOptions{.seed = static_cast<uint64_t>(options.seed),
                   .batch_size = options.batch_size,
                   .sample_posterior = options.posterior == Posterior::kSample,
-                  .prior_loss_weight = options.prior_loss_weight});
+                  .prior_loss_weight = options.prior_loss_weight,
+                  .text_mask = options.text_mask == TextMask::kAsCached
+                                   ? std::nullopt
+                                   : std::optional(options.text_mask == TextMask::kOn),
+                  .loss_masks = options.masked_loss != MaskedLoss::kOff,
+                  .input_noise = options.ip_noise_gamma,
+                  .random_input_noise = options.ip_noise_gamma_random_strength});
   const TrainingData& data = *session.data;
   log::info(
       "{} items, {} visits in {} batches an epoch, {} buckets{}{}{}",

@@ -37,21 +37,41 @@ const Choices<SaveDtype> kSaveDtypes{
 const Choices<LrSchedule> kSchedules{{"constant", LrSchedule::kConstant},
                                      {"constant_with_warmup", LrSchedule::kConstantWithWarmup},
                                      {"linear", LrSchedule::kLinear},
-                                     {"cosine", LrSchedule::kCosine}};
+                                     {"cosine", LrSchedule::kCosine},
+                                     {"cosine_with_restarts", LrSchedule::kCosineWithRestarts},
+                                     {"polynomial", LrSchedule::kPolynomial},
+                                     {"inverse_sqrt", LrSchedule::kInverseSqrt},
+                                     {"cosine_with_min_lr", LrSchedule::kCosineWithMinLr},
+                                     {"warmup_stable_decay", LrSchedule::kWarmupStableDecay},
+                                     {"piecewise_constant", LrSchedule::kPiecewiseConstant}};
 const Choices<TimestepSampling> kSamplings{{"flux_shift", TimestepSampling::kFluxShift},
                                            {"shift", TimestepSampling::kShift},
                                            {"sigmoid", TimestepSampling::kSigmoid},
                                            {"uniform", TimestepSampling::kUniform},
                                            {"sigma", TimestepSampling::kSigma}};
-const Choices<WeightingScheme> kDensities{{"none", WeightingScheme::kNone},
-                                          {"logit_normal", WeightingScheme::kLogitNormal},
-                                          {"mode", WeightingScheme::kMode}};
+const Choices<WeightingScheme> kWeightings{{"none", WeightingScheme::kNone},
+                                           {"sigma_sqrt", WeightingScheme::kSigmaSqrt},
+                                           {"cosmap", WeightingScheme::kCosmap},
+                                           {"logit_normal", WeightingScheme::kLogitNormal},
+                                           {"mode", WeightingScheme::kMode},
+                                           // sd-scripts' other word for none
+                                           {"uniform", WeightingScheme::kNone}};
+const Choices<Prediction> kPredictions{{"raw", Prediction::kRaw},
+                                       {"additive", Prediction::kAdditive},
+                                       {"sigma_scaled", Prediction::kSigmaScaled}};
+const Choices<MaskedLoss> kMaskedLosses{{"auto", MaskedLoss::kAuto},
+                                        {"on", MaskedLoss::kOn},
+                                        {"renormalised", MaskedLoss::kRenormalised},
+                                        {"off", MaskedLoss::kOff}};
+const Choices<TextMask> kTextMasks{
+    {"cache", TextMask::kAsCached}, {"on", TextMask::kOn}, {"off", TextMask::kOff}};
 const Choices<LossType> kLosses{{"l2", LossType::kL2},
                                 {"l1", LossType::kL1},
                                 {"huber", LossType::kHuber},
                                 {"smooth_l1", LossType::kSmoothL1}};
 const Choices<HuberSchedule> kHuberSchedules{{"constant", HuberSchedule::kConstant},
-                                             {"exponential", HuberSchedule::kExponential}};
+                                             {"exponential", HuberSchedule::kExponential},
+                                             {"snr", HuberSchedule::kSnr}};
 
 template <class E>
 std::string word(const Choices<E>& choices, E value) {
@@ -69,6 +89,29 @@ void bytes_flag(
       throw UsageError("'" + printable(text) + "' is not a size such as 800MB or 8GiB");
     value = *bytes;
   });
+}
+
+void steps_flag(Tool& tool, const char* name, StepsOrShare& value, const char* help) {
+  tool.flag(name, "N|SHARE", help, "0", [&value](const std::string& text) {
+    const char* const end = text.data() + text.size();
+    StepsOrShare read;
+    const auto whole = std::from_chars(text.data(), end, read.steps);
+    if (whole.ec != std::errc() || whole.ptr != end) {
+      read.steps = 0;
+      const auto part = std::from_chars(text.data(), end, read.share);
+      if (part.ec != std::errc() || part.ptr != end || !(read.share >= 0 && read.share < 1))
+        throw UsageError("'" + printable(text) +
+                         "' is neither a number of steps nor a share of the run such as 0.05");
+    }
+    if (read.steps < 0 || read.steps > 1'000'000'000)
+      throw UsageError("'" + printable(text) + "' is not in [0, 1000000000]");
+    value = read;
+  });
+}
+
+nlohmann::json number_of(const StepsOrShare& value) {
+  if (value.share > 0) return value.share;
+  return value.steps;
 }
 
 void resolution_flag(Tool& tool, Options& o) {
@@ -104,20 +147,35 @@ bool uses_shift(const Options& o) {
   return o.timesteps.sampling == TimestepSampling::kShift ||
          o.timesteps.sampling == TimestepSampling::kSigma;
 }
-bool uses_density(const Options& o) { return o.timesteps.sampling == TimestepSampling::kSigma; }
+bool weighs_loss(const Options& o) {
+  return o.timesteps.weighting == WeightingScheme::kSigmaSqrt ||
+         o.timesteps.weighting == WeightingScheme::kCosmap;
+}
+bool uses_weighting(const Options& o) {
+  return o.timesteps.sampling == TimestepSampling::kSigma || weighs_loss(o) ||
+         o.timesteps.weighting == WeightingScheme::kNone;
+}
 bool uses_logit(const Options& o) {
-  return uses_density(o) && o.timesteps.weighting == WeightingScheme::kLogitNormal;
+  return uses_weighting(o) && o.timesteps.weighting == WeightingScheme::kLogitNormal;
 }
 bool uses_mode(const Options& o) {
-  return uses_density(o) && o.timesteps.weighting == WeightingScheme::kMode;
+  return uses_weighting(o) && o.timesteps.weighting == WeightingScheme::kMode;
 }
 bool uses_huber(const Options& o) {
   return o.loss.type == LossType::kHuber || o.loss.type == LossType::kSmoothL1;
 }
-bool uses_warmup(const Options& o) { return o.lr.schedule != LrSchedule::kConstant; }
-bool needs_num_steps(const Options& o) {
-  return o.lr.schedule == LrSchedule::kLinear || o.lr.schedule == LrSchedule::kCosine;
+bool uses_warmup(const Options& o) {
+  return o.lr.schedule != LrSchedule::kConstant && o.lr.schedule != LrSchedule::kPiecewiseConstant;
 }
+bool needs_num_steps(const Options& o) {
+  return (uses_warmup(o) && o.lr.schedule != LrSchedule::kConstantWithWarmup &&
+          o.lr.schedule != LrSchedule::kInverseSqrt) ||
+         (uses_warmup(o) && o.lr_warmup.share > 0);
+}
+bool uses_min_lr(const Options& o) {
+  return uses_warmup(o) && o.lr.schedule != LrSchedule::kConstantWithWarmup;
+}
+bool has_schedule(const Options& o, LrSchedule schedule) { return o.lr.schedule == schedule; }
 
 }  // namespace
 
@@ -149,8 +207,33 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
   tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
   tool.flag("lr-scheduler", o.lr.schedule, kSchedules, "learning rate over the steps");
-  tool.flag(
-      "lr-warmup-steps", o.lr.num_warmup_steps, "N", "linear rise at the start", 0, 1'000'000'000);
+  steps_flag(tool,
+             "lr-warmup-steps",
+             o.lr_warmup,
+             "linear rise at the start: steps, or a share of --max-steps below 1");
+  steps_flag(tool,
+             "lr-decay-steps",
+             o.lr_decay,
+             "fall at the end of warmup_stable_decay: steps, or a share of --max-steps");
+  tool.flag("min-lr-ratio",
+            o.lr.min_lr_ratio,
+            "X",
+            "of --learning-rate: what a falling schedule ends at",
+            0,
+            1);
+  tool.flag("lr-cycles", o.lr_cycles, "N", "falls of cosine_with_restarts", 1, 1'000'000);
+  tool.flag("lr-power", o.lr.power, "X", "for polynomial", 1e-6, 100);
+  tool.flag("lr-timescale",
+            o.lr.num_timescale_steps,
+            "N",
+            "steps, for inverse_sqrt; 0 = the warm-up, 10000 without one",
+            0,
+            1'000'000'000);
+  tool.flag("lr-step-rules",
+            o.lr.step_rules,
+            "RULES",
+            "for piecewise_constant: 1:10,0.1:20,0.01 is factor 1 before step 10, 0.1 before 20, "
+            "then 0.01");
   tool.flag("weight-decay",
             o.weight_decay,
             "X",
@@ -190,15 +273,62 @@ void add_flags(Options& o, Tool& tool) {
             "for shift and sigma",
             1e-6,
             1000);
-  tool.flag("weighting-scheme", o.timesteps.weighting, kDensities, "density for sigma");
+  tool.flag("weighting-scheme",
+            o.timesteps.weighting,
+            kWeightings,
+            "logit_normal, mode: density for sigma; sigma_sqrt, cosmap: weight of the loss");
   tool.flag("logit-mean", o.timesteps.logit_mean, "X", "for logit_normal", -1000, 1000);
   tool.flag("logit-std", o.timesteps.logit_std, "X", "for logit_normal", 1e-6, 1000);
-  tool.flag("mode-scale", o.timesteps.mode_scale, "X", "for mode", -1000, 1000);
-  tool.flag("loss-type", o.loss.type, kLosses, "difference from the velocity");
+  tool.flag(
+      "mode-scale", o.timesteps.mode_scale, "X", "for mode", kSmallestModeScale, kLargestModeScale);
+  tool.flag("min-timestep",
+            o.timesteps.min_timestep,
+            "X",
+            "noise levels are drawn from this on, of 1000",
+            0,
+            1000);
+  tool.flag("max-timestep", o.timesteps.max_timestep, "X", "and up to this", 0, 1000);
+  tool.flag("stratified-timesteps",
+            o.timesteps.stratified,
+            "spread the noise levels of an update evenly over their law");
+  tool.flag("model-prediction-type",
+            o.loss.prediction,
+            kPredictions,
+            "what the loss compares, output and target alike: velocity, x_t + velocity (the same "
+            "loss), latents");
+  tool.flag("loss-type", o.loss.type, kLosses, "of the difference from the target");
   tool.flag(
       "huber-schedule", o.loss.huber_schedule, kHuberSchedules, "of huber-c over the noise level");
   tool.flag("huber-c", o.loss.huber_c, "X", "for huber and smooth_l1", 1e-9, 1e9);
+  tool.flag("huber-scale", o.loss.huber_scale, "X", "factor of huber-c's schedule", 1e-9, 1e9);
   tool.flag("posterior", o.posterior, kPosteriors, "latents: a draw at each visit, or the mean");
+  tool.flag_or(
+      "masked-loss",
+      "auto|on|renormalised|off",
+      "on",
+      "masks of the latents cache weigh the loss: where there are any (auto, if not "
+      "given); renormalised: by the mask's mean, so that its area does not matter",
+      [&o](const std::string& text) {
+        for (const auto& [known, choice] : kMaskedLosses)
+          if (known == text) {
+            o.masked_loss = choice;
+            return;
+          }
+        throw UsageError("'" + printable(text) + "' is not one of auto|on|renormalised|off");
+      });
+  tool.flag("text-mask",
+            o.text_mask,
+            kTextMasks,
+            "attention leaves out padding of the text; cache: as the text was encoded");
+  tool.flag("ip-noise-gamma",
+            o.ip_noise_gamma,
+            "X",
+            "noise added to the input's noise and not to the target's",
+            0,
+            10);
+  tool.flag("ip-noise-gamma-random-strength",
+            o.ip_noise_gamma_random_strength,
+            "a strength in [0, --ip-noise-gamma) for each visit");
   tool.flag("prior-loss-weight", o.prior_loss_weight, "X", "of regularisation images", 0, 1e6);
   tool.group("machine");
   tool.flag("device", o.device, device_choices(), "where to train");
@@ -279,6 +409,37 @@ void check_plan(const Options& o, const Tool& tool) {
   throw UsageError("--plan does nothing with --resume or --replace", "leave it out");
 }
 
+void check_schedule(const Options& o) {
+  const LrOptions lr = o.effective_lr();
+  if (lr.schedule == LrSchedule::kPiecewiseConstant) {
+    constexpr char kHint[] = "factors with the step each ends at, and one more: 1:500,0.1:800,0.01";
+    if (lr.step_rules.empty())
+      throw UsageError("--lr-scheduler piecewise_constant needs --lr-step-rules", kHint);
+    try {
+      check_step_rules(lr.step_rules);
+    } catch (const std::invalid_argument& error) {
+      throw UsageError(fmt::format("--lr-step-rules: {}", printable(error.what())), kHint);
+    }
+  }
+  if (lr.schedule == LrSchedule::kWarmupStableDecay) {
+    if (lr.num_decay_steps == 0)
+      throw UsageError("--lr-scheduler warmup_stable_decay needs --lr-decay-steps",
+                       "give steps, or a share of the run such as 0.2");
+    if (lr.num_warmup_steps + lr.num_decay_steps > lr.num_steps)
+      throw UsageError(
+          fmt::format("{} steps of warm-up and {} of decay are more than --max-steps {}",
+                      lr.num_warmup_steps,
+                      lr.num_decay_steps,
+                      lr.num_steps),
+          "lower --lr-warmup-steps or --lr-decay-steps");
+  }
+  if (lr.schedule == LrSchedule::kPolynomial && lr.learning_rate <= lr.lr_end)
+    throw UsageError(fmt::format("--lr-scheduler polynomial falls to {}, --learning-rate is {}",
+                                 lr.lr_end,
+                                 lr.learning_rate),
+                     "give a higher --learning-rate, or a --min-lr-ratio below 1");
+}
+
 void check_memory(const Options& o, const Tool& tool) {
   if (o.method == Method::kFull) {
     for (const char* name : {"rank", "alpha", "lora-dtype", "base-precision"})
@@ -304,6 +465,16 @@ double Options::effective_weight_decay() const {
   return weight_decay.value_or(optimizer == OptimizerKind::kAdafactor ? 0 : 0.01);
 }
 
+LrOptions Options::effective_lr() const {
+  LrOptions full = lr;
+  full.num_steps = max_steps;
+  full.num_warmup_steps = lr_warmup.of(max_steps);
+  full.num_decay_steps = lr_decay.of(max_steps);
+  full.num_cycles = static_cast<double>(lr_cycles);
+  if (lr.min_lr_ratio > 0) full.lr_end = lr.min_lr_ratio * lr.learning_rate;
+  return full;
+}
+
 engine::ClipMode Options::effective_clip() const {
   if (max_grad_norm == 0) return engine::ClipMode::kNone;
   return clip.value_or(optimizer == OptimizerKind::kAdafactor ? engine::ClipMode::kNone
@@ -323,19 +494,41 @@ void check(const Options& o, const Tool& tool) {
   const std::vector<std::tuple<const char*, bool, const char*>> dependent{
       {"sigmoid-scale", uses_scale(o), "--timestep-sampling flux_shift, shift or sigmoid"},
       {"discrete-flow-shift", uses_shift(o), "--timestep-sampling shift or sigma"},
-      {"weighting-scheme", uses_density(o), "--timestep-sampling sigma"},
+      {"weighting-scheme", uses_weighting(o), "--timestep-sampling sigma"},
       {"logit-mean", uses_logit(o), "--timestep-sampling sigma --weighting-scheme logit_normal"},
       {"logit-std", uses_logit(o), "--timestep-sampling sigma --weighting-scheme logit_normal"},
       {"mode-scale", uses_mode(o), "--timestep-sampling sigma --weighting-scheme mode"},
       {"huber-schedule", uses_huber(o), "--loss-type huber or smooth_l1"},
       {"huber-c", uses_huber(o), "--loss-type huber or smooth_l1"},
-      {"lr-warmup-steps", uses_warmup(o), "--lr-scheduler constant_with_warmup, linear or cosine"}};
+      {"huber-scale", uses_huber(o), "--loss-type huber or smooth_l1"},
+      {"ip-noise-gamma-random-strength", o.ip_noise_gamma > 0, "--ip-noise-gamma"},
+      {"lr-warmup-steps",
+       uses_warmup(o),
+       "an --lr-scheduler other than constant and piecewise_constant"},
+      {"lr-decay-steps",
+       has_schedule(o, LrSchedule::kWarmupStableDecay),
+       "--lr-scheduler warmup_stable_decay"},
+      {"min-lr-ratio", uses_min_lr(o), "an --lr-scheduler that falls"},
+      {"lr-cycles",
+       has_schedule(o, LrSchedule::kCosineWithRestarts),
+       "--lr-scheduler cosine_with_restarts"},
+      {"lr-power", has_schedule(o, LrSchedule::kPolynomial), "--lr-scheduler polynomial"},
+      {"lr-timescale", has_schedule(o, LrSchedule::kInverseSqrt), "--lr-scheduler inverse_sqrt"},
+      {"lr-step-rules",
+       has_schedule(o, LrSchedule::kPiecewiseConstant),
+       "--lr-scheduler piecewise_constant"}};
   for (const auto& [name, works, needs] : dependent) {
     if (tool.given(name) && !works) {
       throw UsageError(fmt::format("--{} has no effect here", name),
                        fmt::format("it needs {}; or leave it out", needs));
     }
   }
+  if (o.timesteps.min_timestep >= o.timesteps.max_timestep)
+    throw UsageError(fmt::format("--min-timestep {} is not below --max-timestep {}",
+                                 o.timesteps.min_timestep,
+                                 o.timesteps.max_timestep),
+                     "both are of 1000, pure noise");
+  check_schedule(o);
 }
 
 std::string block_inputs_word(engine::InputPlace place) { return word(kInputPlaces, place); }
@@ -353,7 +546,14 @@ nlohmann::json deciding_options(const Options& o) {
                      {"seed", o.seed},
                      {"timestep-sampling", word(kSamplings, o.timesteps.sampling)},
                      {"loss-type", word(kLosses, o.loss.type)},
+                     {"model-prediction-type", word(kPredictions, o.loss.prediction)},
                      {"posterior", word(kPosteriors, o.posterior)},
+                     {"masked-loss", word(kMaskedLosses, o.masked_loss)},
+                     {"text-mask", word(kTextMasks, o.text_mask)},
+                     {"ip-noise-gamma", o.ip_noise_gamma},
+                     {"min-timestep", o.timesteps.min_timestep},
+                     {"max-timestep", o.timesteps.max_timestep},
+                     {"stratified-timesteps", o.timesteps.stratified},
                      {"prior-loss-weight", o.prior_loss_weight},
                      {"guidance", o.guidance.value_or(1)}};
   if (o.method == Method::kLora) {
@@ -361,11 +561,22 @@ nlohmann::json deciding_options(const Options& o) {
     out["alpha"] = o.effective_alpha();
     out["base-precision"] = word(kBases, o.base);
   }
-  if (uses_warmup(o)) out["lr-warmup-steps"] = o.lr.num_warmup_steps;
+  if (uses_warmup(o)) out["lr-warmup-steps"] = number_of(o.lr_warmup);
+  if (uses_min_lr(o)) out["min-lr-ratio"] = o.lr.min_lr_ratio;
+  if (has_schedule(o, LrSchedule::kWarmupStableDecay))
+    out["lr-decay-steps"] = number_of(o.lr_decay);
+  if (has_schedule(o, LrSchedule::kCosineWithRestarts)) out["lr-cycles"] = o.lr_cycles;
+  if (has_schedule(o, LrSchedule::kPolynomial)) out["lr-power"] = o.lr.power;
+  if (has_schedule(o, LrSchedule::kInverseSqrt)) out["lr-timescale"] = o.lr.num_timescale_steps;
+  if (has_schedule(o, LrSchedule::kPiecewiseConstant)) out["lr-step-rules"] = o.lr.step_rules;
+  if (o.ip_noise_gamma > 0)
+    out["ip-noise-gamma-random-strength"] = o.ip_noise_gamma_random_strength;
   if (needs_num_steps(o)) out["max-steps"] = o.max_steps;
   if (uses_scale(o)) out["sigmoid-scale"] = o.timesteps.sigmoid_scale;
   if (uses_shift(o)) out["discrete-flow-shift"] = o.timesteps.discrete_flow_shift;
-  if (uses_density(o)) out["weighting-scheme"] = word(kDensities, o.timesteps.weighting);
+  if (o.timesteps.weighting != WeightingScheme::kNone ||
+      o.timesteps.sampling == TimestepSampling::kSigma)
+    out["weighting-scheme"] = word(kWeightings, o.timesteps.weighting);
   if (uses_logit(o)) {
     out["logit-mean"] = o.timesteps.logit_mean;
     out["logit-std"] = o.timesteps.logit_std;
@@ -374,6 +585,7 @@ nlohmann::json deciding_options(const Options& o) {
   if (uses_huber(o)) {
     out["huber-schedule"] = word(kHuberSchedules, o.loss.huber_schedule);
     out["huber-c"] = o.loss.huber_c;
+    out["huber-scale"] = o.loss.huber_scale;
   }
   return out;
 }

@@ -24,6 +24,21 @@ enum class BasePrecision { kAsComputed, kFp8, kNf4 };
 enum class PlanOutput { kNone, kTable, kJson };
 enum class Precision { kAuto, kF32, kBF16 };
 enum class Posterior { kSample, kMean };
+/// Of loss masks: honoured if there are any; needed; needed, and each sample's loss divided by its mask's mean; ignored.
+enum class MaskedLoss { kAuto, kOn, kRenormalised, kOff };
+/// Whether the transformer's attention leaves out padding of the text.
+enum class TextMask { kAsCached, kOn, kOff };
+
+/// A number of steps, or a share of --max-steps.
+struct StepsOrShare {
+  int64_t steps = 0;
+  double share = 0;  // in (0, 1); 0: steps
+  int64_t of(int64_t total) const {
+    return share > 0 ? static_cast<int64_t>(share * static_cast<double>(total)) : steps;
+  }
+  bool any() const { return steps > 0 || share > 0; }
+};
+
 enum class SaveDtype { kBF16, kF16, kF32 };
 
 /// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps,
@@ -38,7 +53,9 @@ struct Options {
   double alpha = 0;  // 0: as rank
   SaveDtype lora_dtype = SaveDtype::kBF16;
   int64_t max_steps = 0;
-  LrOptions lr;  // num_steps is max_steps
+  LrOptions lr;  // without the numbers of steps: see effective_lr()
+  StepsOrShare lr_warmup, lr_decay;
+  int64_t lr_cycles = 1;
   OptimizerKind optimizer = OptimizerKind::kAdamW;
   std::optional<double> weight_decay;    // nothing: the optimizer's default
   std::optional<engine::ClipMode> clip;  // nothing: global; none for Adafactor, which clips itself
@@ -52,10 +69,14 @@ struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
 
   std::optional<double> guidance;  // nothing: 1, and not read by a model without guidance
-  TimestepOptions timesteps;
+  TimestepOptions timesteps;       // its weighting is the loss's too
   LossOptions loss;
   Posterior posterior = Posterior::kSample;
   double prior_loss_weight = 1;
+  MaskedLoss masked_loss = MaskedLoss::kAuto;
+  TextMask text_mask = TextMask::kAsCached;
+  double ip_noise_gamma = 0;
+  bool ip_noise_gamma_random_strength = false;
 
   int64_t device_memory = 0, host_memory = 0;  // bytes; 0: 90 % and 80 % of what is free
   /// What the user fixed of where weights are; the plan chooses the rest.
@@ -72,6 +93,8 @@ struct Options {
   std::string command_line;  // for provenance
 
   double effective_weight_decay() const;
+  /// With the steps of the whole run, of warm-up and of decay.
+  LrOptions effective_lr() const;
   engine::ClipMode effective_clip() const;
   double effective_alpha() const { return alpha > 0 ? alpha : static_cast<double>(rank); }
 };

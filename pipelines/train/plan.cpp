@@ -342,6 +342,10 @@ ExitCode run_plan(const Options& options) {
   shape.width = options.plan_width;
   shape.height = options.plan_height;
   shape.text_length = options.plan_t5_length;
+  shape.text_mask = options.text_mask == TextMask::kOn;
+  shape.loss_mask = options.masked_loss == MaskedLoss::kOn ||
+                    options.masked_loss == MaskedLoss::kRenormalised;
+  shape.input_noise = options.ip_noise_gamma > 0;
   const Choice choice = choose(options, file.config(), &file, wanted, shape);
   const int64_t blocks = file.num_records();
   if (options.plan == PlanOutput::kJson)

@@ -14,18 +14,27 @@
 namespace flux::train {
 namespace {
 
-at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
-  const int64_t num_tokens = batch.latents.size(2) / 2 * (batch.latents.size(3) / 2);
-  std::vector<float> sigmas;
-  for (const uint64_t visit : batch.visits) {
-    const RandomStream stream(static_cast<uint64_t>(session.options.seed),
-                              Purpose::kTimestep,
-                              static_cast<uint64_t>(batch.epoch),
-                              visit);
-    sigmas.push_back(
-        static_cast<float>(sampled_sigma(session.options.timesteps, stream, num_tokens)));
+/// Of each batch, [B].
+std::vector<at::Tensor> draw_sigmas(const Session& session, std::span<const Batch> batches) {
+  const TimestepOptions& options = session.options.timesteps;
+  std::vector<SampleKey> keys;
+  for (const Batch& batch : batches)
+    for (const uint64_t visit : batch.visits)
+      keys.push_back({static_cast<uint64_t>(batch.epoch), visit});
+  const std::vector<double> draws = timestep_uniforms(options.stratified,
+                                                      static_cast<uint64_t>(session.options.seed),
+                                                      static_cast<uint64_t>(session.step),
+                                                      keys);
+  std::vector<at::Tensor> out;
+  size_t next = 0;
+  for (const Batch& batch : batches) {
+    const int64_t num_tokens = batch.latents.size(2) / 2 * (batch.latents.size(3) / 2);
+    std::vector<float> sigmas;
+    for (int64_t i = 0; i < batch.size(); ++i)
+      sigmas.push_back(static_cast<float>(sampled_sigma(options, draws[next++], num_tokens)));
+    out.push_back(from_values<float>(sigmas, std::vector<int64_t>{batch.size()}));
   }
-  return from_values<float>(sigmas, std::vector<int64_t>{batch.size()});
+  return out;
 }
 
 [[noreturn]] void refuse_not_finite(const Session& session,
@@ -47,30 +56,31 @@ at::Tensor draw_sigmas(const Session& session, const Batch& batch) {
            : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
 }
 
-FlowInputs on_device(const Session& session, const Batch& batch) {
+FlowInputs on_device(const Session& session, const Batch& batch, const at::Tensor& sigma) {
   const auto moved = [&](const at::Tensor& tensor) {
     return tensor.defined() ? tensor.to(session.device) : tensor;
   };
   return {.latents = moved(batch.latents),
           .noise = moved(batch.noise),
-          .sigma = moved(draw_sigmas(session, batch)),
+          .sigma = moved(sigma),
           .prompt_embedding = moved(batch.prompt_embedding),
           .pooled_embedding = moved(batch.pooled_embedding),
           .text_mask = moved(batch.text_mask),
           .loss_mask = moved(batch.loss_mask),
           .loss_weight = moved(batch.loss_weight),
-          .guidance = session.guidance()};
+          .guidance = session.guidance(),
+          .input_noise = moved(batch.input_noise)};
 }
 
 }  // namespace
 
 StepResult train_step(Session& session, std::span<const Batch> batches) {
   std::vector<FlowInputs> inputs;
-  for (const Batch& batch : batches) inputs.push_back(on_device(session, batch));
-  LrOptions lr = session.options.lr;
-  lr.num_steps = session.options.max_steps;
+  const std::vector<at::Tensor> sigmas = draw_sigmas(session, batches);
+  for (size_t i = 0; i < batches.size(); ++i)
+    inputs.push_back(on_device(session, batches[i], sigmas[i]));
   StepResult result;
-  result.learning_rate = learning_rate(lr, session.step);
+  result.learning_rate = learning_rate(session.options.effective_lr(), session.step);
   try {
     const auto trained = session.trainer->step(inputs, session.step + 1, result.learning_rate);
     result.loss = trained.loss;

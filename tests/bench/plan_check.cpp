@@ -116,32 +116,45 @@ Setting draw(int64_t seed, int64_t number) {
   shape.text_mask = below(2);
   shape.loss_mask = below(3) == 0;
   shape.text_type = below(2) ? at::kBFloat16 : at::kFloat;
+  shape.input_noise = below(3) == 0;
+  o.loss.type = std::array{
+      LossType::kL2, LossType::kL2, LossType::kL1, LossType::kHuber}[static_cast<size_t>(below(4))];
+  o.loss.huber_schedule = below(2) ? HuberSchedule::kSnr : HuberSchedule::kExponential;
+  o.loss.prediction = std::array{Prediction::kRaw,
+                                 Prediction::kAdditive,
+                                 Prediction::kSigmaScaled}[static_cast<size_t>(below(3))];
+  o.masked_loss = below(2) ? train::MaskedLoss::kRenormalised : train::MaskedLoss::kAuto;
+  o.timesteps.weighting = below(2) ? WeightingScheme::kCosmap : WeightingScheme::kNone;
   const auto yes = [](bool is, const char* word) { return is ? word : ""; };
-  s.text = fmt::format("{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{} {}/{}res {}kept {}slots{}{}{}",
-                       config.num_parameters() / 1000000,
-                       full ? "full" : fmt::format("lora{}", o.rank),
-                       o.precision == train::Precision::kBF16 ? "bf16" : "f32",
-                       o.base == train::BasePrecision::kFp8   ? "+fp8"
-                       : o.base == train::BasePrecision::kNf4 ? "+nf4"
-                                                              : "",
-                       o.optimizer == train::OptimizerKind::kAdamW       ? "adamw"
-                       : o.optimizer == train::OptimizerKind::kAdamW8bit ? "adamw8bit"
-                                                                         : "adafactor",
-                       static_cast<int>(*o.clip),
-                       shape.width,
-                       shape.height,
-                       shape.batch,
-                       shape.micro_batches,
-                       shape.text_length,
-                       yes(shape.text_mask, "m"),
-                       yes(shape.loss_mask, " lossmask"),
-                       *o.resident_blocks,
-                       num_blocks,
-                       *o.kept_graphs,
-                       *o.ring_slots,
-                       yes(o.stream_adapters, " adapters"),
-                       yes(*o.block_inputs == engine::InputPlace::kDisk, " disk"),
-                       yes(*o.stream_from == engine::StreamFrom::kHost, " host"));
+  s.text = fmt::format(
+      "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}",
+      config.num_parameters() / 1000000,
+      full ? "full" : fmt::format("lora{}", o.rank),
+      o.precision == train::Precision::kBF16 ? "bf16" : "f32",
+      o.base == train::BasePrecision::kFp8   ? "+fp8"
+      : o.base == train::BasePrecision::kNf4 ? "+nf4"
+                                             : "",
+      o.optimizer == train::OptimizerKind::kAdamW       ? "adamw"
+      : o.optimizer == train::OptimizerKind::kAdamW8bit ? "adamw8bit"
+                                                        : "adafactor",
+      static_cast<int>(*o.clip),
+      shape.width,
+      shape.height,
+      shape.batch,
+      shape.micro_batches,
+      shape.text_length,
+      yes(shape.text_mask, "m"),
+      yes(shape.loss_mask, " lossmask"),
+      yes(shape.input_noise, " noise"),
+      static_cast<int>(o.loss.type),
+      static_cast<int>(o.loss.prediction),
+      *o.resident_blocks,
+      num_blocks,
+      *o.kept_graphs,
+      *o.ring_slots,
+      yes(o.stream_adapters, " adapters"),
+      yes(*o.block_inputs == engine::InputPlace::kDisk, " disk"),
+      yes(*o.stream_from == engine::StreamFrom::kHost, " host"));
   return s;
 }
 
@@ -158,6 +171,7 @@ FlowInputs random_batch(const dit::Config& config, const engine::StepShape& s) {
     in.text_mask = at::ones({s.batch, s.text_length}, at::kBool);
     in.text_mask.narrow(1, s.text_length / 2, s.text_length / 2).fill_(false);
   }
+  if (s.input_noise) in.input_noise = at::randn(in.latents.sizes());
   if (s.loss_mask) in.loss_mask = at::rand({s.batch, 1, s.height / 8, s.width / 8});
   return in;
 }

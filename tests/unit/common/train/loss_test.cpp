@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "tests/support/golden.h"
 
 namespace flux {
@@ -74,6 +76,94 @@ TEST(ElementLoss, EqualsTheReferenceForEveryType) {
                                    vector(fmt::format("loss.smooth_l1.{}.per_sample", name))),
               kLimit);
   }
+}
+
+TEST(ElementLoss, SnrScheduleFollowsNoiseOverSignal) {  // formula in double
+  const at::Tensor sigma = at::tensor({0.0f, 0.3f, 1.0f}), d = at::full({3, 1, 2, 2}, 0.7f);
+  const LossOptions options{.type = LossType::kHuber,
+                            .huber_schedule = HuberSchedule::kSnr,
+                            .huber_c = 0.2,
+                            .huber_scale = 3};
+  const at::Tensor got = element_loss(options, d, at::zeros_like(d), sigma, {});
+  for (int64_t i = 0; i < 3; ++i) {
+    const double s = sigma[i].item<double>();
+    const double c = 3 * (s < 1 ? 0.8 / std::pow(1 + s / (1 - s), 2) + 0.2 : 0.2);
+    const double wanted = 2 * c * (std::sqrt(0.7 * 0.7 + c * c) - c);
+    EXPECT_NEAR(got[i].item<double>(), wanted, 1e-6) << s;
+  }
+}
+
+TEST(ElementLoss, HuberScaleMultipliesEverySchedule) {
+  const at::Tensor d = at::full({1, 4}, 0.7f), sigma = at::tensor({0.4f});
+  using enum HuberSchedule;
+  for (const auto& [schedule, c] :
+       {std::pair{kConstant, 0.1}, {kExponential, std::pow(0.1, 0.4)}}) {
+    const LossOptions options{
+        .type = LossType::kSmoothL1, .huber_schedule = schedule, .huber_scale = 2};
+    const double wanted = 2 * (std::sqrt(0.7 * 0.7 + 4 * c * c) - 2 * c);
+    EXPECT_NEAR(
+        element_loss(options, d, at::zeros_like(d), sigma, {}).item<double>(), wanted, 1e-6);
+  }
+}
+
+TEST(ElementLoss, RenormalisedDoesNotDependOnTheAreaOfTheMask) {
+  const at::Tensor prediction = at::tensor({1.0f, 2.0f, 3.0f, 4.0f}).view({2, 1, 1, 2}),
+                   mask = at::tensor({1.0f, 0.5f, 0.0f, 0.0f}).view({2, 1, 1, 2});
+  const at::Tensor loss = element_loss(
+      {.renormalise_mask = true}, prediction, at::zeros_like(prediction), at::zeros({2}), mask);
+  EXPECT_TRUE(at::allclose(loss, at::tensor({2.0f, 0.0f})));  // (1 * 1 + 4 * 0.5) / 1.5; no mask
+  const at::Tensor same = at::ones({1, 1, 4, 4});
+  for (const int64_t rows : {1, 2, 4}) {
+    at::Tensor area = at::zeros({1, 1, 4, 4});
+    area.narrow(2, 0, rows).fill_(1);
+    EXPECT_FLOAT_EQ(
+        element_loss({.renormalise_mask = true}, same, at::zeros_like(same), at::zeros({1}), area)
+            .item<float>(),
+        1);
+  }
+}
+
+TEST(LossPerSample, WeightsWhateverIsPredicted) {
+  const at::Tensor output = at::ones({2, 4}), zero = at::zeros({2, 4}),
+                   sigma = at::tensor({0.5f, 0.0f});
+  using enum WeightingScheme;
+  const auto with = [&](WeightingScheme scheme) {
+    return loss_per_sample({.weighting = scheme}, output, zero, zero, sigma, {});
+  };
+  EXPECT_TRUE(at::equal(with(kNone), at::ones({2})));
+  EXPECT_TRUE(at::equal(with(kMode), at::ones({2})));                     // a density, not a weight
+  EXPECT_TRUE(at::allclose(with(kSigmaSqrt), at::tensor({4.0f, 1e6f})));  // finite at sigma 0
+  EXPECT_TRUE(at::allclose(with(kCosmap), loss_weights(kCosmap, sigma)));
+  EXPECT_FALSE(at::allclose(with(kCosmap), at::ones({2})));
+}
+
+TEST(ElementLoss, L1HasTheSignAsGradient) {
+  const at::Tensor d = at::tensor({2.0f, 0.0f, -3.0f, 1.0f}).view({1, 4}).requires_grad_(true);
+  element_loss({.type = LossType::kL1}, d, at::zeros({1, 4}), at::zeros({1}), {}).sum().backward();
+  EXPECT_TRUE(at::equal(d.grad(), at::tensor({0.25f, 0.0f, -0.25f, 0.25f}).view({1, 4})));
+}
+
+TEST(ElementLoss, RunsOnMetaWhateverTheType) {  // plans are made there
+  const auto meta = at::TensorOptions().device(at::kMeta);
+  const at::Tensor d = at::empty({2, 4}, meta), sigma = at::empty({2}, meta);
+  using enum HuberSchedule;
+  for (const LossType type : {LossType::kL2, LossType::kL1, LossType::kHuber, LossType::kSmoothL1})
+    for (const HuberSchedule schedule : {kConstant, kExponential, kSnr})
+      for (const WeightingScheme weighting :
+           {WeightingScheme::kNone, WeightingScheme::kSigmaSqrt, WeightingScheme::kCosmap})
+        for (const bool renormalise : {false, true})
+          EXPECT_EQ(loss_per_sample({.prediction = Prediction::kSigmaScaled,
+                                     .weighting = weighting,
+                                     .type = type,
+                                     .huber_schedule = schedule,
+                                     .renormalise_mask = renormalise},
+                                    d,
+                                    d,
+                                    d,
+                                    sigma,
+                                    d)
+                        .sizes(),
+                    (at::IntArrayRef{2}));
 }
 
 TEST(ElementLoss, RefusesShapesThatDisagree) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -48,7 +49,46 @@ TEST(LearningRate, EqualsTheReferenceOnEveryRow) {
   }
 }
 
+TEST(LearningRate, FallsToTheSmallestRateAsked) {  // formulas in double
+  using enum LrSchedule;
+  for (const LrSchedule schedule :
+       {kLinear, kCosine, kCosineWithRestarts, kCosineWithMinLr, kInverseSqrt}) {
+    LrOptions options{.schedule = schedule,
+                      .learning_rate = 2e-3,
+                      .num_steps = 100,
+                      .num_warmup_steps = 10,
+                      .num_cycles = 2};
+    LrOptions floored = options;
+    floored.min_lr_ratio = 0.25;
+    for (int64_t step = 0; step <= 100; ++step) {
+      const double plain = learning_rate(options, step);
+      const double wanted = step < 10                  ? plain
+                            : schedule == kInverseSqrt ? std::max(0.5e-3, plain)
+                                                       : plain * 0.75 + 0.5e-3;
+      EXPECT_NEAR(learning_rate(floored, step), wanted, 1e-15)
+          << static_cast<int>(schedule) << " step " << step;
+    }
+  }
+}
+
+TEST(LearningRate, InverseSqrtTakesATimeScale) {
+  const LrOptions options{.schedule = LrSchedule::kInverseSqrt,
+                          .learning_rate = 1e-3,
+                          .num_warmup_steps = 10,
+                          .num_timescale_steps = 40};
+  for (const int64_t step : {10, 11, 50, 1000})
+    EXPECT_NEAR(learning_rate(options, step),
+                1e-3 / std::sqrt((static_cast<double>(step) + 30) / 40),
+                1e-15);
+  LrOptions bare{.schedule = LrSchedule::kInverseSqrt, .learning_rate = 1e-3};
+  EXPECT_NEAR(learning_rate(bare, 10000), 1e-3 / std::sqrt(2), 1e-15);
+}
+
 TEST(LearningRate, RefusesStepRulesItCannotRead) {
+  EXPECT_NO_THROW(check_step_rules("1:10,0.1:20,0.005"));
+  for (const char* rules : {"", "1:x,0.1", "1:10", "a", "1:10:20,0.1", "1:10,0.1:20,x"}) {
+    EXPECT_THROW(check_step_rules(rules), std::invalid_argument) << rules;
+  }
   for (const char* rules : {"", "1:x,0.1", "1:10", "a"}) {
     EXPECT_THROW(
         learning_rate({.schedule = LrSchedule::kPiecewiseConstant, .step_rules = rules}, 20),

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "common/train/sampler.h"
@@ -68,12 +69,111 @@ TEST(SampledSigma, StaysWithinZeroAndOneForExtremeDraws) {
   }
 }
 
-TEST(SampledSigma, DrawsDependOnTheStreamAlone) {
-  const RandomStream stream(7, Purpose::kTimestep, 3, 42);
-  EXPECT_EQ(sampled_sigma({}, stream, 1024),
-            sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 3, 42), 1024));
-  EXPECT_NE(sampled_sigma({}, stream, 1024),
-            sampled_sigma({}, RandomStream(7, Purpose::kTimestep, 4, 42), 1024));
+const std::vector<TimestepOptions>& laws() {
+  using enum TimestepSampling;
+  using enum WeightingScheme;
+  static const std::vector<TimestepOptions> all{
+      {.sampling = kUniform},
+      {.sampling = kSigmoid},
+      {.sampling = kShift},
+      {.sampling = kFluxShift},
+      {.sampling = kSigma},
+      {.sampling = kSigma, .weighting = kLogitNormal, .logit_mean = 0.5},
+      {.sampling = kSigma, .weighting = kMode, .mode_scale = kLargestModeScale},
+      {.sampling = kSigma, .weighting = kMode, .mode_scale = kSmallestModeScale}};
+  return all;
+}
+
+TEST(SampledSigma, OneUniformDrawIsBothDraws) {
+  for (const TimestepOptions& law : laws())
+    for (const double u : {0.001, 0.3, 0.5, 0.999})
+      EXPECT_EQ(sampled_sigma(law, u, 1024), sampled_sigma(law, u, normal_quantile(u), 1024));
+  // the quantile of 0 is infinite; draws near the ends must be numbers in range
+  for (const TimestepOptions& law : laws())
+    for (const double u : {0.0, 1 - 0x1p-53}) {
+      EXPECT_GE(sampled_sigma(law, u, 1024), 0);
+      EXPECT_LE(sampled_sigma(law, u, 1024), 1);
+    }
+}
+
+TEST(SampledSigma, BoundsKeepTheShapeOfTheLawBetweenThem) {
+  constexpr int kDraws = 4000;
+  for (size_t i = 0; i < laws().size(); ++i) {
+    SCOPED_TRACE(i);
+    TimestepOptions bounded = laws()[i];
+    bounded.min_timestep = 250, bounded.max_timestep = 700;
+    std::vector<double> within, got;
+    for (int k = 0; k < kDraws; ++k) {
+      const double u = (k + 0.5) / kDraws;
+      const double free = sampled_sigma(laws()[i], u, 1024);
+      if (free >= 0.25 && free <= 0.7) within.push_back(free);
+      got.push_back(sampled_sigma(bounded, u, 1024));
+    }
+    std::ranges::sort(within);
+    std::ranges::sort(got);
+    ASSERT_GT(within.size(), 200u);
+    EXPECT_GE(got.front(), 0.25);
+    EXPECT_LE(got.back(), 0.7);
+    for (const double share : {0.05, 0.25, 0.5, 0.75, 0.95}) {  // quantiles of the truncated law
+      const auto at = [share](const std::vector<double>& v) {
+        return v[static_cast<size_t>(share * static_cast<double>(v.size() - 1))];
+      };
+      EXPECT_NEAR(at(got), at(within), 0.005) << share;
+    }
+  }
+}
+
+TEST(SampledSigma, ALawThatNeverComesBetweenTheBoundsGivesOne) {
+  const TimestepOptions far{.sampling = TimestepSampling::kSigmoid,
+                            .sigmoid_scale = 0.01,
+                            .min_timestep = 900,
+                            .max_timestep = 950};
+  EXPECT_NEAR(sampled_sigma(far, 0.5, 1024), 0.9, 0.05);
+}
+
+std::vector<SampleKey> some_samples(uint64_t n) {
+  std::vector<SampleKey> out;
+  for (uint64_t i = 0; i < n; ++i) out.push_back({i / 5, (i * 7919 + 13) % 1000});
+  return out;
+}
+
+TEST(TimestepUniforms, DependOnSeedEpochAndVisitAlone) {
+  const auto samples = some_samples(6);
+  const auto draws = timestep_uniforms(false, 7, 1, samples);
+  EXPECT_EQ(draws, timestep_uniforms(false, 7, 2, samples));
+  EXPECT_NE(draws, timestep_uniforms(false, 8, 1, samples));
+  EXPECT_EQ(timestep_uniforms(false, 7, 1, std::span(samples).subspan(3, 1))[0], draws[3]);
+  EXPECT_NE(timestep_uniforms(false, 7, 1, std::vector<SampleKey>{{1, 42}}),
+            timestep_uniforms(false, 7, 1, std::vector<SampleKey>{{2, 42}}));
+}
+
+TEST(TimestepUniforms, StratifiedOnesFallOneIntoEachStratum) {
+  for (const uint64_t n : {1, 2, 3, 8, 33}) {
+    for (uint64_t step = 0; step < 20; ++step) {
+      std::vector<int> hits(n, 0);
+      for (const double u : timestep_uniforms(true, 7, step, some_samples(n))) {
+        ASSERT_GE(u, 0);
+        ASSERT_LT(u, 1);
+        ++hits[static_cast<size_t>(u * static_cast<double>(n))];
+      }
+      EXPECT_EQ(hits, std::vector<int>(n, 1)) << n << " samples, step " << step;
+    }
+  }
+}
+
+TEST(TimestepUniforms, StratifiedOnesDoNotDependOnTheOrderOfSamplesButOnTheStep) {
+  auto samples = some_samples(8);
+  const auto draws = timestep_uniforms(true, 7, 3, samples);
+  std::ranges::reverse(samples);  // as another split into micro-batches might hand them over
+  auto reversed = timestep_uniforms(true, 7, 3, samples);
+  std::ranges::reverse(reversed);
+  EXPECT_EQ(draws, reversed);
+  EXPECT_NE(draws, timestep_uniforms(true, 7, 4, some_samples(8)));
+  // over many steps a sample is in all strata alike
+  std::vector<int> hits(4, 0);
+  for (uint64_t step = 0; step < 2000; ++step)
+    ++hits[static_cast<size_t>(4 * timestep_uniforms(true, 7, step, some_samples(4))[2])];
+  for (const int hit : hits) EXPECT_NEAR(hit, 500, 80);
 }
 
 TEST(FluxShiftMu, IsTheLineOfTheReference) {

@@ -55,6 +55,13 @@ TEST(TrainOptions, DefaultsTrainFluxProperly) {
                             {"timestep-sampling", "flux_shift"},
                             {"sigmoid-scale", 1.0},
                             {"loss-type", "l2"},
+                            {"model-prediction-type", "raw"},
+                            {"masked-loss", "auto"},
+                            {"text-mask", "cache"},
+                            {"ip-noise-gamma", 0.0},
+                            {"min-timestep", 0.0},
+                            {"max-timestep", 1000.0},
+                            {"stratified-timesteps", false},
                             {"posterior", "sample"},
                             {"prior-loss-weight", 1.0}}));
   EXPECT_EQ(options.guidance, std::nullopt);
@@ -127,6 +134,15 @@ TEST(TrainOptions, RefusesFlagsThatCannotTakeEffect) {
       {{"--mode-scale", "1"}, {"--timestep-sampling", "sigma"}},
       {{"--huber-c", "1"}, {"--loss-type", "l1"}},
       {{"--huber-schedule", "constant"}, {"--loss-type", "l2"}},
+      {{"--huber-scale", "2"}, {"--loss-type", "l2"}},
+      {{"--ip-noise-gamma-random-strength"}, {}},
+      {{"--lr-decay-steps", "3"}, {"--lr-scheduler", "cosine"}},
+      {{"--min-lr-ratio", "0.1"}, {"--lr-scheduler", "constant_with_warmup"}},
+      {{"--lr-cycles", "2"}, {"--lr-scheduler", "cosine"}},
+      {{"--lr-power", "2"}, {"--lr-scheduler", "linear"}},
+      {{"--lr-timescale", "2"}, {"--lr-scheduler", "linear"}},
+      {{"--lr-step-rules", "1:2,3"}, {"--lr-scheduler", "linear"}},
+      {{"--lr-warmup-steps", "3"}, {"--lr-scheduler", "piecewise_constant"}},
       {{"--lr-warmup-steps", "3"}, {"--lr-scheduler", "constant"}}};
   for (const auto& [flag, setting] : cases) {
     std::vector<std::string> arguments = flag;
@@ -135,6 +151,78 @@ TEST(TrainOptions, RefusesFlagsThatCannotTakeEffect) {
   }
   EXPECT_EQ(message_of({"--discrete-flow-shift", "2", "--timestep-sampling", "shift"}), "no error");
   EXPECT_EQ(message_of({"--huber-c", "1", "--loss-type", "huber"}), "no error");
+}
+
+TEST(TrainOptions, WeightsOfTheLossNeedNoTable) {
+  EXPECT_EQ(message_of({"--weighting-scheme", "cosmap"}), "no error");
+  EXPECT_EQ(parse({"--weighting-scheme", "uniform"}).timesteps.weighting, WeightingScheme::kNone);
+  EXPECT_EQ(deciding_options(parse({"--weighting-scheme", "sigma_sqrt"}))["weighting-scheme"],
+            "sigma_sqrt");
+}
+
+TEST(TrainOptions, WarmUpAndDecayAreStepsOrSharesOfTheRun) {
+  const auto lr = [](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(),
+                     {"--lr-scheduler", "warmup_stable_decay", "--max-steps", "200"});
+    arguments.insert(arguments.end(), kNeeded.begin(), kNeeded.end() - 2);
+    return parse(arguments, false).effective_lr();
+  };
+  EXPECT_EQ(lr({"--lr-warmup-steps", "0.05", "--lr-decay-steps", "0.5"}).num_warmup_steps, 10);
+  EXPECT_EQ(lr({"--lr-warmup-steps", "0.05", "--lr-decay-steps", "0.5"}).num_decay_steps, 100);
+  EXPECT_EQ(lr({"--lr-warmup-steps", "7", "--lr-decay-steps", "3"}).num_warmup_steps, 7);
+  for (const char* wrong : {"1.5", "-1", "x", "nan", "1.0", ""})
+    EXPECT_THAT(message_of({"--lr-scheduler", "linear", std::string("--lr-warmup-steps=") + wrong}),
+                testing::HasSubstr("lr-warmup-steps"))
+        << wrong;
+}
+
+TEST(TrainOptions, RefusesSchedulesThatCannotBe) {
+  EXPECT_THAT(message_of({"--lr-scheduler", "piecewise_constant"}),
+              testing::HasSubstr("needs --lr-step-rules"));
+  EXPECT_THAT(message_of({"--lr-scheduler", "piecewise_constant", "--lr-step-rules", "1:5"}),
+              testing::HasSubstr("--lr-step-rules"));
+  EXPECT_THAT(message_of({"--lr-scheduler", "warmup_stable_decay"}),
+              testing::HasSubstr("needs --lr-decay-steps"));
+  EXPECT_THAT(message_of({"--lr-scheduler",
+                          "warmup_stable_decay",
+                          "--lr-decay-steps",
+                          "4",
+                          "--lr-warmup-steps",
+                          "2"}),
+              testing::HasSubstr("more than --max-steps 5"));
+  EXPECT_THAT(message_of({"--lr-scheduler", "polynomial", "--learning-rate", "1e-8"}),
+              testing::HasSubstr("polynomial falls to 1e-07"));
+  EXPECT_EQ(
+      message_of(
+          {"--lr-scheduler", "polynomial", "--learning-rate", "1e-8", "--min-lr-ratio", "0.1"}),
+      "no error");
+  EXPECT_THAT(message_of({"--min-timestep", "600", "--max-timestep", "600"}),
+              testing::HasSubstr("--min-timestep 600 is not below"));
+}
+
+TEST(TrainOptions, EveryScheduleAndObjectiveSurvivesRunToml) {
+  test::TemporaryFolder folder;
+  const std::vector<std::vector<std::string>> cases{
+      {"--lr-scheduler", "cosine_with_restarts", "--lr-cycles", "3", "--min-lr-ratio", "0.1"},
+      {"--lr-scheduler", "polynomial", "--lr-power", "2", "--lr-warmup-steps", "0.2"},
+      {"--lr-scheduler", "inverse_sqrt", "--lr-timescale", "9"},
+      {"--lr-scheduler", "cosine_with_min_lr", "--min-lr-ratio", "0.1"},
+      {"--lr-scheduler", "warmup_stable_decay", "--lr-decay-steps", "2"},
+      {"--lr-scheduler", "piecewise_constant", "--lr-step-rules", "1:2,0.1"},
+      {"--loss-type", "huber", "--huber-schedule", "snr", "--huber-scale", "2"},
+      {"--model-prediction-type", "sigma_scaled", "--weighting-scheme", "cosmap"},
+      {"--masked-loss"},
+      {"--masked-loss=renormalised", "--text-mask", "off"},
+      {"--ip-noise-gamma", "0.1", "--ip-noise-gamma-random-strength"},
+      {"--min-timestep", "100", "--max-timestep", "900", "--stratified-timesteps"}};
+  for (const auto& arguments : cases) {
+    SCOPED_TRACE(arguments[0] + (arguments.size() > 1 ? " " + arguments[1] : ""));
+    const Options first = parse(arguments);
+    EXPECT_NE(deciding_options(first), deciding_options(parse({})));
+    const Options again =
+        parse({"--config", folder.write("run.toml", run_toml(first)).string()}, false);
+    EXPECT_EQ(deciding_options(first), deciding_options(again));
+  }
 }
 
 TEST(TrainOptions, RunTomlGivesTheSameOptionsAgain) {
