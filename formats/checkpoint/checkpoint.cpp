@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <memory>
+#include <stdexcept>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -13,6 +15,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/hash.h"
+#include "common/core/log.h"
 #include "common/core/text.h"
 
 namespace flux::checkpoint {
@@ -22,10 +25,15 @@ namespace fs = std::filesystem;
 
 constexpr char kStateName[] = "state.json";
 constexpr uint64_t kMaxStateBytes = 64 << 20;
-constexpr char kDamagedHint[] = "move that folder away to resume from the one before it";
+
+/// A checkpoint that is not whole, or not what was written.
+struct Damage : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 [[noreturn]] void fail(const char* what, const fs::path& path, const std::error_code& error) {
-  throw ResourceError(fmt::format("{}: {}: {}", show(path), what, error.message()));
+  throw ResourceError(fmt::format("{}: {}: {}", show(path), what, error.message()),
+                      write_failure_hint(error.value()));
 }
 
 std::optional<int64_t> step_of(const std::string& name) {
@@ -44,6 +52,9 @@ std::vector<fs::path> entries(const fs::path& folder) {
   std::error_code error;
   for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
     out.push_back(at->path());
+  if (error == std::errc::not_a_directory)
+    throw ResourceError(fmt::format("{}: is or lies in a file, not a folder", show(folder)),
+                        "give a folder for the run, which may be new");
   if (error && error != std::errc::no_such_file_or_directory)
     fail("cannot be listed", folder, error);
   return out;
@@ -82,30 +93,66 @@ FileSum sum_of(const fs::path& path) {
   return sum;
 }
 
+/// What is wrong, without the hint: it is not the user's file.
+std::string reason_of(const InputError& error) { return split(error.what(), '\n').front(); }
+
 void check_files(const Checkpoint& checkpoint) {
   const auto files = checkpoint.state.value("files", nlohmann::json::object());
   for (const auto& [name, expected] : files.items()) {
     const fs::path path = checkpoint.folder / name;
-    const auto refuse = [&](const char* what, const nlohmann::json& found) {
-      throw CacheError(fmt::format("{}: damaged: {} {}, state.json says {}",
-                                   show(path),
-                                   what,
-                                   found.dump(),
-                                   expected.value(what, nlohmann::json()).dump()),
-                       kDamagedHint);
+    const auto require = [&](const char* what, const nlohmann::json& found) {
+      const nlohmann::json wanted = expected.value(what, nlohmann::json());
+      if (found != wanted)
+        throw Damage(fmt::format("{}: damaged: {} {}, state.json says {}",
+                                 show(path),
+                                 what,
+                                 found.dump(),
+                                 wanted.dump()));
     };
     try {
       const FileSum sum = sum_of(path);
-      if (const nlohmann::json bytes = sum.bytes;
-          bytes != expected.value("bytes", nlohmann::json()))
-        refuse("bytes", bytes);
-      if (const nlohmann::json hash = sum.xxh3_128;
-          hash != expected.value("xxh3_128", nlohmann::json()))
-        refuse("xxh3_128", hash);
+      require("bytes", sum.bytes);
+      require("xxh3_128", sum.xxh3_128);
     } catch (const InputError& error) {
-      throw CacheError(error.what(), kDamagedHint);
+      throw Damage(reason_of(error));
     }
   }
+}
+
+/// Throws Damage, and CacheError for another schema.
+Checkpoint read_checkpoint(const fs::path& run, int64_t step) {
+  Checkpoint found{run / step_name(step), step, nullptr};
+  const fs::path file = found.folder / kStateName;
+  const auto damaged = [&](const std::string& what) {
+    throw Damage(fmt::format("{}: {}", show(file), what));
+  };
+  try {
+    found.state = nlohmann::json::parse(read_file(file, kMaxStateBytes));
+  } catch (const InputError& error) {
+    throw Damage(reason_of(error));
+  } catch (const nlohmann::json::exception&) {
+    damaged("is not JSON");
+  }
+  if (!found.state.is_object() || found.state.value("format", nlohmann::json()) != kFormat)
+    damaged("is not a state of flux-train");
+  const auto version = found.state.value("schema_version", nlohmann::json());
+  if (version != kSchemaVersion)
+    throw CacheError(fmt::format("{}: schema {}, this build reads {}",
+                                 show(file),
+                                 printable(version.dump()),
+                                 kSchemaVersion),
+                     "use the version that wrote it, or move that folder away to resume from the "
+                     "one before it");
+  if (found.state.value("step", nlohmann::json()) != step)
+    damaged(fmt::format("is of step {}, not {}",
+                        printable(found.state.value("step", nlohmann::json()).dump()),
+                        step));
+  const auto sum = found.state.value("checksum", nlohmann::json());
+  if (const auto actual = checksum(found.state); sum != actual)
+    damaged(fmt::format(
+        "damaged or edited: checksum {}, its content has {}", printable(sum.dump()), actual));
+  check_files(found);
+  return found;
 }
 
 std::map<std::string_view, std::span<const std::byte>> bytes_by_name(
@@ -213,43 +260,22 @@ fs::path Writer::commit(nlohmann::json state) {
   return folder;
 }
 
-Checkpoint read_latest(const fs::path& run) {
+std::optional<Checkpoint> read_latest(const fs::path& run) {
   const std::vector<int64_t> steps = steps_in(run);
-  if (steps.empty()) {
-    throw CacheError(fmt::format("{}: no checkpoint to resume from", show(run)),
-                     "leave out --resume to start a new run");
+  std::string newest;  // what is wrong with it
+  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+    try {
+      return read_checkpoint(run, *step);
+    } catch (const Damage& damage) {
+      if (newest.empty()) newest = damage.what();
+      if (std::next(step) != steps.rend())
+        log::warn("{}; the checkpoint before it is looked at", damage.what());
+    }
   }
-  Checkpoint found{run / step_name(steps.back()), steps.back(), nullptr};
-  const fs::path file = found.folder / kStateName;
-  const auto refuse = [&](const std::string& what) {
-    throw CacheError(fmt::format("{}: {}", show(file), what), kDamagedHint);
-  };
-  try {
-    found.state = nlohmann::json::parse(read_file(file, kMaxStateBytes));
-  } catch (const InputError& error) {
-    throw CacheError(error.what());
-  } catch (const nlohmann::json::exception&) {
-    refuse("is not JSON");
-  }
-  if (!found.state.is_object() || found.state.value("format", nlohmann::json()) != kFormat)
-    refuse("is not a state of flux-train");
-  const auto version = found.state.value("schema_version", nlohmann::json());
-  if (version != kSchemaVersion) {
-    refuse(
-        fmt::format("schema {}, this build reads {}", printable(version.dump()), kSchemaVersion));
-  }
-  if (found.state.value("step", nlohmann::json()) != found.step) {
-    refuse(fmt::format("is of step {}, not {}",
-                       printable(found.state.value("step", nlohmann::json()).dump()),
-                       found.step));
-  }
-  const auto sum = found.state.value("checksum", nlohmann::json());
-  if (const auto actual = checksum(found.state); sum != actual) {
-    refuse(fmt::format(
-        "damaged or edited: checksum {}, its content has {}", printable(sum.dump()), actual));
-  }
-  check_files(found);
-  return found;
+  if (steps.empty()) return std::nullopt;
+  throw CacheError(
+      fmt::format("{}{}", newest, steps.size() > 1 ? "; no older checkpoint is good either" : ""),
+      "bring back the files as they were, or start anew with --replace, which moves the run aside");
 }
 
 LoraHashes lora_hashes(std::span<const Tensor> tensors, const safetensors::Metadata& metadata) {

@@ -76,9 +76,10 @@ struct Checkpoint {
   int64_t step = 0;
   nlohmann::json state;
 };
-/// The one of the highest step, every byte of it checked. Throws CacheError: none there, state.json
-/// or another of its files absent or damaged, not ours or of another schema.
-Checkpoint read_latest(const std::filesystem::path& run);
+/// The newest good one, every byte of it checked; each damaged one that is newer is named in a warning. Nothing if the
+/// folder holds no checkpoint. Throws CacheError: all of them are damaged (state.json or another of its files absent or
+/// not what it was), naming the newest; the newest is of another schema.
+std::optional<Checkpoint> read_latest(const std::filesystem::path& run);
 
 /// sd-scripts' hashes of a LoRA file, as metadata has them.
 struct LoraHashes {

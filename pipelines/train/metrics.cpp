@@ -17,7 +17,9 @@ namespace flux::train {
 namespace {
 
 [[noreturn]] void fail(const std::filesystem::path& file) {
-  throw ResourceError(fmt::format("{}: cannot be written: {}", show(file), std::strerror(errno)));
+  const int number = errno;
+  throw ResourceError(fmt::format("{}: cannot be written: {}", show(file), std::strerror(number)),
+                      write_failure_hint(number));
 }
 
 }  // namespace

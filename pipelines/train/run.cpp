@@ -35,6 +35,7 @@ void check_out(const Options& options) {
 // After all inputs were found good, so that a run that cannot start moves nothing.
 void prepare_out(const Options& options) {
   if (options.resume) {
+    make_folder(options.out);
     checkpoint::remove_leftovers(options.out);
   } else if (const auto moved = checkpoint::start_run(options.out)) {
     log::info("moved the run that was there to {}", show(*moved));
@@ -117,6 +118,9 @@ Report run_in_memory(const Options& options) {
   std::optional<checkpoint::Checkpoint> resumed;
   if (options.resume) {
     resumed = checkpoint::read_latest(options.out);
+    if (!resumed) log::info("{}: no checkpoint is there: a new run", show(options.out));
+  }
+  if (resumed) {
     session.position = position_of(*resumed);
     session.step = resumed->step;
     if (session.step > options.max_steps) {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/core/disk.h"
 #include "common/core/error.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
@@ -113,6 +114,10 @@ void save_trained(Session& session, checkpoint::Writer& writer) {
     for (const auto& state : session.trainer->optimizer().state_layout(shape, type))
       states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
   }
+  uint64_t needed = 0;
+  for (const auto* specs : {&weights, &states})
+    for (const auto& spec : *specs) needed += safetensors::tensor_bytes(spec.dtype, spec.shape);
+  require_free_space(session.options.out, needed);  // rather than to find out at the end
   {
     std::optional<safetensors::ScatteredWriter> model;
     if (full) model.emplace(writer.path_of(kModelName), weights, model_metadata(session));

@@ -50,7 +50,7 @@ TEST(Checkpoint, IsReadBackFromTheHighestStep) {
   save(run.path(), 1'000'000, {{"seed", 7}});
   save(run.path(), 500);
   EXPECT_THAT(steps_in(run.path()), ElementsAre(9, 500, 1'000'000));
-  const Checkpoint found = read_latest(run.path());
+  const Checkpoint found = read_latest(run.path()).value();
   EXPECT_EQ(found.step, 1'000'000);
   EXPECT_EQ(found.folder, run / "step-1000000");
   EXPECT_EQ(found.state.at("seed"), 7);
@@ -72,7 +72,7 @@ TEST(Checkpoint, RefusesEveryFlippedBit) {
       EXPECT_THROW(read_latest(run.path()), CacheError) << name << " byte " << i;
     }
     write_file_atomic(file, good);
-    EXPECT_EQ(read_latest(run.path()).step, 7);
+    EXPECT_EQ(read_latest(run.path())->step, 7);
     std::filesystem::remove(file);
     EXPECT_THROW(read_latest(run.path()), CacheError) << name;
   }
@@ -92,7 +92,7 @@ TEST(Checkpoint, MakesRoomForTheSameStep) {
   TemporaryFolder run;
   save(run.path(), 5);
   save(run.path(), 5, {{"seed", 2}});
-  EXPECT_EQ(read_latest(run.path()).state.at("seed"), 2);
+  EXPECT_EQ(read_latest(run.path())->state.at("seed"), 2);
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(run.path()), {}), 1);
 }
 
@@ -104,7 +104,21 @@ TEST(Checkpoint, IgnoresFoldersThatAreNoCheckpoints) {
   }
   EXPECT_TRUE(steps_in(run.path()).empty());
   EXPECT_TRUE(steps_in(run / "absent").empty());
-  EXPECT_THROW(read_latest(run.path()), CacheError);
+  EXPECT_EQ(read_latest(run.path()), std::nullopt);
+}
+
+TEST(StartRun, NamesAFileInTheWayAndWhatToDo) {
+  TemporaryFolder folder;
+  folder.write("plain", "a file");
+  for (const char* name : {"plain", "plain/below"}) {
+    try {
+      start_run(folder / name);
+      ADD_FAILURE() << name;
+    } catch (const ResourceError& error) {
+      EXPECT_THAT(error.what(),
+                  AllOf(HasSubstr(name), HasSubstr("not a folder"), HasSubstr("hint:")));
+    }
+  }
 }
 
 TEST(StartRun, MovesAnOldRunAsideAndCleansUp) {
@@ -119,8 +133,8 @@ TEST(StartRun, MovesAnOldRunAsideAndCleansUp) {
   save(run, 6);
   EXPECT_EQ(start_run(run / ""), folder / "run.old-2");
   EXPECT_TRUE(std::filesystem::is_empty(run));
-  EXPECT_EQ(read_latest(folder / "run.old-1").step, 5);
-  EXPECT_EQ(read_latest(folder / "run.old-2").step, 6);
+  EXPECT_EQ(read_latest(folder / "run.old-1")->step, 5);
+  EXPECT_EQ(read_latest(folder / "run.old-2")->step, 6);
 }
 
 TEST(ReadLatest, RefusesDamagedForeignAndNewerStates) {
@@ -145,6 +159,40 @@ TEST(ReadLatest, RefusesDamagedForeignAndNewerStates) {
   TemporaryFolder run;
   save(run.path(), 5);
   std::filesystem::remove(run / "step-000005/state.json");
+  EXPECT_THROW(read_latest(run.path()), CacheError);
+}
+
+TEST(ReadLatest, TakesTheNewestGoodOneAndNamesTheBad) {
+  TemporaryFolder run;
+  for (const int64_t step : {3, 5, 9}) save(run.path(), step);
+  const auto warned = [&](int64_t expected) {
+    testing::internal::CaptureStderr();
+    const auto found = read_latest(run.path());
+    EXPECT_EQ(found.value().step, expected);
+    return testing::internal::GetCapturedStderr();
+  };
+  EXPECT_EQ(warned(9), "");
+  const auto file = run / "step-000009/lora.safetensors";
+  std::string bytes = read_file(file);
+  bytes.back() = static_cast<char>(bytes.back() ^ 1);
+  write_file_atomic(file, bytes);
+  EXPECT_THAT(warned(5), HasSubstr("step-000009/lora.safetensors: damaged: xxh3_128"));
+  std::filesystem::remove(run / "step-000005/state.json");
+  EXPECT_THAT(warned(3), AllOf(HasSubstr("step-000009"), HasSubstr("step-000005/state.json")));
+  run.write("step-000003/state.json", "{}");
+  try {
+    read_latest(run.path());
+    ADD_FAILURE() << "none is good";
+  } catch (const CacheError& error) {
+    EXPECT_THAT(error.what(),
+                AllOf(HasSubstr("step-000009"),
+                      HasSubstr("no older checkpoint is good"),
+                      HasSubstr("--replace")));
+  }
+  // what a newer program wrote is not damaged: nothing is silently trained again
+  save(run.path(), 3);
+  run.write("step-000009/state.json",
+            R"({"format":"flux-checkpoint","schema_version":2,"step":9})");
   EXPECT_THROW(read_latest(run.path()), CacheError);
 }
 
