@@ -10,17 +10,13 @@ import tempfile
 import threading
 
 import torture
+from torture import ROOT, mount
 
 NUM_ITEMS = 150
 
 given = torture.arguments(__doc__, sizes=4)
 done, skipped = [], set()
 lock = threading.Lock()
-ROOT = os.geteuid() == 0
-
-
-def mount(*words):
-    return subprocess.run(["mount", *words], capture_output=True).returncode == 0
 
 
 def skip(what, why):

@@ -18,6 +18,13 @@ KINDS = ("latents", "text")
 PATIENCE = 500  # seconds for a program that takes a few: only what hangs takes longer; less than ctest's limit
 
 
+ROOT = os.geteuid() == 0
+
+
+def mount(*words):
+    return subprocess.run(["mount", *words], capture_output=True).returncode == 0
+
+
 class Failure(Exception):
     """Something was lost, wrong or badly reported."""
 
