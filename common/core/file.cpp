@@ -369,12 +369,19 @@ std::string random_name() {
   return fmt::format("{:016x}", value);
 }
 
-uint64_t peak_rss_bytes() {
+namespace {
+
+uint64_t status_bytes(std::string_view field) {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {
-    if (line.starts_with("VmHWM:")) return std::stoull(line.substr(6)) * 1024;
+    if (line.starts_with(field)) return std::stoull(line.substr(field.size())) * 1024;
   }
   return 0;
 }
+
+}  // namespace
+
+uint64_t peak_rss_bytes() { return status_bytes("VmHWM:"); }
+uint64_t rss_bytes() { return status_bytes("VmRSS:"); }
 
 }  // namespace flux

@@ -109,5 +109,7 @@ std::optional<std::filesystem::path> user_cache_folder();
 std::string random_name();
 /// Largest resident size of this process so far, in bytes (VmHWM).
 uint64_t peak_rss_bytes();
+/// The same now.
+uint64_t rss_bytes();
 
 }  // namespace flux

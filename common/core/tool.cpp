@@ -225,6 +225,18 @@ void Tool::flag(std::string_view name,
                            std::move(set)});
 }
 
+void Tool::bytes_flag(std::string_view name,
+                      int64_t& value,
+                      std::string_view help,
+                      std::string_view otherwise) {
+  flag(name, "SIZE", help, otherwise, [&value](const std::string& text) {
+    const auto bytes = parse_bytes(text);
+    if (!bytes || *bytes <= 0)
+      throw UsageError("'" + printable(text) + "' is not a size such as 500MB or 20GiB");
+    value = *bytes;
+  });
+}
+
 void Tool::flag_or(std::string_view name,
                    std::string_view metavar,
                    std::string_view implicit,

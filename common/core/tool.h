@@ -90,6 +90,11 @@ class Tool {
             const Choices<E>& choices,
             std::string_view help,
             std::string_view otherwise);
+  /// A size of memory or disk such as 800MB or 8GiB; `otherwise`: what happens if it is not given, and `value` stays.
+  void bytes_flag(std::string_view name,
+                  int64_t& value,
+                  std::string_view help,
+                  std::string_view otherwise = "");
   /// Anything else: `set` parses and throws UsageError (its message is shown after the flag's
   /// name).
   void flag(std::string_view name,

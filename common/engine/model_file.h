@@ -20,6 +20,19 @@
 
 namespace flux::engine {
 
+/// "double_blocks.3." or "single_blocks.3.", by the number of a block in forward order (double
+/// blocks first).
+std::string block_prefix(const dit::Config& config, int64_t block);
+
+/// The tensors of a block in the order of dit::tensor_shapes(), named as there without the prefix:
+/// "img_attn.qkv.weight". With `quant`, weights that it covers (is_quantized_name) are two
+/// slices: codes under the weight's name, float32 scales under scale_name(), right behind.
+///   dtype  of everything else
+RecordLayout block_layout(const dit::Config& config,
+                          int64_t block,
+                          c10::ScalarType dtype,
+                          std::optional<QuantFormat> quant = std::nullopt);
+
 struct ModelFileOptions {
   /// Of the tensors in records that are not quantised.
   c10::ScalarType dtype = c10::ScalarType::BFloat16;

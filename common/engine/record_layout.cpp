@@ -4,7 +4,6 @@
 
 #include <stdexcept>
 
-#include "common/models/flux/names.h"
 #include "common/tensor/tensor.h"
 
 namespace flux::engine {
@@ -58,35 +57,6 @@ at::Tensor RecordLayout::view(const at::Tensor& record, std::string_view name) c
   const auto index = find(name);
   if (!index) throw std::invalid_argument(fmt::format("RecordLayout: no slice {}", name));
   return view(record, *index);
-}
-
-std::string block_prefix(const dit::Config& config, int64_t block) {
-  const int64_t num_blocks = config.num_double_blocks + config.num_single_blocks;
-  if (block < 0 || block >= num_blocks)
-    throw std::invalid_argument(fmt::format("block {} of {}", block, num_blocks));
-  return block < config.num_double_blocks
-             ? fmt::format("double_blocks.{}.", block)
-             : fmt::format("single_blocks.{}.", block - config.num_double_blocks);
-}
-
-RecordLayout block_layout(const dit::Config& config,
-                          int64_t block,
-                          c10::ScalarType dtype,
-                          std::optional<QuantFormat> quant) {
-  const std::string prefix = block_prefix(config, block);
-  RecordLayout layout;
-  for (const auto& [name, shape] : dit::tensor_shapes(config)) {
-    if (!name.starts_with(prefix)) continue;
-    const std::string rest = name.substr(prefix.size());
-    if (quant && is_quantized_name(name)) {
-      const auto quantized = quantized_layout(*quant, shape[0], shape[1]);
-      layout.add(rest, quantized.codes_shape, quantized.codes_type);
-      layout.add(scale_name(rest), quantized.scales_shape, c10::ScalarType::Float);
-    } else {
-      layout.add(rest, shape, dtype);
-    }
-  }
-  return layout;
 }
 
 }  // namespace flux::engine

@@ -1,7 +1,7 @@
 // common/engine/record_layout.h - a record: the tensors of one block in one piece of memory.
 //
-//   RecordLayout layout = block_layout(config, /*block=*/0, at::kBFloat16);
-//   const size_t qkv = *layout.find("img_attn.qkv.weight");
+//   RecordLayout layout;
+//   const size_t qkv = layout.add("img_attn.qkv.weight", {3 * H, H}, at::kBFloat16);
 //   at::Tensor record = at::empty({layout.bytes()}, at::kByte);   // or a region of a ring
 //   at::Tensor weight = layout.view(record, qkv);                 // [3H, H] bfloat16
 #pragma once
@@ -12,9 +12,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "common/models/flux/config.h"
-#include "common/quant/quant.h"
 
 namespace flux::engine {
 
@@ -58,18 +55,5 @@ class RecordLayout {
  private:
   std::vector<Slice> slices_;
 };
-
-/// "double_blocks.3." or "single_blocks.3.", by the number of a block in forward order (double
-/// blocks first).
-std::string block_prefix(const dit::Config& config, int64_t block);
-
-/// The tensors of a block in the order of dit::tensor_shapes(), named as there without the prefix:
-/// "img_attn.qkv.weight". With `quant`, weights that it covers (is_quantized_name) are two
-/// slices: codes under the weight's name, float32 scales under scale_name(), right behind.
-///   dtype  of everything else
-RecordLayout block_layout(const dit::Config& config,
-                          int64_t block,
-                          c10::ScalarType dtype,
-                          std::optional<QuantFormat> quant = std::nullopt);
 
 }  // namespace flux::engine

@@ -99,16 +99,8 @@ void add_flags(EncodeOptions& options, Tool& tool, bool precision_auto) {
             options.max_failed,
             "N",
             "bad items above which no manifest is written (exit 6)");
-  tool.flag("max-bytes",
-            "SIZE",
-            "stop before the cache's files have more bytes (500MB, 20GiB; exit 5)",
-            "",
-            [&options](const std::string& text) {
-              const auto bytes = parse_bytes(text);
-              if (!bytes || *bytes <= 0)
-                throw UsageError("'" + printable(text) + "' is not a size such as 500MB or 20GiB");
-              options.max_bytes = *bytes;
-            });
+  tool.bytes_flag(
+      "max-bytes", options.max_bytes, "stop before the cache's files have more bytes (exit 5)");
   tool.flag("shard",
             "I/N",
             "part I (from 0) of N, for machines side by side; flux-cache merge joins them",

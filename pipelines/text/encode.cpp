@@ -9,6 +9,7 @@
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <utility>
 
 #include "common/core/error.h"
 #include "common/core/log.h"
@@ -28,10 +29,6 @@ auto with_memory(const char* net, const Work& work) {
   return with_memory_errors(fmt::format("not enough memory to encode with {}", net),
                             "use --precision bf16, a smaller --batch-size, or --device cpu",
                             work);
-}
-
-at::ScalarType torch_type(stage::Precision precision) {
-  return precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
 }
 
 /// Token ids of a batch as a net reads them.
@@ -112,9 +109,16 @@ std::vector<Pooled> encode_clip(std::span<const Job> jobs,
   return out;
 }
 
+/// Captions that go through a layer together.
+struct Group {
+  Tokens tokens;
+  t5::Batch batch;
+};
+
 void encode_t5(std::span<const Job> jobs,
                std::vector<Pooled> pooled,
                T5Files files,
+               const T5Plan& plan,
                stage::Precision precision,
                c10::Device device,
                const Options& options,
@@ -123,60 +127,90 @@ void encode_t5(std::span<const Job> jobs,
                stage::Sink& sink,
                Encoded& out) {
   stage::StageTime& t5_time = times.add("t5");
+  const at::ScalarType type = torch_type(precision);
   const auto model = [&] {
     const stage::StageTime::Scope busy(t5_time);
-    return t5::Encoder::load(std::move(files.weights), files.config, torch_type(precision), device);
+    return plan.streams ? files.weights.load_outer(type, device) : files.weights.load(type, device);
   }();
-  Progress progress("encoding with T5", "captions", std::ssize(jobs));
-  // Short captions share matrix products: alone they would read T5's weights for few rows each.
-  constexpr int64_t kMaskedCaptions = 8;
-  int64_t batch_size = options.pad_policy == PadPolicy::kMasked
-                           ? std::max(options.encode.batch_size, kMaskedCaptions)
-                           : options.encode.batch_size;
-  struct Part {
-    Tokens tokens;
-    std::vector<std::optional<std::vector<std::byte>>> prompts;  // [L, X] each
+  std::optional<t5::LayerStream> stream;
+  if (plan.streams) stream.emplace(files.weights, type, device);
+  const auto each_layer = [&](const auto& work) {
+    if (stream) return stream->each(work);
+    for (size_t i = 0; i < model.layers.size(); ++i) work(static_cast<int64_t>(i), model.layers[i]);
   };
+  Progress progress("encoding with T5", "captions", std::ssize(jobs));
+  const bool masked = options.pad_policy == PadPolicy::kMasked;
+  const int64_t together = masked ? kMaskedCaptions : 1;
+  t5::Scratch scratch;
   const auto compute = [&](int64_t begin, int64_t count) {
-    sink.stop_if_asked();
-    const auto batch = jobs.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
-    Part part;
-    {
-      const stage::StageTime::Scope busy(tokenize_time);
-      part.tokens = tokenize(files.tokenizer, batch, options.t5_length_tokens);
+    std::vector<Group> groups;
+    for (int64_t first = begin; first < begin + count; first += together) {
+      sink.stop_if_asked();
+      const auto captions =
+          jobs.subspan(static_cast<size_t>(first),
+                       static_cast<size_t>(std::min(together, begin + count - first)));
+      Group group;
+      {
+        const stage::StageTime::Scope busy(tokenize_time);
+        group.tokens = tokenize(files.tokenizer, captions, options.t5_length_tokens);
+      }
+      const stage::StageTime::Scope busy(t5_time);
+      group.batch = model.begin(group.tokens.ids, masked ? group.tokens.live : at::Tensor());
+      groups.push_back(std::move(group));
     }
     const stage::StageTime::Scope busy(t5_time);
-    const bool masked = options.pad_policy == PadPolicy::kMasked;
-    const at::Tensor rows = model.encode(part.tokens.ids, masked ? part.tokens.live : at::Tensor());
-    for (int64_t i = 0; i < count; ++i)
-      part.prompts.push_back(stored(rows[i], options.encode.dtype));
-    return part;
-  };
-  const auto take = [&](int64_t begin, int64_t count, Part part) {
-    for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
-      const Job& job = jobs[static_cast<size_t>(begin) + i];
-      Pooled& clip = pooled[static_cast<size_t>(begin) + i];
-      auto& prompt = part.prompts[i];
-      if (!prompt || !clip.bytes) {
-        out.failures.push_back(
-            {info_of(job), fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
-        continue;
+    each_layer([&](int64_t layer, const t5::Layer& weights) {
+      for (size_t i = 0; i < groups.size(); ++i) {
+        sink.stop_if_asked();
+        model.run_layer(weights, groups[i].batch, scratch);
+        // how far the pass is, as captions
+        const double part = (static_cast<double>(layer) +
+                             static_cast<double>(i + 1) / static_cast<double>(groups.size())) /
+                            static_cast<double>(model.config.num_layers);
+        progress.update(begin + static_cast<int64_t>(part * static_cast<double>(count)),
+                        times.progress());
       }
-      cache::SampleInfo info = info_of(job);
-      info.t5_tokens = static_cast<uint32_t>(part.tokens.rows[i].num_live_tokens);
-      info.t5_lost = static_cast<uint32_t>(part.tokens.rows[i].num_lost_tokens);
-      info.clip_tokens = clip.num_tokens;
-      info.clip_lost = clip.num_lost;
-      sink.add({std::move(info), {std::move(*prompt), std::move(*clip.bytes)}});
-      ++out.num_samples;
-    }
-    progress.update(begin + count, times.progress());
+    });
+    return groups;
   };
-  stage::encode_in_batches(std::ssize(jobs), batch_size, compute, take);
+  const auto take = [&](int64_t begin, int64_t, std::vector<Group> groups) {
+    auto place = static_cast<size_t>(begin);
+    for (Group& group : groups) {
+      const at::Tensor rows = [&] {
+        const stage::StageTime::Scope busy(t5_time);
+        return model.finish(std::exchange(group.batch, {}));
+      }();
+      for (size_t i = 0; i < group.tokens.rows.size(); ++i, ++place) {
+        const Job& job = jobs[place];
+        Pooled& clip = pooled[place];
+        auto prompt = stored(rows[static_cast<int64_t>(i)], options.encode.dtype);  // [L, X]
+        if (!prompt || !clip.bytes) {
+          out.failures.push_back(
+              {info_of(job),
+               fmt::format("its {} embedding is not finite", prompt ? "CLIP" : "T5")});
+          continue;
+        }
+        cache::SampleInfo info = info_of(job);
+        info.t5_tokens = static_cast<uint32_t>(group.tokens.rows[i].num_live_tokens);
+        info.t5_lost = static_cast<uint32_t>(group.tokens.rows[i].num_lost_tokens);
+        info.clip_tokens = clip.num_tokens;
+        info.clip_lost = clip.num_lost;
+        sink.add({std::move(info), {std::move(*prompt), std::move(*clip.bytes)}});
+        ++out.num_samples;
+      }
+    }
+    progress.update(static_cast<int64_t>(place), times.progress());
+  };
+  int64_t captions = plan.captions;
+  stage::encode_in_batches(std::ssize(jobs), captions, compute, take);
   sink.flush();
 }
 
 }  // namespace
+
+at::ScalarType torch_type(stage::Precision precision) {
+  return precision == stage::Precision::kF32 ? at::kFloat : at::kBFloat16;
+}
 
 cache::SampleInfo info_of(const Job& job) {
   cache::SampleInfo info;
@@ -189,6 +223,7 @@ cache::SampleInfo info_of(const Job& job) {
 Encoded encode_captions(std::span<const Job> jobs,
                         ClipFiles clip,
                         T5Files t5,
+                        const T5Plan& plan,
                         stage::Precision precision,
                         c10::Device device,
                         const Options& options,
@@ -204,6 +239,7 @@ Encoded encode_captions(std::span<const Job> jobs,
     encode_t5(jobs,
               std::move(pooled),
               std::move(t5),
+              plan,
               precision,
               device,
               options,

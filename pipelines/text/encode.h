@@ -10,6 +10,7 @@
 
 #include "pipelines/stage/sink.h"
 #include "pipelines/stage/times.h"
+#include "pipelines/text/memory.h"
 #include "pipelines/text/nets.h"
 #include "pipelines/text/options.h"
 
@@ -29,12 +30,15 @@ struct Encoded {
   std::vector<stage::Failure> failures;  // embeddings that are not finite
 };
 
+c10::ScalarType torch_type(stage::Precision precision);
+
 /// Encodes `jobs` and hands them to `sink`. CLIP's weights are released before T5's are loaded: both
-/// arguments are used up. The bits of a caption depend neither on the others nor on the batch size.
+/// arguments are used up. The bits of a caption depend neither on the others nor on the plan.
 /// Throws what `sink` throws; OutOfMemory if memory does not suffice for one caption.
 Encoded encode_captions(std::span<const Job> jobs,
                         ClipFiles clip,
                         T5Files t5,
+                        const T5Plan& plan,
                         stage::Precision precision,
                         c10::Device device,
                         const Options& options,

@@ -110,7 +110,7 @@ ClipFiles read_clip(const Options& options) {
 }
 
 T5Files read_t5(const Options& options) {
-  const NetTensors net = take_net(read_weights(options.t5), NetKind::kT5);
+  t5::File weights(options.t5);
   const fs::path path = tokenizer_path(options.t5_tokenizer,
                                        "--t5-tokenizer FILE",
                                        options.t5,
@@ -118,12 +118,10 @@ T5Files read_t5(const Options& options) {
                                        "t5",
                                        {"spiece.model", "tokenizer.json"});
   auto tokenizer = tokenizers::T5Tokenizer::load(path);
-  TensorMap weights = t5::canonical(net);
-  const auto config = t5::Config::from_weights(weights, net.path);
-  require_rows("T5", options.t5, config.vocabulary, path, tokenizer.vocab_size());
-  const auto identity = remembered_weights_sha256(net.stamps, "t5", weights, options.encode.rehash);
+  require_rows("T5", options.t5, weights.config().vocabulary, path, tokenizer.vocab_size());
+  const std::string identity = to_hex(weights.weights_sha256(options.encode.rehash));
   const std::string tokenizer_sha256 = to_hex(tokenizer.sha256());
-  return {std::move(weights), config, std::move(tokenizer), to_hex(identity), tokenizer_sha256};
+  return {std::move(weights), std::move(tokenizer), identity, tokenizer_sha256};
 }
 
 }  // namespace flux::text

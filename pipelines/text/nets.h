@@ -1,10 +1,10 @@
-// pipelines/text/nets.h - the two encoders as they lie on disk: weights (mapped, not loaded),
-// sizes, tokenizer, identity.
+// pipelines/text/nets.h - the two encoders as they lie on disk: weights (not loaded), sizes, tokenizer,
+// identity.
 #pragma once
 #include <string>
 
 #include "common/models/clip/clip.h"
-#include "common/models/t5/t5.h"
+#include "common/models/t5/stream.h"
 #include "common/tokenizers/clip_bpe.h"
 #include "common/tokenizers/t5_unigram.h"
 #include "pipelines/text/options.h"
@@ -12,19 +12,18 @@
 namespace flux::text {
 
 struct ClipFiles {
-  TensorMap weights;
+  TensorMap weights;  // mapped
   clip::Config config;
   tokenizers::ClipTokenizer tokenizer;
   std::string weights_sha256, tokenizer_sha256;  // 64 hex digits
 };
 struct T5Files {
-  TensorMap weights;
-  t5::Config config;
+  t5::File weights;
   tokenizers::T5Tokenizer tokenizer;
   std::string weights_sha256, tokenizer_sha256;
 };
 
-/// Maps the weights and hashes them, if no earlier run has. Tokenizers that are not given are
+/// Opens the weights and hashes them, if no earlier run has. Tokenizers that are not given are
 /// looked for beside the weights: in a diffusers folder `tokenizer` (CLIP) and `tokenizer_2` (T5),
 /// next to the weights' folder or in it, or in `tokenizers` as flux-model tiny writes them. Throws
 /// InputError: unreadable, another net, a tokenizer with more ids than the weights have rows or

@@ -55,6 +55,12 @@ void add_flags(Options& options, Tool& tool) {
             options.pad_policy,
             Choices<PadPolicy>{{"full", PadPolicy::kFull}, {"masked", PadPolicy::kMasked}},
             "T5's padding: attended to, as FLUX was trained, or masked out and zero");
+  tool.bytes_flag("device-memory",
+                  options.device_memory,
+                  "what the run may take of the GPU: T5 streams if it does not fit",
+                  "90 % of what is free");
+  tool.bytes_flag(
+      "host-memory", options.host_memory, "the same of the machine", "80 % of what is free");
   stage::add_flags(options.encode, tool, true);
 }
 

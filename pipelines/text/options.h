@@ -31,7 +31,8 @@ struct Options {
   MissingCaption missing_caption = MissingCaption::kError;
   std::optional<int64_t>
       text_variants;  // of a caption with random parts; kDefaultVariants if not given
-  int64_t seed = 0;   // of captions with more outcomes than that
+  int64_t device_memory = 0, host_memory = 0;  // bytes; 0: 90 % and 80 % of what is free
+  int64_t seed = 0;                            // of captions with more outcomes than that
   std::string command_line;
 };
 

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/dataset/dataset.h"
@@ -36,7 +37,7 @@ cache::Recipe make_recipe(const Options& options,
   recipe.kind = cache::Kind::kText;
   recipe.parameters = {{"dtype", cache::dtype_word(options.encode.dtype)},
                        {"t5_length", options.t5_length_tokens},
-                       {"t5_width", t5.config.width},
+                       {"t5_width", t5.weights.config().width},
                        {"clip_width", clip.config.hidden},
                        {"precision", stage::precision_word(precision)},
                        {"pad_policy", pad_policy_word(options.pad_policy)},
@@ -100,12 +101,14 @@ stage::Report run(const Options& options) {
         "--text-variants {} has no effect: no caption has random parts (shuffled tags, wildcards)",
         *options.text_variants);
   }
+  const int64_t fixed = process_bytes();
   ClipFiles clip = read_clip(options);
   T5Files t5 = read_t5(options);
 
   const auto otherwise = device.is_cuda() ? stage::Precision::kBF16 : stage::Precision::kF32;
   const auto precision = stage::choose_precision(options.encode, otherwise);
   const cache::Recipe recipe = make_recipe(options, clip, t5, precision, wanted);
+  const T5Plan plan = plan_t5(t5.weights, torch_type(precision), device, options, fixed);
   const cache::Layout layout = cache::layout_of(recipe.kind, recipe.parameters);
   std::vector<Job> all;
   for (const std::string& caption : wanted.captions)
@@ -123,6 +126,7 @@ stage::Report run(const Options& options) {
     const Encoded encoded = encode_captions(all,
                                             std::move(clip),
                                             std::move(t5),
+                                            plan,
                                             precision,
                                             device,
                                             options,
@@ -181,6 +185,7 @@ stage::Report run(const Options& options) {
       const Encoded encoded = encode_captions(few,
                                               read_clip(options),
                                               read_t5(options),
+                                              plan,
                                               precision,
                                               device,
                                               options,
@@ -195,6 +200,7 @@ stage::Report run(const Options& options) {
                                             std::ssize(jobs),
                                             raw_bytes(tokens_of_jobs, layout, options.pad_policy),
                                             share());
+    log::info("{}", plan.describe());
     timing.before["prepare"] = stage::monotonic_seconds() - timing.start_seconds;
     stage::fill(
         options.encode,
@@ -205,6 +211,7 @@ stage::Report run(const Options& options) {
           return encode_captions(jobs,
                                  std::move(clip),
                                  std::move(t5),
+                                 plan,
                                  precision,
                                  device,
                                  options,
@@ -213,6 +220,9 @@ stage::Report run(const Options& options) {
         },
         publication,
         report);
+    log::info("memory: {} planned, process {} at most",
+              show_bytes(static_cast<uint64_t>(plan.bytes)),
+              show_bytes(peak_rss_bytes()));
   } else {
     publication.late_notes = [&] {
       const auto tokens = count_tokens(wanted.captions, clip, t5);

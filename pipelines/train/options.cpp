@@ -81,16 +81,6 @@ std::string word(const Choices<E>& choices, E value) {
   throw std::invalid_argument("a choice without a name");
 }
 
-void bytes_flag(
-    Tool& tool, const char* name, int64_t& value, const char* help, const char* otherwise) {
-  tool.flag(name, "SIZE", help, otherwise, [&value](const std::string& text) {
-    const auto bytes = parse_bytes(text);
-    if (!bytes || *bytes <= 0)
-      throw UsageError("'" + printable(text) + "' is not a size such as 800MB or 8GiB");
-    value = *bytes;
-  });
-}
-
 void steps_flag(Tool& tool, const char* name, StepsOrShare& value, const char* help) {
   tool.flag(name, "N|SHARE", help, "0", [&value](const std::string& text) {
     const char* const end = text.data() + text.size();
@@ -339,16 +329,10 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag(
       "base-precision", o.base, kBases, "of a LoRA's frozen weights; bf16 = as --precision says");
   tool.group("memory");
-  bytes_flag(tool,
-             "device-memory",
-             o.device_memory,
-             "what the run may take of the GPU",
-             "90 % of what is free");
-  bytes_flag(tool,
-             "host-memory",
-             o.host_memory,
-             "what the run may take of the machine",
-             "80 % of what is free");
+  tool.bytes_flag(
+      "device-memory", o.device_memory, "what the run may take of the GPU", "90 % of what is free");
+  tool.bytes_flag(
+      "host-memory", o.host_memory, "what the run may take of the machine", "80 % of what is free");
   tool.flag_or("plan",
                "table|json",
                "table",

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/text.h"
 #include "common/engine/record_file.h"
 #include "common/ops/op.h"
@@ -44,11 +44,7 @@ Rates rates(const engine::TrainerOptions& o) {
 }
 
 int64_t process_bytes_without_tensors() {
-  int64_t resident = 0;
-  std::ifstream status("/proc/self/status");
-  for (std::string line; std::getline(status, line);)
-    if (line.starts_with("VmRSS:")) resident = std::stoll(line.substr(6)) * 1024;
-  return std::max<int64_t>(0, resident - cpu_memory().live);
+  return std::max<int64_t>(0, static_cast<int64_t>(rss_bytes()) - cpu_memory().live);
 }
 
 /// One setting and what it needs.

@@ -65,22 +65,7 @@ namespace {
 /// (weights are read for each tile). The last tile is filled up with zeros.
 constexpr int64_t kTileRows = 256;
 
-/// One caption among the packed rows.
-struct Sample {
-  int64_t begin = 0, rows = 0;
-  Tensor live;  // [rows] int64: positions that are computed; undefined = all
-  Tensor bias;  // [1, heads, rows, rows]
-};
-
-/// The rows of all captions on their way through the layers, and memory for what is between, which is
-/// kept from layer to layer: fresh pages took an eighth of the time.
-struct Packed {
-  Tensor x;           // [R, width] float32: the residual stream
-  Tensor q, k, v, y;  // [R, heads * head_size] in the dtype of the linear layers, as all below
-  int64_t tile_rows = 0;
-  Tensor n, out;    // [tile_rows, width]
-  Tensor gate, up;  // [tile_rows, mlp]
-};
+int64_t tile_rows_of(int64_t length, bool masked) { return masked ? kTileRows : length; }
 
 /// rms_norm(x) into `out` [L, width].
 void rms_norm_into(const Tensor& x, const Tensor& weight, Tensor& out) {
@@ -103,51 +88,24 @@ void rms_norm_into(const Tensor& x, const Tensor& weight, Tensor& out) {
   });
 }
 
-void attend(const Sample& sample, const Config& config, const Packed& p) {
+void attend(const Batch::Sample& sample, const Config& config, const Scratch& s) {
   const auto heads = [&](const Tensor& rows) {
     return rows.narrow(0, sample.begin, sample.rows)
         .view({1, sample.rows, config.num_heads, config.head_size})
         .transpose(1, 2);  // [1, A, L, d]
   };
+  // the bias depends on differences of positions only
+  const Tensor bias = sample.live.defined()
+                          ? s.bias.index_select(2, sample.live).index_select(3, sample.live)
+                          : s.bias.narrow(2, 0, sample.rows).narrow(3, 0, sample.rows).contiguous();
   // T5 does not divide the scores by sqrt(d)
-  heads(p.y).copy_(at::scaled_dot_product_attention(heads(p.q),
-                                                    heads(p.k),
-                                                    heads(p.v),
-                                                    sample.bias,
+  heads(s.y).copy_(at::scaled_dot_product_attention(heads(s.q),
+                                                    heads(s.k),
+                                                    heads(s.v),
+                                                    bias,
                                                     /*dropout_p=*/0.0,
                                                     /*is_causal=*/false,
                                                     /*scale=*/1.0));
-}
-
-void run_layer(const Layer& layer,
-               const Config& config,
-               const std::vector<Sample>& samples,
-               Packed& p) {
-  const auto each_tile = [&](auto&& body) {
-    for (int64_t row = 0; row < p.x.size(0); row += p.tile_rows)
-      body([&, row](const Tensor& rows) { return rows.narrow(0, row, p.tile_rows); });
-  };
-  const auto product = [](const Tensor& rows, const Tensor& weight, Tensor out) {
-    at::mm_out(out, rows, weight.t());
-  };
-  each_tile([&](auto&& tile) {
-    rms_norm_into(tile(p.x), layer.norm1, p.n);
-    product(p.n, layer.q, tile(p.q));
-    product(p.n, layer.k, tile(p.k));
-    product(p.n, layer.v, tile(p.v));
-  });
-  for (const Sample& sample : samples) attend(sample, config, p);
-  each_tile([&](auto&& tile) {
-    product(tile(p.y), layer.o, p.out);
-    tile(p.x).add_(p.out);
-    rms_norm_into(tile(p.x), layer.norm2, p.n);
-    product(p.n, layer.wi_0, p.gate);
-    at::gelu_(p.gate, "tanh");
-    product(p.n, layer.wi_1, p.up);
-    p.gate.mul_(p.up);
-    product(p.gate, layer.wo, p.out);
-    tile(p.x).add_(p.out);
-  });
 }
 
 void check_ids(const Tensor& ids, const Tensor& mask, int64_t vocabulary) {
@@ -187,6 +145,7 @@ Encoder Encoder::load(TensorMap weights,
   Encoder e;
   e.config = config;
   e.dtype = dtype;
+  e.device = device;
   const at::ScalarType table = weights.at("shared.weight").scalar_type();
   e.shared =
       take("shared.weight",
@@ -213,60 +172,115 @@ Encoder Encoder::load(TensorMap weights,
   return e;
 }
 
-Tensor Encoder::encode(const Tensor& ids, const Tensor& mask) const {
+Batch Encoder::begin(const Tensor& ids, const Tensor& mask) const {
   check_ids(ids, mask, config.vocabulary);
   const c10::InferenceMode no_grad;
-  const at::Device device = final_norm.device();
-  const int64_t batch = ids.size(0), length = ids.size(1);
-  const Tensor bias = bias_of_length(position_bias, length, dtype);
-
-  std::vector<Sample> samples;
+  Batch batch;
+  batch.length = ids.size(1);
+  batch.masked = mask.defined();
+  batch.tile_rows = tile_rows_of(batch.length, batch.masked);
   std::vector<Tensor> embedded;
   int64_t num_rows = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    Sample sample{.begin = num_rows, .rows = length, .live = {}, .bias = bias};
-    Tensor tokens = ids.select(0, i).to(device);
-    if (mask.defined()) {
-      sample.live = mask.select(0, i).to(device).nonzero().flatten();
-      sample.rows = sample.live.numel();
+  for (int64_t i = 0; i < ids.size(0); ++i) {
+    Batch::Sample sample{.begin = num_rows, .rows = batch.length, .live = {}};
+    Tensor tokens = ids.select(0, i).cpu();
+    if (batch.masked) {
+      const Tensor live = mask.select(0, i).cpu().nonzero().flatten();
+      sample.rows = live.numel();
       if (sample.rows == 0)
         throw std::invalid_argument(fmt::format("mask: row {} masks out everything", i));
-      tokens = tokens.index_select(0, sample.live);
-      sample.bias = bias.index_select(2, sample.live).index_select(3, sample.live);
+      tokens = tokens.index_select(0, live);
+      if (live[-1].item<int64_t>() != sample.rows - 1) sample.live = live.to(device);
     }
-    embedded.push_back(to_dtype(shared.index_select(0, tokens), at::kFloat));
+    const Tensor rows = shared.index_select(0, tokens.to(shared.device()));
+    embedded.push_back(to_dtype(rows, at::kFloat).to(device));
     num_rows += sample.rows;
-    samples.push_back(std::move(sample));
+    batch.samples.push_back(std::move(sample));
   }
-
-  Packed p;
-  p.tile_rows = mask.defined() ? kTileRows : length;
-  const int64_t padding = (p.tile_rows - num_rows % p.tile_rows) % p.tile_rows;
-  const auto options = at::TensorOptions().dtype(dtype).device(device);
+  const int64_t padding = (batch.tile_rows - num_rows % batch.tile_rows) % batch.tile_rows;
   if (padding > 0)
-    embedded.push_back(at::zeros({padding, config.width}, options.dtype(at::kFloat)));
-  p.x = at::cat(embedded);
-  embedded.clear();
-  num_rows += padding;
-  const int64_t inner = config.num_heads * config.head_size;
-  for (Tensor* rows : {&p.q, &p.k, &p.v}) *rows = at::empty({num_rows, inner}, options);
-  p.y = at::zeros({num_rows, inner}, options);  // nothing attends for the padding
-  for (Tensor* rows : {&p.n, &p.out}) *rows = at::empty({p.tile_rows, config.width}, options);
-  for (Tensor* rows : {&p.gate, &p.up}) *rows = at::empty({p.tile_rows, config.mlp}, options);
-  for (const Layer& layer : layers) run_layer(layer, config, samples, p);
+    embedded.push_back(
+        at::zeros({padding, config.width}, at::TensorOptions(at::kFloat).device(device)));
+  batch.x = at::cat(embedded);
+  return batch;
+}
 
-  Tensor result = at::zeros({batch, length, config.width},
+int64_t Encoder::scratch_bytes(int64_t rows, int64_t length, bool masked) const {
+  const int64_t tile = tile_rows_of(length, masked), inner = config.num_heads * config.head_size;
+  const int64_t values = 4 * rows * inner + 2 * tile * (config.width + config.mlp) +
+                         config.num_heads * length * length * 2;  // the bias and a sample's copy
+  return values * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+void Encoder::run_layer(const Layer& layer, Batch& batch, Scratch& s) const {
+  const c10::InferenceMode no_grad;
+  const int64_t num_rows = batch.x.size(0), inner = config.num_heads * config.head_size;
+  const auto options = at::TensorOptions().dtype(dtype).device(device);
+  const auto room = [&](Tensor& tensor, int64_t rows, int64_t columns) {
+    if (!tensor.defined() || tensor.size(0) < rows) {
+      tensor.reset();
+      tensor = at::empty({rows, columns}, options);
+    }
+  };
+  for (Tensor* rows : {&s.q, &s.k, &s.v, &s.y}) room(*rows, num_rows, inner);
+  for (Tensor* rows : {&s.n, &s.out}) room(*rows, batch.tile_rows, config.width);
+  for (Tensor* rows : {&s.gate, &s.up}) room(*rows, batch.tile_rows, config.mlp);
+  if (!s.bias.defined() || s.bias.size(2) != batch.length)
+    s.bias = bias_of_length(position_bias, batch.length, dtype);
+
+  const auto each_tile = [&](auto&& body) {
+    for (int64_t row = 0; row < num_rows; row += batch.tile_rows)
+      body([&, row](const Tensor& rows) { return rows.narrow(0, row, batch.tile_rows); });
+  };
+  const auto tile_of = [&](const Tensor& rows) { return rows.narrow(0, 0, batch.tile_rows); };
+  Tensor n = tile_of(s.n), out = tile_of(s.out), gate = tile_of(s.gate), up = tile_of(s.up);
+  const auto product = [](const Tensor& rows, const Tensor& weight, Tensor to) {
+    at::mm_out(to, rows, weight.t());
+  };
+  each_tile([&](auto&& tile) {
+    rms_norm_into(tile(batch.x), layer.norm1, n);
+    product(n, layer.q, tile(s.q));
+    product(n, layer.k, tile(s.k));
+    product(n, layer.v, tile(s.v));
+  });
+  const auto& last = batch.samples.back();
+  const int64_t used = last.begin + last.rows;
+  if (used < num_rows) s.y.narrow(0, used, num_rows - used).zero_();  // nothing attends there
+  for (const Batch::Sample& sample : batch.samples) attend(sample, config, s);
+  each_tile([&](auto&& tile) {
+    product(tile(s.y), layer.o, out);
+    tile(batch.x).add_(out);
+    rms_norm_into(tile(batch.x), layer.norm2, n);
+    product(n, layer.wi_0, gate);
+    at::gelu_(gate, "tanh");
+    product(n, layer.wi_1, up);
+    gate.mul_(up);
+    product(gate, layer.wo, out);
+    tile(batch.x).add_(out);
+  });
+}
+
+Tensor Encoder::finish(const Batch& batch) const {
+  const c10::InferenceMode no_grad;
+  Tensor result = at::zeros({std::ssize(batch.samples), batch.length, config.width},
                             at::TensorOptions().dtype(at::kFloat).device(device));
-  for (int64_t i = 0; i < batch; ++i) {
-    const Sample& sample = samples[static_cast<size_t>(i)];
-    const Tensor y = rms_norm(p.x.narrow(0, sample.begin, sample.rows), final_norm, at::kFloat);
+  for (int64_t i = 0; i < result.size(0); ++i) {
+    const Batch::Sample& sample = batch.samples[static_cast<size_t>(i)];
+    const Tensor y = rms_norm(batch.x.narrow(0, sample.begin, sample.rows), final_norm, at::kFloat);
     Tensor row = result.select(0, i);
     if (sample.live.defined())
       row.index_copy_(0, sample.live, y);
     else
-      row.copy_(y);
+      row.narrow(0, 0, sample.rows).copy_(y);
   }
   return result;
+}
+
+Tensor Encoder::encode(const Tensor& ids, const Tensor& mask) const {
+  Batch batch = begin(ids, mask);
+  Scratch scratch;
+  for (const Layer& layer : layers) run_layer(layer, batch, scratch);
+  return finish(batch);
 }
 
 }  // namespace flux::t5

@@ -51,13 +51,38 @@ struct Layer {
   at::Tensor norm2, wi_0, wi_1, wo;
 };
 
+/// Captions on their way through the layers.
+struct Batch {
+  /// One caption among the packed rows.
+  struct Sample {
+    int64_t begin = 0, rows = 0;
+    at::Tensor live;  // [rows] int64: positions that are computed, if they are not the first ones
+  };
+  at::Tensor x;           // [R, width] float32: the residual stream
+  int64_t tile_rows = 0;  // of a matrix product; R is a multiple
+  int64_t length = 0;     // L
+  bool masked = false;
+  std::vector<Sample> samples;
+};
+
+/// Memory for what is between, for batches one after the other: fresh pages took an eighth of the time.
+struct Scratch {
+  at::Tensor q, k, v, y;  // [>= R, heads * head_size] in the dtype of the linear layers, as all
+  at::Tensor n, out;      // [tile_rows, width]
+  at::Tensor gate, up;    // [tile_rows, mlp]
+  at::Tensor bias;        // [1, heads, L, L]
+};
+
 /// The network. Linear layers run in the load dtype, the residual stream, RMS norms and softmax in
 /// float32 (in bfloat16 a residual stream of 24 layers loses what the later layers add). The bits of
 /// a sample never depend on the batch it is in: attention runs sample by sample, and matrix products
 /// have the same number of rows whatever is in them.
+///
+/// Layers are not part of it where they come one at a time (stream.h): then run_layer() is called with each.
 struct Encoder {
   Config config;
   at::ScalarType dtype;  // of the linear layers
+  at::Device device = at::kCPU;
   at::Tensor
       shared;  // [vocabulary, width]; in the dtype of the file (float8 in bfloat16): only looked up
   at::Tensor position_bias;  // [32, heads] float32
@@ -81,6 +106,14 @@ struct Encoder {
   /// of several hundred live tokens; rows that are masked out are zero. Throws std::invalid_argument: shapes, an id outside the vocabulary, a row with
   /// nothing live.
   at::Tensor encode(const at::Tensor& ids, const at::Tensor& mask = {}) const;
+
+  /// encode() in three parts.
+  Batch begin(const at::Tensor& ids, const at::Tensor& mask = {}) const;
+  void run_layer(const Layer& layer, Batch& batch, Scratch& scratch) const;
+  at::Tensor finish(const Batch& batch) const;
+  /// Bytes of a batch of `rows` rows, and of the scratch it needs.
+  int64_t batch_bytes(int64_t rows) const { return rows * config.width * 4; }
+  int64_t scratch_bytes(int64_t rows, int64_t length, bool masked) const;
 };
 
 // Parts of it, for checks against the reference.

@@ -1,4 +1,5 @@
 #include "common/engine/record_layout.h"
+#include "common/engine/model_file.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

@@ -17,6 +17,7 @@
 #include "common/tensor/tensor.h"
 #include "formats/cache/reader.h"
 #include "pipelines/model/tiny.h"
+#include "pipelines/text/memory.h"
 #include "pipelines/text/nets.h"
 #include "tests/support/temporary_folder.h"
 
@@ -57,6 +58,18 @@ class TextPipeline : public testing::Test {
     setenv("XDG_CACHE_HOME", (folder.path() / "home").c_str(), 1);
   }
   ~TextPipeline() override { cancel::set(std::nullopt); }
+
+  /// In which T5 streams: what the message of a refusal says, and a little.
+  int64_t smallest_budget() {
+    const t5::File file(options.t5);
+    Options one = options;
+    one.encode.batch_size = 1;
+    one.host_memory = int64_t{1} << 40;
+    const auto resident =
+        text::plan_t5(file, at::kFloat, at::kCPU, one, text::process_bytes()).bytes;
+    one.host_memory = resident - 1;
+    return text::plan_t5(file, at::kFloat, at::kCPU, one, text::process_bytes()).bytes + (1 << 20);
+  }
 
   void image(const std::string& name, const std::string& caption) const {
     image_alone(name);
@@ -148,7 +161,7 @@ TEST_F(TextPipeline, StoresWhatTheNetsGive) {
   const auto pooled = clip::TextModel::load(clip.weights, clip.config, at::kFloat, at::kCPU)
                           .encode(clip_ids)
                           .pooled;
-  const auto prompt = t5::Encoder::load(t5.weights, t5.config, at::kFloat, at::kCPU).encode(t5_ids);
+  const auto prompt = t5.weights.load(at::kFloat, at::kCPU).encode(t5_ids);
   const auto stored = samples().at("a photo of the dog");
   const auto bytes = [](const at::Tensor& t) {
     const auto host = host_bytes(t);
@@ -168,6 +181,64 @@ TEST_F(TextPipeline, BitsDoNotDependOnTheBatch) {
   options.encode.batch_size = 3;
   text::run(options);
   EXPECT_EQ(alone, samples());
+}
+
+TEST_F(TextPipeline, BitsDoNotDependOnWhereT5Is) {
+  for (int i = 0; i < 11; ++i)
+    image("i" + std::to_string(i),
+          "a photo of " + std::string(static_cast<size_t>(i), 'x') + " dogs");
+  for (const auto policy : {text::PadPolicy::kFull, text::PadPolicy::kMasked}) {
+    options.pad_policy = policy;
+    options.encode.out = folder.path() / ("resident" + std::to_string(static_cast<int>(policy)));
+    options.host_memory = int64_t{1} << 40;
+    options.encode.batch_size = 1;
+    text::run(options);
+    const auto resident = samples();
+    for (const int64_t batch : {1, 4, 256}) {
+      options.encode.out = folder.path() / ("streamed" + std::to_string(static_cast<int>(policy)) +
+                                            std::to_string(batch));
+      options.host_memory = smallest_budget();
+      options.encode.batch_size = batch;
+      text::run(options);
+      EXPECT_TRUE(resident == samples()) << batch;
+    }
+  }
+}
+
+TEST_F(TextPipeline, PlansWhatFits) {
+  const t5::File file(options.t5);
+  const auto plan = [&](int64_t budget, int64_t batch) {
+    options.host_memory = budget;
+    options.encode.batch_size = batch;
+    return text::plan_t5(file, at::kFloat, at::kCPU, options, /*fixed=*/1000);
+  };
+  const auto roomy = plan(int64_t{1} << 40, 1);
+  EXPECT_FALSE(roomy.streams);
+  EXPECT_EQ(roomy.captions, 1);
+  EXPECT_EQ(plan(roomy.bytes, 1).bytes, roomy.bytes);
+  const auto streamed = plan(roomy.bytes - 1, 1);
+  EXPECT_TRUE(streamed.streams);
+  EXPECT_LE(streamed.bytes, roomy.bytes - 1);
+  const auto many = plan(int64_t{1} << 40, 256);
+  EXPECT_EQ(many.captions, 256);
+  const auto fewer = plan(many.bytes / 2, 256);
+  EXPECT_TRUE(fewer.streams);
+  EXPECT_LT(fewer.captions, 256);
+  EXPECT_GT(fewer.captions, 1);
+  EXPECT_LE(fewer.bytes, many.bytes / 2);
+  try {
+    plan(2000, 1);
+    FAIL() << "nothing fits 2000 bytes";
+  } catch (const ResourceError& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr("T5 needs"), HasSubstr("--host-memory gives")));
+  }
+}
+
+TEST_F(TextPipeline, RefusesABudgetBeforeItEncodes) {
+  image("a", "a red circle");
+  options.host_memory = 1 << 20;
+  EXPECT_THROW(text::run(options), ResourceError);
+  EXPECT_FALSE(fs::exists(options.encode.out));
 }
 
 TEST_F(TextPipeline, MaskedRowsAreZeroAndAnotherSample) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "common/core/error.h"
+#include "common/models/t5/stream.h"
 #include "common/tensor/tensor.h"
 #include "tests/support/golden.h"
 #include "tests/support/shared_data.h"
@@ -66,6 +67,68 @@ TEST(T5, EqualsSharedReference) {
   FLUX_SHARED_DATA_OR_SKIP(folder, "golden/models/t5");
   compare(folder, at::kFloat, kFloatLimit);
   compare(folder, at::kBFloat16, kBFloat16Limit);
+}
+
+/// Batches of random captions through the layers of a file, each layer once.
+std::vector<Tensor> through_stream(const File& file,
+                                   at::ScalarType dtype,
+                                   const std::vector<std::pair<Tensor, Tensor>>& captions) {
+  const Encoder encoder = file.load_outer(dtype, at::kCPU);
+  LayerStream layers(file, dtype, at::kCPU);
+  std::vector<Batch> batches;
+  for (const auto& [ids, mask] : captions) batches.push_back(encoder.begin(ids, mask));
+  Scratch scratch;
+  layers.each([&](int64_t, const Layer& layer) {
+    for (Batch& batch : batches) encoder.run_layer(layer, batch, scratch);
+  });
+  std::vector<Tensor> out;
+  for (const Batch& batch : batches) out.push_back(encoder.finish(batch));
+  return out;
+}
+
+TEST(T5Stream, HasTheBitsOfTheResidentEncoder) {
+  const File file(kGolden / "weights.safetensors");
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(8);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const Encoder mapped = load(weights_in(kGolden), dtype);
+    const Encoder read = file.load(dtype, at::kCPU);
+    for (const int64_t length : {64, 200}) {
+      const Tensor mask = at::arange(length).unsqueeze(0) <
+                          at::tensor({length, int64_t{3}, int64_t{40}}).unsqueeze(1);
+      Tensor holes = mask.clone();
+      holes.narrow(1, 1, 1).fill_(false);
+      std::vector<std::pair<Tensor, Tensor>> captions;
+      for (const Tensor& m : {Tensor(), mask, holes, Tensor()})
+        captions.emplace_back(at::randint(0, 512, {3, length}, gen, at::kLong), m);
+      const auto streamed = through_stream(file, dtype, captions);
+      for (size_t i = 0; i < captions.size(); ++i) {
+        const auto& [ids, m] = captions[i];
+        EXPECT_TRUE(at::equal(streamed[i], mapped.encode(ids, m))) << i;
+        EXPECT_TRUE(at::equal(streamed[i], read.encode(ids, m))) << i;
+      }
+    }
+  }
+}
+
+TEST(T5Stream, GoesOnAfterAPassThatFailed) {
+  const File file(kGolden / "weights.safetensors");
+  LayerStream layers(file, at::kFloat, at::kCPU);
+  EXPECT_THROW(layers.each([](int64_t, const Layer&) { throw std::runtime_error("no"); }),
+               std::runtime_error);
+  std::vector<int64_t> seen;
+  layers.each([&](int64_t i, const Layer&) { seen.push_back(i); });
+  EXPECT_EQ(std::ssize(seen), file.config().num_layers);
+  EXPECT_EQ(seen.front(), 0);
+}
+
+TEST(T5Stream, KnowsTheFileWithoutReadingIt) {
+  const File file(kGolden / "weights.safetensors");
+  const TensorMap weights = weights_in(kGolden);
+  EXPECT_EQ(file.weights_sha256(true), weights_sha256(weights));
+  int64_t bytes = 0;
+  for (const auto& [name, tensor] : weights)
+    bytes += tensor.numel() * (name == kShared ? tensor.element_size() : 4);
+  EXPECT_NEAR(static_cast<double>(file.bytes(at::kFloat)), static_cast<double>(bytes), 16384);
 }
 
 TEST(T5, RelativeBucketsAreThoseOfTheReference) {
