@@ -19,12 +19,12 @@ struct DataOptions {
   int64_t batch_size = 0;        // 0: what the plan says for each of its data sets
   bool sample_posterior = true;  // draw latents anew at each visit; false: their mean
   double prior_loss_weight = 1;  // of regularisation images
-  std::optional<bool>
-      text_mask;           // attention leaves out padding; nothing: as the text cache was made
+  /// Attention leaves out padding; nothing: as the text cache was made.
+  std::optional<bool> text_mask{};
   bool loss_masks = true;  // use those that the latents cache holds
   double input_noise = 0;  // see Batch::input_noise
-  bool random_input_noise =
-      false;  // its strength is uniform in [0, input_noise), drawn for each visit
+  /// Its strength is uniform in [0, input_noise), drawn for each visit.
+  bool random_input_noise = false;
 };
 
 /// One use of an item in an epoch.
