@@ -13,6 +13,7 @@
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "pipelines/train/optimizer.h"
 #include "pipelines/train/plan.h"
 
 namespace flux::train {
@@ -146,20 +147,8 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.rank = o.rank;
   t.alpha = o.effective_alpha();
   t.seed = static_cast<uint64_t>(o.seed);
-  switch (o.optimizer) {
-    case OptimizerKind::kAdamW:
-      t.optimizer = AdamWOptions{.weight_decay = o.effective_weight_decay()};
-      break;
-    case OptimizerKind::kAdamW8bit:
-      t.optimizer = AdamW8bitOptions{.weight_decay = o.effective_weight_decay()};
-      break;
-    case OptimizerKind::kAdafactor: {
-      AdafactorOptions adafactor;
-      adafactor.weight_decay = o.effective_weight_decay();
-      t.optimizer = adafactor;
-      break;
-    }
-  }
+  t.optimizer = optimizer_options(o);
+  t.precision = optimizer_precision(o);
   t.clip = o.effective_clip();
   t.max_norm = o.max_grad_norm;
   t.loss = o.loss;
@@ -222,6 +211,13 @@ Session open_data(const Options& options) {
   return session;
 }
 
+void require_trainable(const Options& options, const engine::ModelFile& file) {
+  if (options.method == Method::kFull && file.quant())
+    throw UsageError(fmt::format("--method full cannot train {}, whose weights are quantised",
+                                 show(file.path())),
+                     "give the plain weights");
+}
+
 void open_model(Session& session, const std::filesystem::path& weights) {
   const Options& options = session.options;
   engine::TrainerOptions wanted = trainer_options(options, session.device, session.compute);
@@ -229,6 +225,7 @@ void open_model(Session& session, const std::filesystem::path& weights) {
   read.dtype = session.compute;
   read.quant = wanted.base;
   session.file = std::make_shared<engine::ModelFile>(weights, read);
+  require_trainable(options, *session.file);
   session.config = session.file->config();
   check_fit(options, *session.data, session.config);
   limit_threads(session.config);

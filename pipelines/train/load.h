@@ -48,6 +48,9 @@ engine::TrainerOptions trainer_options(const Options& options,
 /// Picks the device and opens the caches. Throws CacheError for caches that cannot be joined.
 Session open_data(const Options& options);
 
+/// Throws UsageError for a file of quantised weights that are to be trained.
+void require_trainable(const Options& options, const engine::ModelFile& file);
+
 /// Reads the model's header and plans what the run takes. `weights` is the file to begin with.
 /// Throws CacheError naming each field and both values: a text cache of another width or length than
 /// the model takes (512 tokens; 256 too for a model without guidance); latents of other channels.

@@ -327,10 +327,7 @@ ExitCode run_plan(const Options& options) {
   read.dtype = wanted.compute;
   read.quant = wanted.base;
   const engine::ModelFile file(options.model, read);
-  if (file.quant() && wanted.full)
-    throw UsageError(fmt::format("--method full cannot train {}, whose weights are quantised",
-                                 show(options.model)),
-                     "give the plain weights");
+  require_trainable(options, file);
   wanted.base = file.quant();
   engine::StepShape shape;
   shape.batch = std::max<int64_t>(1, options.batch_size);

@@ -9,6 +9,7 @@
 #include "common/core/rng.h"
 #include "common/core/text.h"
 #include "common/tensor/tensor.h"
+#include "common/tensor/weight_file.h"
 #include "common/train/flow_loss.h"
 
 namespace flux::train {
@@ -37,6 +38,18 @@ std::vector<at::Tensor> draw_sigmas(const Session& session, std::span<const Batc
   return out;
 }
 
+/// What of the weights that the run began with is not finite; looked for when it is known to matter, for a file of 24 GB
+/// takes a while.
+std::string spoilt_weight(const Session& session) {
+  for (const auto& [name, tensor] : read_weights(session.file->path()).tensors) {
+    // 8-bit types have no isfinite()
+    const bool small = at::isFloatingType(tensor.scalar_type()) && tensor.element_size() == 1;
+    const at::Tensor values = small ? tensor.to(at::kFloat) : tensor;
+    if (!values.isfinite().all().item<bool>()) return name;
+  }
+  return {};
+}
+
 [[noreturn]] void refuse_not_finite(const Session& session,
                                     std::span<const Batch> batches,
                                     const engine::NotFinite& reason) {
@@ -48,6 +61,13 @@ std::vector<at::Tensor> draw_sigmas(const Session& session, std::span<const Batc
            !batch.prompt_embedding.isfinite().all().item<bool>() ||
            !batch.pooled_embedding.isfinite().all().item<bool>();
   }
+  if (const std::string name = data ? "" : spoilt_weight(session); !name.empty())
+    throw InputError(fmt::format("{}: tensor '{}' has values that are not finite (step {}: {})",
+                                 show(session.file->path()),
+                                 printable(name),
+                                 session.step + 1,
+                                 reason.what()),
+                     "the file is damaged: download or convert it again");
   throw InputError(
       fmt::format(
           "step {}: {}, on {}", session.step + 1, reason.what(), join_some(names, names.size())),
