@@ -23,7 +23,7 @@ def count(**more):
             total[name] += value
 
 
-def stop(tool, out, process, number, where, before):
+def stop(tool, out, process, number, where, before, leftovers):
     """Sends a signal to a run. Whether it had any effect."""
     process.send_signal(number)
     stdout, stderr = torture.communicate(process)
@@ -43,7 +43,7 @@ def stop(tool, out, process, number, where, before):
         return True
     torture.require(stderr.count(": error: ") == stderr.count("stopped by a signal") and not stdout, f"{where}: {stderr}")
     if out.exists():
-        tool.check_tidy(out, where)
+        tool.check_tidy(out, where, leftovers)
         made = training.metrics(out) if (out / "metrics.jsonl").exists() else []
         torture.require(not made or made[-1]["step"] in steps, f"{where}: step {len(made)} was made and not saved: {sorted(steps)}")
     return True
@@ -60,11 +60,12 @@ def work(tool, numbers):
         left = tool.steps - max(before, default=0)
         after = numbers.uniform(0, scale * (tool.idle_seconds + left * step_seconds))
         where = f"{number.name} after {after:.3f} s, from step {max(before, default=0)}"
+        leftovers = tool.leftovers(out)
         process = tool.start(out)
         end = time.monotonic() + after
         while process.poll() is None and time.monotonic() < end:
             time.sleep(min(0.005, max(0, end - time.monotonic())))
-        if stop(tool, out, process, number, where, before):
+        if stop(tool, out, process, number, where, before, leftovers):
             kills += number == signal.SIGKILL
             scale = min(1.5, scale * 1.05)
             before = set(tool.read(out))

@@ -91,9 +91,14 @@ class Training:
         torture.require(not left, f"{where}: scratch files are left: {left}")
         return set(found)
 
-    def check_tidy(self, out, where):
-        """Nothing but checkpoints and the log."""
-        other = sorted(path.name for path in out.iterdir() if path.name not in PLAIN and not path.name.startswith("step-"))
+    def leftovers(self, out):
+        """All but checkpoints and the log."""
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+        return {name for name in names - PLAIN if not name.startswith("step-")}
+
+    def check_tidy(self, out, where, before=frozenset()):
+        """`before` is what a killed run had left before a run that may not have come to its first step."""
+        other = sorted(self.leftovers(out) - before)
         torture.require(not other, f"{where}: left {other}")
 
     def check_complete(self, out, where):
