@@ -65,17 +65,10 @@ kernel::QkvTuple qk_norm_rope(const at::Tensor& qkv,
                               double eps) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t head = query_scale.size(0), heads = qkv.size(2) / (3 * head);
-  const auto result = [&] {
-    return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options());
+  const auto launch = [&](const auto& args) {
+    C10_CUDA_CHECK(kernel::qk_norm_rope_cuda(args, stream));
   };
-  const kernel::QkvTuple out{result(), result(), result()};
-  const auto run = [&]<class T>(T) {
-    C10_CUDA_CHECK(kernel::qk_norm_rope_cuda(
-        kernel::forward_args<T>(qkv, query_scale, key_scale, cos, sin, eps, out), stream));
-  };
-  qkv.scalar_type() == at::kBFloat16 ? run(kernel::Bf16{}) : run(float{});
-  return out;
+  return kernel::run_forward<kernel::Bf16>(qkv, query_scale, key_scale, cos, sin, eps, launch);
 }
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward(const at::Tensor& grad_q,
@@ -90,27 +83,19 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_backward(const at::Tensor& grad_
                                                          bool want_scales) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto grad_qkv = at::empty(qkv.sizes(), qkv.options());
-  at::Tensor partial;
-  const auto run = [&]<class T>(T) {
-    auto args = kernel::backward_args<T>({grad_q, grad_k, grad_v},
-                                         qkv,
-                                         query_scale,
-                                         key_scale,
-                                         cos,
-                                         sin,
-                                         eps,
-                                         grad_qkv,
-                                         at::Tensor(),
-                                         kRowsPerGroup);
-    if (want_scales) {
-      partial = at::zeros({args.num_groups(), 2, args.shape.head}, query_scale.options());
-      args.grad_scale = partial.mutable_data_ptr<float>();
-    }
+  const auto launch = [&](const auto& args) {
     C10_CUDA_CHECK(kernel::qk_norm_rope_backward_cuda(args, stream));
   };
-  qkv.scalar_type() == at::kBFloat16 ? run(kernel::Bf16{}) : run(float{});
-  return {grad_qkv, want_scales ? partial.sum(0) : at::Tensor()};
+  return kernel::run_backward<kernel::Bf16>({grad_q, grad_k, grad_v},
+                                            qkv,
+                                            query_scale,
+                                            key_scale,
+                                            cos,
+                                            sin,
+                                            eps,
+                                            want_scales,
+                                            kRowsPerGroup,
+                                            launch);
 }
 
 void adamw_step(const at::Tensor& parameter,

@@ -3,6 +3,7 @@
 #include "common/ops/attention.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
@@ -102,7 +103,9 @@ class CpuScratch {
   int64_t key_block() const { return std::min<int64_t>(keys_, 512); }
   /// Whether keys and values are packed for AMX.
   bool packs() const {
-    if (heads_ < 4 || head_ % 64 != 0 || keys_ < 64) return false;
+    if (!at::native::cpublas::could_pack(at::kBFloat16) || heads_ < 4 || head_ % 64 != 0 ||
+        keys_ < 64)
+      return false;
     const int64_t blocks = (queries_ + query_block() - 1) / query_block();
     const double size = static_cast<double>(batch_ * heads_ * keys_ * head_ / 1024);
     const double products = static_cast<double>((batch_ * heads_ * blocks + threads_ - 1) /

@@ -25,7 +25,7 @@ kernel::Bf16Matrix matrix_of(const at::Tensor& x) {
           row_major(x) ? 1 : x.stride(1)};
 }
 
-/// c with an even number of dense columns, as the kernel reads it.
+/// c with an even number of dense columns, as kPairs reads it.
 at::Tensor even(const at::Tensor& c) {
   if (!c.defined() || (c.size(1) % 2 == 0 && row_major(c))) return c;
   const auto wide = at::zeros({c.size(0), c.size(1) + c.size(1) % 2}, c.options());
@@ -35,13 +35,15 @@ at::Tensor even(const at::Tensor& c) {
 
 void multiply_bf16(const Product& p, const at::Tensor& out) {
   const MemoryScope scope(MemoryCause::kKernelScratch);
-  const auto c = even(p.c);
+  const auto which = kernel::bf16_kernel();
+  const auto c = which == kernel::Bf16Kernel::kPairs ? even(p.c) : p.c;
   const int64_t threads = at::get_num_threads();
-  const kernel::Bf16Plan plan(p.a.size(0),
+  const kernel::Bf16Plan plan(which,
+                              p.a.size(0),
                               p.a.size(1),
                               p.b.size(1),
                               c.defined() ? c.size(1) : 0,
-                              !row_major(p.a) || p.a.size(1) % 2 != 0,
+                              row_major(p.a) && p.a.size(1) % 2 == 0,
                               threads);
   const auto scratch = at::empty({plan.bytes(threads)}, out.options().dtype(at::kByte));
   if (out.is_meta() || out.numel() == 0) return;
@@ -95,8 +97,7 @@ void multiply_plainly(const Product& p, const at::Tensor& out) {
 }
 
 bool has_kernel(const at::Tensor& out) {
-  return out.scalar_type() == at::kBFloat16 && kernel_device(out) == c10::kCPU &&
-         kernel::multiplies_bf16();
+  return out.scalar_type() == at::kBFloat16 && kernel_device(out) == c10::kCPU;
 }
 
 }  // namespace
@@ -107,8 +108,9 @@ void multiply(const Product& product, const at::Tensor& out) {
 
 int64_t product_scratch_bytes(
     int64_t m, int64_t k, int64_t n, c10::ScalarType type, bool a_transposed, int64_t threads) {
-  if (type == at::kBFloat16 && kernel::multiplies_bf16())
-    return kernel::Bf16Plan(m, k, n, 0, a_transposed || k % 2 != 0, threads).bytes(threads);
+  if (type == at::kBFloat16)
+    return kernel::Bf16Plan(kernel::bf16_kernel(), m, k, n, 0, !a_transposed && k % 2 == 0, threads)
+        .bytes(threads);
   return a_transposed ? std::min<int64_t>(m, 3072) * k * c10::elementSize(type) : 0;
 }
 

@@ -1,7 +1,7 @@
 // common/ops/product.h - matrix products in memory that is known beforehand.
 //
-// bfloat16 on a CPU with AMX has kernels of its own here: LibTorch's go to oneDNN, whose scratch depends on the CPU and
-// the shape and is as large as an operand. Everything else is at::mm, whose float32 kernels need none.
+// bfloat16 on a CPU has kernels of its own here: LibTorch's go to oneDNN, whose scratch depends on the CPU and the shape
+// and is as large as an operand. Everything else is at::mm, whose float32 kernels need none.
 #pragma once
 #include <ATen/core/Tensor.h>
 

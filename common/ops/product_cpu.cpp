@@ -4,7 +4,9 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <exception>
 
 #include "common/ops/pack.h"
 
@@ -13,6 +15,12 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #define FLUX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#endif
+// An address sanitizer is not ready yet when the loader picks a version.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+#define FLUX_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define FLUX_CLONES
 #endif
 
 namespace flux::kernel {
@@ -23,16 +31,19 @@ int64_t parts(int64_t value, int64_t of) { return (value + of - 1) / of; }
 
 }  // namespace
 
-Bf16Plan::Bf16Plan(int64_t m, int64_t k, int64_t n, int64_t r, bool pack, int64_t threads)
-    : pack_a(pack) {
+Bf16Plan::Bf16Plan(
+    Bf16Kernel which, int64_t m, int64_t k, int64_t n, int64_t r, bool dense, int64_t threads)
+    : kernel(which), pack_a(which == Bf16Kernel::kPairs && !dense) {
+  constexpr int64_t kPairsDepth = 1536, kFloatDepth = 256;
   rows = std::max<int64_t>(rounded(parts(m, std::max<int64_t>(parts(m, kRows), 1)), 32), 32);
   width = std::min(rounded(n, 16), kColumns);
   const int64_t blocks = std::max<int64_t>(parts(n, width), 1);
   row_parts = blocks >= 2 * threads ? 1 : parts(2 * threads, blocks);
   part_rows = std::max<int64_t>(rounded(parts(rows, row_parts), 32), 32);
   row_parts = parts(rows, part_rows);
-  const int64_t depth = std::min(kDepth, rounded(std::max(k, r), 2));
-  packed_b = rounded(depth * width * 2, 64);
+  const bool pairs = kernel == Bf16Kernel::kPairs;
+  depth = std::min(pairs ? kPairsDepth : kFloatDepth, rounded(std::max(k, r), 2));
+  packed = pairs ? rounded(depth * width * 2, 64) : depth * (width + kFloatRows) * 4;
   sums = rounded(part_rows * width * 4, 64);
   packed_a = pack_a ? rounded(rows * rounded(std::max(k, r), 2) * 2, 64) : 0;
 }
@@ -65,14 +76,9 @@ void transpose_cpu(
   transpose_blocks(from, stride, columns, first, last, to);
 }
 
-#if !defined(__x86_64__)
-
-bool multiplies_bf16() { return false; }
-void multiply_bf16(const Bf16Product&, const Bf16Plan&, int64_t, void*) {}
-
-#else
-
 namespace {
+
+#if defined(__x86_64__)
 
 /// Two neighbours in K of one column: what the micro-kernel reads of b. Beyond the matrix there are zeros.
 uint32_t pair_of(const Bf16Matrix& b, int64_t k, int64_t n) {
@@ -175,8 +181,10 @@ FLUX_AVX512 void pack_a(
     pack_row(a, m + i, i < done_rows ? done_depth : 0, depth, out + i * depth);
 }
 
+#endif
+
 /// Rounds sums [rows, width] into out.
-FLUX_AVX512 void store_sums(const float* sums,
+FLUX_CLONES void store_sums(const float* sums,
                             int64_t rows,
                             int64_t width,
                             int64_t columns,
@@ -191,59 +199,113 @@ FLUX_AVX512 void store_sums(const float* sums,
     });
 }
 
-FLUX_AVX512 void scale_sums(float* sums, int64_t count, float scale) {
+FLUX_CLONES void scale_sums(float* sums, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) sums[i] *= scale;
 }
 
+#if defined(__x86_64__)
+
 const at::BFloat16* as_bf16(const void* data) { return static_cast<const at::BFloat16*>(data); }
 
-/// One matrix product's share of the sums of rows [first, first + rows) and columns [n, n + width).
-void add_product(const Bf16Matrix& a,
-                 const uint16_t* rows_of_a,
-                 int64_t a_row,
-                 const Bf16Matrix& b,
-                 int64_t rows,
-                 int64_t n,
-                 int64_t width,
-                 bool add,
-                 uint32_t* packed_b,
-                 float* sums) {
-  constexpr int64_t kRowsAtOnce = 256, kPanel = 128;
+/// One matrix product's share of the sums of all rows of `a` and columns [n, n + width).
+void add_pairs(const Bf16Plan& plan,
+               const Bf16Matrix& a,
+               const Bf16Matrix& b,
+               int64_t n,
+               int64_t width,
+               bool add,
+               uint32_t* packed,
+               float* sums) {
+  constexpr int64_t kRowsAtOnce = 128, kPanel = 128;
   const int64_t k_even = rounded(a.columns, 2);
-  for (int64_t k = 0; k < k_even; k += Bf16Plan::kDepth) {
-    const int64_t depth = std::min(Bf16Plan::kDepth, k_even - k);
+  for (int64_t k = 0; k < k_even; k += plan.depth) {
+    const int64_t depth = std::min(plan.depth, k_even - k);
     for (int64_t panel = 0; panel < width; panel += kPanel)
-      pack_b(
-          b, k, depth, n + panel, std::min(kPanel, width - panel), packed_b + panel * (depth / 2));
-    for (int64_t i = 0; i < rows; i += kRowsAtOnce)
+      pack_b(b, k, depth, n + panel, std::min(kPanel, width - panel), packed + panel * (depth / 2));
+    for (int64_t i = 0; i < a.rows; i += kRowsAtOnce)
       for (int64_t panel = 0; panel < width; panel += kPanel)
-        at::native::cpublas::brgemm(std::min(kRowsAtOnce, rows - i),
+        at::native::cpublas::brgemm(std::min(kRowsAtOnce, a.rows - i),
                                     std::min(kPanel, width - panel),
                                     depth,
-                                    a_row,
+                                    a.row,
                                     std::min(kPanel, width - panel),
                                     width,
                                     add || k > 0,
-                                    as_bf16(rows_of_a + i * a_row + k),
-                                    as_bf16(packed_b + panel * (depth / 2)),
+                                    as_bf16(a.data + i * a.row + k),
+                                    as_bf16(packed + panel * (depth / 2)),
                                     sums + i * width + panel);
+  }
+}
+
+/// Whether LibTorch's micro-kernel multiplies pairs: without the instructions, or where they are forbidden, it takes
+/// another path that reads b in another order, or throws.
+bool multiplies_pairs() {
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return false;
+  if (at::native::cpublas::could_pack(at::kBFloat16)) return true;
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  const at::BFloat16 a[2] = {1, 2};
+  at::BFloat16 b[32];
+  for (int j = 0; j < 32; ++j) b[j] = static_cast<float>(j);
+  float sums[16] = {};
+  try {
+    at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, sums);
+    at::native::cpublas::brgemm_release();
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (int j = 0; j < 16; ++j)
+    if (sums[j] != static_cast<float>(2 * j + 2 * (2 * j + 1))) return false;
+  return true;
+}
+
+#endif
+
+std::atomic<bool> limited = false;
+
+/// The same for the project's own micro-kernel.
+void add_floats(const Bf16Plan& plan,
+                const Bf16Matrix& a,
+                const Bf16Matrix& b,
+                int64_t n,
+                int64_t width,
+                bool add,
+                float* packed,
+                float* sums) {
+  float* const rows = packed + plan.depth * plan.width;
+  for (int64_t k = 0; k < a.columns; k += plan.depth) {
+    const int64_t depth = std::min(plan.depth, a.columns - k);
+    for (int64_t j = 0; j < width; j += kFloatColumns)
+      widen_columns(b, k, depth, n + j, packed + j * depth);
+    for (int64_t i = 0; i < a.rows; i += kFloatRows) {
+      const int64_t count = std::min(kFloatRows, a.rows - i);
+      widen_rows(a, i, count, k, depth, rows);
+      for (int64_t j = 0; j < width; j += kFloatColumns)
+        multiply_floats(
+            rows, packed + j * depth, count, depth, add || k > 0, sums + i * width + j, width);
+    }
   }
 }
 
 }  // namespace
 
-bool multiplies_bf16() {
-  static const bool has = at::native::cpublas::could_pack(at::kBFloat16);
-  return has;
+Bf16Kernel bf16_kernel() {
+#if defined(__x86_64__)
+  static const bool pairs = multiplies_pairs();
+  if (pairs && !limited) return Bf16Kernel::kPairs;
+#endif
+  return Bf16Kernel::kFloat;
 }
+void limit_bf16_kernel(bool limit) { limited = limit; }
 
 void multiply_bf16(const Bf16Product& p, const Bf16Plan& plan, int64_t threads, void* scratch) {
   auto* const packed_a = static_cast<uint16_t*>(scratch);
   auto* const of_threads = static_cast<std::byte*>(scratch) + plan.packed_a;
-  const int64_t m_all = p.a.rows, n_all = p.b.columns, depth = rounded(p.a.columns, 2);
+  const int64_t m_all = p.a.rows, n_all = p.b.columns;
+  const int64_t depth = rounded(p.a.columns, 2);
   const bool second = p.c.rows > 0;
   for (int64_t m = 0; m < m_all; m += plan.rows) {
     const int64_t rows = std::min(plan.rows, m_all - m);
+#if defined(__x86_64__)
     if (plan.pack_a)
       at::parallel_for(0, parts(rows, 16), 4, [&](int64_t first, int64_t last) {
         pack_a(p.a,
@@ -252,32 +314,33 @@ void multiply_bf16(const Bf16Product& p, const Bf16Plan& plan, int64_t threads, 
                depth,
                packed_a + first * 16 * depth);
       });
+#endif
     const int64_t blocks = parts(n_all, plan.width);
     at::parallel_for(0, blocks * plan.row_parts, 1, [&](int64_t first, int64_t last) {
-      std::byte* mine = of_threads + (at::get_thread_num() % threads) * (plan.packed_b + plan.sums);
-      auto* packed_b = reinterpret_cast<uint32_t*>(mine);
-      auto* sums = reinterpret_cast<float*>(mine + plan.packed_b);
+      std::byte* mine = of_threads + (at::get_thread_num() % threads) * (plan.packed + plan.sums);
+      auto* sums = reinterpret_cast<float*>(mine + plan.packed);
       for (int64_t task = first; task < last; ++task) {
         const int64_t n = task / plan.row_parts * plan.width;
         const int64_t i = task % plan.row_parts * plan.part_rows;
         if (i >= rows) continue;
         const int64_t count = std::min(plan.part_rows, rows - i);
         const int64_t columns = std::min(plan.width, n_all - n), width = rounded(columns, 16);
-        const uint16_t* a = plan.pack_a ? packed_a + i * depth : p.a.data + (m + i) * p.a.row;
-        add_product(
-            p.a, a, plan.pack_a ? depth : p.a.row, p.b, count, n, width, false, packed_b, sums);
+        const auto rows_of = [&](const Bf16Matrix& x) {
+          return Bf16Matrix{x.data + (m + i) * x.row, count, x.columns, x.row, x.column};
+        };
+        const auto add = [&](const Bf16Matrix& a, const Bf16Matrix& b, bool to_sums) {
+#if defined(__x86_64__)
+          if (plan.kernel == Bf16Kernel::kPairs)
+            return add_pairs(
+                plan, a, b, n, width, to_sums, reinterpret_cast<uint32_t*>(mine), sums);
+#endif
+          add_floats(plan, a, b, n, width, to_sums, reinterpret_cast<float*>(mine), sums);
+        };
+        add(plan.pack_a ? Bf16Matrix{packed_a + i * depth, count, depth, depth, 1} : rows_of(p.a),
+            p.b,
+            false);
         if (p.scale != 1) scale_sums(sums, count * width, p.scale);
-        if (second)
-          add_product(p.c,
-                      p.c.data + (m + i) * p.c.row,
-                      p.c.row,
-                      p.d,
-                      count,
-                      n,
-                      width,
-                      true,
-                      packed_b,
-                      sums);
+        if (second) add(rows_of(p.c), p.d, true);
         store_sums(sums,
                    count,
                    width,
@@ -286,11 +349,11 @@ void multiply_bf16(const Bf16Product& p, const Bf16Plan& plan, int64_t threads, 
                    p.out + (m + i) * n_all + n,
                    n_all);
       }
-      at::native::cpublas::brgemm_release();
+#if defined(__x86_64__)
+      if (plan.kernel == Bf16Kernel::kPairs) at::native::cpublas::brgemm_release();
+#endif
     });
   }
 }
-
-#endif
 
 }  // namespace flux::kernel

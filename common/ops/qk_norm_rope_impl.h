@@ -2,6 +2,9 @@
 // the CPU ones. For the op's own files and libflux_cuda.so.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include <tuple>
 
@@ -88,6 +91,62 @@ QkNormRopeBackward<T> backward_args(const QkvTuple& grads,
           data(grad_qkv),
           grad_scale.defined() ? grad_scale.mutable_data_ptr<float>() : nullptr,
           rows_per_group};
+}
+
+/// The forward face of a device: makes the results, and has `launch` write them. Half: the device's bfloat16.
+template <class Half, class Launch>
+QkvTuple run_forward(const at::Tensor& qkv,
+                     const at::Tensor& query_scale,
+                     const at::Tensor& key_scale,
+                     const at::Tensor& rope_cos,
+                     const at::Tensor& rope_sin,
+                     double eps,
+                     const Launch& launch) {
+  const int64_t head = query_scale.size(0), heads = qkv.size(2) / (3 * head);
+  const auto result = [&] {
+    return at::empty({qkv.size(0), qkv.size(1), heads, head}, qkv.options());
+  };
+  const QkvTuple out{result(), result(), result()};
+  const auto run = [&]<class T>(T) {
+    launch(forward_args<T>(qkv, query_scale, key_scale, rope_cos, rope_sin, eps, out));
+  };
+  qkv.scalar_type() == at::kBFloat16 ? run(Half{}) : run(float{});
+  return out;
+}
+
+/// The backward face: the sums of the scales' gradient go by groups of `rows_per_group` rows.
+template <class Half, class Launch>
+std::tuple<at::Tensor, at::Tensor> run_backward(const QkvTuple& grads,
+                                                const at::Tensor& qkv,
+                                                const at::Tensor& query_scale,
+                                                const at::Tensor& key_scale,
+                                                const at::Tensor& rope_cos,
+                                                const at::Tensor& rope_sin,
+                                                double eps,
+                                                bool want_scales,
+                                                int64_t rows_per_group,
+                                                const Launch& launch) {
+  const auto grad_qkv = at::empty(qkv.sizes(), qkv.options());
+  at::Tensor partial;
+  const auto run = [&]<class T>(T) {
+    auto args = backward_args<T>(grads,
+                                 qkv,
+                                 query_scale,
+                                 key_scale,
+                                 rope_cos,
+                                 rope_sin,
+                                 eps,
+                                 grad_qkv,
+                                 at::Tensor(),
+                                 rows_per_group);
+    if (want_scales) {
+      partial = at::zeros({args.num_groups(), 2, args.shape.head}, query_scale.options());
+      args.grad_scale = partial.mutable_data_ptr<float>();
+    }
+    launch(args);
+  };
+  qkv.scalar_type() == at::kBFloat16 ? run(Half{}) : run(float{});
+  return {grad_qkv, want_scales ? partial.sum(0) : at::Tensor()};
 }
 
 }  // namespace flux::kernel

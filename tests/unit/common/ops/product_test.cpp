@@ -1,16 +1,19 @@
 #include "common/ops/product.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include "common/ops/gelu.h"
+#include "common/ops/product_cpu.h"
+#include "common/tensor/memory.h"
 #include "tests/support/golden.h"
 
 namespace flux {
 namespace {
 
 // Sizes around the kernels' blocks, odd ones, both layouts, with and without a second product and a bias.
-TEST(Product, EqualsFloat64WhateverTheLayout) {
+void compare_with_float64() {
   at::manual_seed(5);
   for (const auto type : {at::kFloat, at::kBFloat16})
     for (int64_t i = 0; i < 48; ++i) {
@@ -37,6 +40,53 @@ TEST(Product, EqualsFloat64WhateverTheLayout) {
       multiply(p, out);
       EXPECT_LT(test::relative_error(out, expected), type == at::kFloat ? 2e-6 : 4e-3);
     }
+}
+
+TEST(Product, EqualsFloat64WhateverTheLayout) { compare_with_float64(); }
+
+/// The kernel of CPUs without bfloat16.
+class ProductAsFloat : public testing::Test {
+ protected:
+  void SetUp() override { kernel::limit_bf16_kernel(true); }
+  void TearDown() override { kernel::limit_bf16_kernel(false); }
+};
+
+TEST_F(ProductAsFloat, EqualsFloat64WhateverTheLayout) {
+  ASSERT_EQ(kernel::bf16_kernel(), kernel::Bf16Kernel::kFloat);
+  compare_with_float64();
+}
+
+TEST_F(ProductAsFloat, AllocatesTheScratchThatIsPlannedAndNoMore) {
+  count_tensor_memory();
+  const auto a = at::randn({130, 300}).to(at::kBFloat16),
+             b = at::randn({300, 70}).to(at::kBFloat16);
+  for (const bool turned : {false, true}) {
+    const Product p{.a = turned ? b.t() : a, .b = turned ? a.t() : b};
+    const auto out = at::empty({p.a.size(0), p.b.size(1)}, a.options());
+    reset_cpu_peak();
+    const int64_t before = cpu_memory().live;
+    multiply(p, out);
+    EXPECT_EQ(cpu_memory().peak - before,
+              product_scratch_bytes(
+                  p.a.size(0), 300, p.b.size(1), at::kBFloat16, turned, at::get_num_threads()));
+  }
+}
+
+// Rows are cut by the number of threads.
+TEST_F(ProductAsFloat, HasTheSameBitsOnAnyNumberOfThreads) {
+  at::manual_seed(7);
+  const auto a = at::randn({333, 500}).to(at::kBFloat16),
+             b = at::randn({500, 40}).to(at::kBFloat16);
+  const int before = at::get_num_threads();
+  std::vector<at::Tensor> outs;
+  for (const int threads : {1, 2, 3}) {
+    at::set_num_threads(threads);
+    outs.push_back(at::empty({333, 40}, a.options()));
+    multiply({.a = a, .b = b}, outs.back());
+  }
+  at::set_num_threads(before);
+  EXPECT_TRUE(at::equal(outs[0], outs[1]));
+  EXPECT_TRUE(at::equal(outs[0], outs[2]));
 }
 
 TEST(Gelu, AndItsGradientEqualFloat64AlsoWrittenBehindAnother) {
