@@ -1,6 +1,7 @@
 #include "pipelines/train/load.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
 #include <string>
@@ -13,6 +14,7 @@
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "common/ops/attention.h"
 #include "pipelines/train/optimizer.h"
 #include "pipelines/train/plan.h"
 
@@ -135,6 +137,11 @@ std::string precision_word(at::ScalarType compute) {
   return compute == at::kFloat ? "f32" : "bf16";
 }
 
+std::string attention_word(const Session& session) {
+  const auto q = at::empty({0}, at::TensorOptions(session.device).dtype(session.compute));
+  return std::string(attention_backend(q, session.data->has_text_mask()));
+}
+
 engine::TrainerOptions trainer_options(const Options& o,
                                        at::Device device,
                                        at::ScalarType compute) {
@@ -246,6 +253,7 @@ void load_model(Session& session) {
                                     show_bytes(static_cast<uint64_t>(choice.budget))),
                         choice.hint);
   session.plan = choice.plan;
+  log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);

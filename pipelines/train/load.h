@@ -40,6 +40,9 @@ struct Session {
 /// The word of --precision that is in force: "f32" or "bf16".
 std::string precision_word(at::ScalarType compute);
 
+/// The attention kernel that the steps of this run take, for its record: see attention_backend().
+std::string attention_word(const Session& session);
+
 /// What the engine is told; residency is what the user fixed, else "all in memory".
 engine::TrainerOptions trainer_options(const Options& options,
                                        at::Device device,

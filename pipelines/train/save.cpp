@@ -176,7 +176,8 @@ std::filesystem::path save(Session& session) {
                           {"tool_version", tool_version()},
                           {"commit", commit()},
                           {"command_line", printable(o.command_line)},
-                          {"device", session.device.str()}};
+                          {"device", session.device.str()},
+                          {"attention", attention_word(session)}};
   const auto folder = writer.commit(std::move(record));
   log::info("saved {}", show(folder));
   return folder;

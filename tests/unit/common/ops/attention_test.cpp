@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/ops/op.h"
 #include "tests/support/golden.h"
 
 namespace flux {
@@ -51,6 +52,20 @@ TEST(Attention, OnMetaMakesShapesForwardAndBackward) {
   EXPECT_EQ(out.sizes(), (at::IntArrayRef{2, 7, 48}));
   out.sum().backward();
   EXPECT_EQ(q.grad().sizes(), q.sizes());
+}
+
+TEST(Attention, TellsTheKernelForTheRecordOfARun) {
+  const auto meta = at::empty({0}, at::TensorOptions(at::kMeta).dtype(at::kBFloat16));
+  EXPECT_EQ(attention_backend(at::empty({0}), true), "flash-cpu");
+  EXPECT_EQ(attention_backend(meta, false), "flash-cpu");
+  plan_kernels_for(at::kCUDA);
+  EXPECT_EQ(attention_backend(meta, false), "flash");
+  EXPECT_EQ(attention_backend(meta, true), "efficient");
+  EXPECT_EQ(attention_backend(meta.to(at::kFloat), false), "efficient");
+  set_attention_backend(AttentionBackend::kCudnn);
+  EXPECT_EQ(attention_backend(meta, true), "cudnn");
+  set_attention_backend(AttentionBackend::kFlash);
+  plan_kernels_for(at::kCPU);
 }
 
 TEST(Attention, NamesWhatDoesNotFit) {

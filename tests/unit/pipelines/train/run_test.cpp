@@ -219,6 +219,7 @@ TEST(Train, KeepsAFinishedRunUnlessToldOtherwise) {
   Scene scene;
   run(scene.options);
   const std::string before = read_file(scene.options.out / "step-000003/state.json");
+  EXPECT_THAT(before, HasSubstr("\"attention\": \"flash-cpu\""));
   EXPECT_THAT(message_of(scene.options),
               AllOf(HasSubstr("--resume"), HasSubstr("--replace"), HasSubstr("step 3")));
   EXPECT_EQ(read_file(scene.options.out / "step-000003/state.json"), before);
