@@ -35,6 +35,7 @@
 #include "pipelines/train/load.h"
 #include "pipelines/train/options.h"
 #include "pipelines/train/plan.h"
+#include "tests/support/random_batch.h"
 
 namespace flux {
 namespace {
@@ -158,24 +159,6 @@ Setting draw(int64_t seed, int64_t number) {
   return s;
 }
 
-FlowInputs random_batch(const dit::Config& config, const engine::StepShape& s) {
-  const MemoryScope scope(MemoryCause::kData);
-  FlowInputs in;
-  in.latents = at::randn({s.batch, config.in_channels / 4, s.height / 8, s.width / 8});
-  in.noise = at::randn(in.latents.sizes());
-  in.sigma = at::full({s.batch}, 0.5);
-  in.prompt_embedding = at::randn({s.batch, s.text_length, config.prompt_dim}).to(s.text_type);
-  in.pooled_embedding = at::randn({s.batch, config.pooled_dim}).to(s.text_type);
-  in.loss_weight = at::full({s.batch}, 1.0);
-  if (s.text_mask) {
-    in.text_mask = at::ones({s.batch, s.text_length}, at::kBool);
-    in.text_mask.narrow(1, s.text_length / 2, s.text_length / 2).fill_(false);
-  }
-  if (s.input_noise) in.input_noise = at::randn(in.latents.sizes());
-  if (s.loss_mask) in.loss_mask = at::rand({s.batch, 1, s.height / 8, s.width / 8});
-  return in;
-}
-
 std::string model_name(int64_t model) { return fmt::format("{}.safetensors", model); }
 
 /// In a process of its own: plans and runs; prints one JSON object.
@@ -199,7 +182,7 @@ void run_one(const Setting& s, const fs::path& folder) {
     engine::Trainer trainer(config, file, wanted);
     std::vector<FlowInputs> batches;
     for (int64_t i = 0; i < s.shape.micro_batches; ++i)
-      batches.push_back(random_batch(config, s.shape));
+      batches.push_back(test::random_batch(config, s.shape));
     for (int64_t step = 1; step <= 3; ++step) trainer.step(batches, step, 1e-5);
   }
   const MemoryUse use = cpu_memory();

@@ -22,21 +22,10 @@
 #include "pipelines/train/load.h"
 #include "pipelines/train/options.h"
 #include "pipelines/train/plan.h"
+#include "tests/support/random_batch.h"
 
 namespace flux {
 namespace {
-
-FlowInputs random_batch(const dit::Config& config, const engine::StepShape& s) {
-  const MemoryScope scope(MemoryCause::kData);
-  FlowInputs in;
-  in.latents = at::randn({s.batch, config.in_channels / 4, s.height / 8, s.width / 8});
-  in.noise = at::randn(in.latents.sizes());
-  in.sigma = at::full({s.batch}, 0.5);
-  in.prompt_embedding = at::randn({s.batch, s.text_length, config.prompt_dim}).to(s.text_type);
-  in.pooled_embedding = at::randn({s.batch, config.pooled_dim}).to(s.text_type);
-  in.loss_weight = at::full({s.batch}, 1.0);
-  return in;
-}
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -75,7 +64,7 @@ ExitCode run(Tool& tool) {
   fmt::print("loaded in {:.2f} s\n", seconds() - planned);
   std::vector<FlowInputs> batches;
   for (int64_t i = 0; i < shape.micro_batches; ++i)
-    batches.push_back(random_batch(file->config(), shape));
+    batches.push_back(test::random_batch(file->config(), shape));
   double last = 0;
   nlohmann::json losses = nlohmann::json::array();
   for (int64_t step = 1; step <= steps; ++step) {

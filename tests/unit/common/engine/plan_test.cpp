@@ -8,23 +8,11 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include "tests/support/random_batch.h"
 #include "tests/unit/common/engine/small_model.h"
 
 namespace flux::engine {
 namespace {
-
-FlowInputs random_batch(const dit::Config& config, const StepShape& s) {
-  const int64_t rows = s.height / 8, columns = s.width / 8;
-  FlowInputs in;
-  const MemoryScope scope(MemoryCause::kData);
-  in.latents = at::randn({s.batch, config.in_channels / 4, rows, columns});
-  in.noise = at::randn(in.latents.sizes());
-  in.sigma = at::full({s.batch}, 0.5);
-  in.prompt_embedding = at::randn({s.batch, s.text_length, config.prompt_dim}).to(s.text_type);
-  in.pooled_embedding = at::randn({s.batch, config.pooled_dim}).to(s.text_type);
-  in.loss_weight = at::full({s.batch}, 1.0);
-  return in;
-}
 
 std::string table(const MemoryByCause& planned, const MemoryByCause& measured) {
   std::string text;
@@ -65,7 +53,7 @@ class PlanTest : public ::testing::Test {
     Trainer trainer(config_, file, with_count);
     std::vector<FlowInputs> batches;
     for (int64_t i = 0; i < shape.micro_batches; ++i)
-      batches.push_back(random_batch(config_, shape));
+      batches.push_back(test::random_batch(config_, shape));
     for (int64_t step = 1; step <= 3; ++step) trainer.step(batches, step, 1e-4);
     MemoryUse use = cpu_memory();
     use.peak -= before;
@@ -111,7 +99,19 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
   two.batch = 2;
   two.micro_batches = 2;
   two.width = 320;
+  const auto with_options = [&](Residency residency, lora::Family blocks) {
+    TrainerOptions o = lora(at::kFloat, residency);
+    o.selection = {.blocks = blocks,
+                   .ranks_of_types = lora::module_ranks("single=64,img_in=8,vector_in=8")};
+    if (blocks == lora::Family::kSingle) o.selection.ranks_of_types = {{"single", 64}};
+    o.max_weight_norm = 0.5;
+    o.dropout = {.values = 0.2, .ranks = 0.1};
+    return o;
+  };
   const Case cases[] = {
+      {"lora f32 with its options", with_options(all, lora::Family::kAll), two},
+      {"lora f32 of single blocks, kept", with_options(kept, lora::Family::kSingle), two},
+      {"lora f32 with its options, streamed", with_options(adapters, lora::Family::kAll), one},
       {"lora f32", lora(at::kFloat, all), one},
       {"lora f32 streamed", lora(at::kFloat, streamed), one},
       {"lora f32 kept", lora(at::kFloat, kept), two},

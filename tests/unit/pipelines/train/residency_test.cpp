@@ -12,53 +12,30 @@
 #include "common/tensor/weight_file.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/run.h"
-#include "tests/support/temporary_folder.h"
-#include "tests/support/tiny_flux.h"
-#include "tests/support/training_caches.h"
+#include "tests/support/training_scene.h"
 
 namespace flux::train {
 namespace {
 
+using test::message_of;
 using testing::AllOf;
 using testing::HasSubstr;
 
-struct Scene {
+// Four steps in bfloat16.
+struct Scene : test::TrainingScene {
   Scene() {
-    test::TrainingCaches caches;
-    caches.items = {{"a.png", 4, 4}, {"b.png", 4, 6}, {"c.png", 4, 4}};
-    caches.write(folder.path());
-    options.latents = folder / "latents";
-    options.text = folder / "text";
-    options.model = test::write_tiny_flux(folder / "flux.safetensors", true);
-    options.out = folder / "run";
-    options.rank = 4;
     options.max_steps = 4;
-    options.lr.learning_rate = 1e-3;
-    options.seed = 5;
-    options.device = DeviceChoice::kCpu;
     options.precision = Precision::kBF16;
-    options.reader_threads = 1;
   }
   std::string saved(const char* name) const {
     return read_file(options.out / "step-000004" / name);
   }
-  test::TemporaryFolder folder;
-  Options options;
 };
 
 void stream(Options& o) {
   o.resident_blocks = 0;
   o.kept_graphs = 0;
   o.block_inputs = engine::InputPlace::kDisk;
-}
-
-std::string message_of(const Options& options) {
-  try {
-    run(options);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 TEST(TrainMemory, StreamedRunsSaveTheSameBytes) {

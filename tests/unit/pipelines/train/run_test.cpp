@@ -4,7 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
+#include <map>
 #include <thread>
 
 #include "common/core/cancel.h"
@@ -14,50 +16,16 @@
 #include "common/tensor/weight_file.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "formats/safetensors/reader.h"
-#include "tests/support/temporary_folder.h"
-#include "tests/support/tiny_flux.h"
-#include "tests/support/training_caches.h"
+#include "tests/support/training_scene.h"
 
 namespace flux::train {
 namespace {
 
+using test::message_of;
+using test::small_caches;
 using testing::AllOf;
 using testing::HasSubstr;
-
-test::TrainingCaches small_caches() {
-  test::TrainingCaches caches;
-  caches.items = {{"a.png", 4, 4}, {"b.png", 4, 6}, {"c.png", 4, 4}};
-  return caches;
-}
-
-// Caches, a model and options that fit, in a folder of their own.
-struct Scene {
-  explicit Scene(const test::TrainingCaches& caches = small_caches(), bool guidance = true) {
-    caches.write(folder.path());
-    options.latents = folder / "latents";
-    options.text = folder / "text";
-    options.model = test::write_tiny_flux(folder / "flux.safetensors", guidance);
-    options.out = folder / "run";
-    options.rank = 4;
-    options.max_steps = 3;
-    options.lr.learning_rate = 1e-3;
-    options.seed = 5;
-    options.device = DeviceChoice::kCpu;
-    options.reader_threads = 1;
-    options.command_line = "flux-train --test";
-  }
-  test::TemporaryFolder folder;
-  Options options;
-};
-
-std::string message_of(const Options& options) {
-  try {
-    run(options);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
+using Scene = test::TrainingScene;
 
 std::vector<nlohmann::json> metrics(const std::filesystem::path& run) {
   std::vector<nlohmann::json> out;
@@ -263,9 +231,54 @@ TEST(Train, ResumeRefusesWhatWouldChangeTheResult) {
   changed.write_text(scene.folder / "other-text");
   EXPECT_THAT(with([&](Options& o) { o.text = scene.folder / "other-text"; }),
               HasSubstr("other-text"));
-  EXPECT_THAT(with([&](Options& o) { o.out = scene.folder / "nothing"; }),
-              HasSubstr("no checkpoint"));
   EXPECT_EQ(message_of(scene.options), "no error");
+}
+
+TEST(Train, ResumeStartsARunWhereNoCheckpointIs) {
+  Scene plain, resumed;
+  resumed.options.resume = true;
+  run(plain.options);
+  run(resumed.options);
+  for (const char* name : {"state.safetensors", "lora.safetensors"})
+    EXPECT_EQ(read_file(plain.options.out / "step-000003" / name),
+              read_file(resumed.options.out / "step-000003" / name));
+}
+
+TEST(Train, AFinishedRunIsNotChanged) {
+  Scene scene;
+  run(scene.options);
+  const auto contents = [&] {
+    std::map<std::string, std::pair<std::string, FileStamp>> out;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(scene.options.out))
+      if (entry.is_regular_file())
+        out[entry.path()] = {read_file(entry.path()), file_stamp(entry.path())};
+    return out;
+  };
+  const auto before = contents();
+  scene.options.resume = true;
+  scene.options.save_every = 2;  // would be another run.toml
+  const Report report = run(scene.options);
+  EXPECT_EQ(report.exit_code, ExitCode::kOk);
+  EXPECT_EQ(report.steps, 3);
+  EXPECT_EQ(report.object()["loss_first"], nullptr);
+  EXPECT_TRUE(contents() == before);
+  scene.options.model = test::write_tiny_flux(scene.folder / "other.safetensors", true, 2);
+  EXPECT_THAT(message_of(scene.options), HasSubstr("weights_sha256"));
+}
+
+TEST(Train, NamesAWeightThatIsNotFinite) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    Scene scene;
+    auto file = read_weights(scene.options.model);
+    const std::string name = "double_blocks.0.txt_mlp.0.weight";
+    file.tensors.at(name) = file.tensors.at(name).clone();
+    file.tensors.at(name)[1][2] = std::nan("");
+    scene.options.model = scene.folder / "spoilt.safetensors";
+    write_weights(scene.options.model, file.tensors, file.metadata);
+    scene.options.method = method;
+    EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("spoilt.safetensors"), HasSubstr(name)));
+    EXPECT_TRUE(checkpoint::steps_in(scene.options.out).empty());
+  }
 }
 
 TEST(Train, ResumeRefusesADamagedState) {
