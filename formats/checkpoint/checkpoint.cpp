@@ -47,6 +47,13 @@ std::optional<int64_t> step_of(const std::string& name) {
   return step;
 }
 
+// ".NAME.tmp-<16 hex digits>", as AtomicFile calls what is not whole yet.
+bool is_temporary(const std::string& name) {
+  const size_t end = name.rfind(".tmp-");
+  return name.starts_with('.') && end != std::string::npos && end > 0 && name.size() == end + 21 &&
+         name.find_first_not_of("0123456789abcdef", end + 5) == std::string::npos;
+}
+
 std::vector<fs::path> entries(const fs::path& folder) {
   std::vector<fs::path> out;
   std::error_code error;
@@ -177,7 +184,8 @@ std::vector<int64_t> steps_in(const fs::path& run) {
 
 void remove_leftovers(const fs::path& run) {
   for (const fs::path& entry : entries(run)) {
-    if (!entry.filename().string().starts_with(".step-")) continue;
+    const std::string name = entry.filename().string();
+    if (!name.starts_with(".step-") && !is_temporary(name)) continue;
     std::error_code ignored;
     fs::remove_all(entry, ignored);
   }

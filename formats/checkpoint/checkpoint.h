@@ -34,7 +34,7 @@ std::string step_name(int64_t step);
 /// Steps of the whole checkpoints in a run folder, ascending; none if the folder is not there.
 std::vector<int64_t> steps_in(const std::filesystem::path& run);
 
-/// Removes checkpoints that a killed run left half-written.
+/// Removes what a killed run left half-written: checkpoints, and files of the run's folder.
 void remove_leftovers(const std::filesystem::path& run);
 /// Makes the folder of a new run, without leftovers. One that holds checkpoints already is first
 /// renamed to RUN.old-N, with the lowest free N from 1; returns that name. Throws ResourceError if

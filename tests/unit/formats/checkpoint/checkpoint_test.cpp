@@ -107,6 +107,21 @@ TEST(Checkpoint, IgnoresFoldersThatAreNoCheckpoints) {
   EXPECT_EQ(read_latest(run.path()), std::nullopt);
 }
 
+TEST(RemoveLeftovers, RemovesWhatAKillLeavesAndNothingElse) {
+  TemporaryFolder run;
+  save(run.path(), 5);
+  std::filesystem::create_directory(run / ".step-000006.0123456789abcdef");
+  run.write(".metrics.jsonl.tmp-0123456789abcdef", "half");
+  run.write(".run.toml.tmp-fedcba9876543210", "half");
+  const std::vector<std::string> kept{
+      ".notes", "metrics.jsonl", ".x.tmp-0123", "y.tmp-0123456789abcdef"};
+  for (const std::string& name : kept) run.write(name, "mine");
+  remove_leftovers(run.path());
+  for (const std::string& name : kept) EXPECT_TRUE(std::filesystem::exists(run / name)) << name;
+  EXPECT_EQ(read_latest(run.path())->step, 5);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(run.path()), {}), 5);
+}
+
 TEST(StartRun, NamesAFileInTheWayAndWhatToDo) {
   TemporaryFolder folder;
   folder.write("plain", "a file");
