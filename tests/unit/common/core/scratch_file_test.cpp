@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstring>
@@ -57,8 +58,22 @@ TEST(ScratchFile, NamesTheBytesThatAreMissing) {
     const std::string what = error.what();
     EXPECT_NE(what.find(folder.string()), std::string::npos) << what;
     EXPECT_NE(what.find("a test"), std::string::npos) << what;
-    EXPECT_NE(what.find("free"), std::string::npos) << what;
+    EXPECT_NE(what.find(std::to_string(int64_t{1} << 60) + " bytes"), std::string::npos) << what;
+    EXPECT_NE(what.find("are free"), std::string::npos) << what;
+    EXPECT_NE(what.find("--scratch"), std::string::npos) << what;
   }
+  std::filesystem::remove_all(folder);
+}
+
+TEST(ScratchFile, GivesItsDescriptorAway) {
+  const auto folder = new_folder();
+  int descriptor = -1;
+  {
+    ScratchFile file(folder, "a test");
+    descriptor = file.release();
+  }
+  EXPECT_EQ(write(descriptor, "x", 1), 1) << "it was closed";
+  EXPECT_EQ(close(descriptor), 0);
   std::filesystem::remove_all(folder);
 }
 

@@ -18,6 +18,7 @@ struct Options {
   double rate = 0.5;
   bool fast = false;
   Dtype dtype = Dtype::kBf16;
+  std::optional<Dtype> kept;
   std::filesystem::path out;
   std::vector<std::string> many;
 };
@@ -38,6 +39,11 @@ Parsed parse(std::vector<std::string> arguments, std::vector<std::string>* given
   tool.flag("fast", o.fast, "be fast");
   tool.flag(
       "dtype", o.dtype, Choices<Dtype>{{"bf16", Dtype::kBf16}, {"f32", Dtype::kF32}}, "kept as");
+  tool.flag("kept",
+            o.kept,
+            Choices<Dtype>{{"bf16", Dtype::kBf16}, {"f32", Dtype::kF32}},
+            "stored as",
+            "as the model");
   tool.flag("out", o.out, "DIR", "where to");
   tool.flag("many", o.many, "X", "several");
   parsed.go_on = tool.parse();
@@ -89,6 +95,15 @@ TEST(Tool, WritesFlagsIntoTheStruct) {
 TEST(Tool, TakesNegativeValues) {  // a value that starts with '-' is a value, out of range here
   EXPECT_NE(usage_error({"--max-steps", "-3"}).find("-3 is out of range, 1 to 100"),
             std::string::npos);
+}
+
+TEST(Tool, TakesAChoiceThatMayBeLeftOut) {
+  EXPECT_EQ(parse({}).options.kept, std::nullopt);
+  EXPECT_EQ(parse({"--kept", "f32"}).options.kept, Dtype::kF32);
+  EXPECT_EQ(usage_error({"--kept", "f\x1b"}), "--kept: 'f\\x1b' is not one of bf16|f32");
+  testing::internal::CaptureStdout();
+  EXPECT_FALSE(parse({"--help"}).go_on);
+  EXPECT_NE(testing::internal::GetCapturedStdout().find("as the model"), std::string::npos);
 }
 
 TEST(Tool, RefusesWhatItDoesNotKnow) {
