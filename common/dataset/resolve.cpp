@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <system_error>
+#include <unordered_map>
 #include <vector>
 
 #include "common/core/error.h"
@@ -124,6 +125,7 @@ std::vector<Image> read_metadata(const Subset& subset, Profile profile) {
   if (!subset.folder.empty() && !fs::is_directory(subset.folder, error))
     throw InputError("image_dir " + show(subset.folder) + ": there is no such folder");
   std::vector<Image> images;
+  std::unordered_map<std::string, std::string> named;  // picture -> how the file spells it
   const auto add = [&](const std::string& name, const Json& entry, const std::string& where) {
     if (!entry.is_object()) throw InputError(where + ": must be an object");
     if (name.empty() || name.find('\0') != std::string::npos)
@@ -145,6 +147,18 @@ std::vector<Image> read_metadata(const Subset& subset, Profile profile) {
       if (!relative.empty() && *relative.begin() != "..") image.name = relative.native();
     }
     image.file = picture_of(image.file, profile);
+    const auto [other, is_new] =
+        named.try_emplace(fs::absolute(image.file, error).lexically_normal().native(), name);
+    if (!is_new) {
+      throw InputError(
+          where + ": " +
+              (other->second == name ? printable(name) + " is named twice"
+                                     : fmt::format("'{}' and '{}' name one picture, {}",
+                                                   printable(other->second),
+                                                   printable(name),
+                                                   show(image.file))),
+          "name each picture once");
+    }
     image.metadata_caption = metadata_caption(entry, subset, where);
     images.push_back(std::move(image));
   };
@@ -171,12 +185,6 @@ std::vector<Image> read_metadata(const Subset& subset, Profile profile) {
   }
   std::sort(
       images.begin(), images.end(), [](const Image& a, const Image& b) { return a.name < b.name; });
-  const auto twin =
-      std::adjacent_find(images.begin(), images.end(), [](const Image& a, const Image& b) {
-        return a.name == b.name;
-      });
-  if (twin != images.end())
-    throw InputError(show(file) + ": " + printable(twin->name) + " is named twice");
   return images;
 }
 

@@ -57,6 +57,7 @@ std::unique_ptr<MappedFile> open_source(const fs::path& folder, const Wanted& fi
   try {
     source = std::make_unique<MappedFile>(folder / file.name);
   } catch (const InputError& error) {
+    refuse_unreadable(folder / file.name);
     throw CacheError(message_of(error), repair_hint(folder));
   }
   const auto bytes = source->bytes();
@@ -114,8 +115,8 @@ CopyReport copy(const fs::path& from,
   const Manifest manifest = parse_manifest(text, from / kManifestName);
   std::error_code error;
   if (fs::equivalent(from, to, error) && !error) {
-    throw CacheError(fmt::format("{}: is the cache that is to be copied", show(to)),
-                     "name another folder");
+    throw UsageError(fmt::format("{}: is the cache that is to be copied", show(to)),
+                     "name another folder with --out");
   }
   refuse_foreign_files(to);
   make_folder(to);

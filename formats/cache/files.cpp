@@ -109,20 +109,7 @@ bool is_last_run_of_ours(const fs::path& path) {
   return head && (is_blank(*head) || head->find("\"stage_seconds\":") != std::string::npos);
 }
 
-// Throws CacheError if the system does not let it be opened: that is no damage, and says nothing of
-// whose file it is.
-void require_readable(const fs::path& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  const int number = errno;
-  if (fd >= 0) {
-    close(fd);
-  } else if (is_there(path) && number != ENOENT && number != ELOOP && number != ENXIO) {
-    throw CacheError(fmt::format("{}: cannot be read: {}; nothing was changed",
-                                 show(path),
-                                 std::generic_category().message(number)),
-                     "check its permissions, its disk and the limit on open files (ulimit -n)");
-  }
-}
+constexpr char kUnchanged[] = "; nothing was changed";
 
 [[noreturn]] void refuse(const fs::path& path, const char* kind) {
   throw CacheError(
@@ -180,7 +167,7 @@ void require_folder(const fs::path& folder) {
 
 void refuse_foreign_manifest(const fs::path& folder) {
   const fs::path path = folder / kManifestName;
-  require_readable(path);
+  refuse_unreadable(path, kUnchanged);
   if (is_there(path) && !is_manifest_of_ours(path)) refuse(path, "the manifest");
 }
 
@@ -202,7 +189,7 @@ void refuse_foreign_files(const fs::path& folder) {
   }
   for (const auto& name : names_in(folder)) {
     const fs::path path = folder / name;
-    if (is_published_name(name) || is_journal_name(name)) require_readable(path);
+    if (is_published_name(name) || is_journal_name(name)) refuse_unreadable(path, kUnchanged);
     if (is_segment_name(name)) {
       if (fs::is_directory(path, error) || (!named.contains(name) && !is_hdf5_of_ours(path)))
         refuse(path, "a segment");
@@ -224,6 +211,21 @@ void refuse_foreign_files(const fs::path& folder) {
 bool is_there(const fs::path& path) {
   struct stat info {};
   return lstat(path.c_str(), &info) == 0 || (errno != ENOENT && errno != ENOTDIR);
+}
+
+void refuse_unreadable(const fs::path& path, std::string_view consequence) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  const int number = errno;
+  if (fd >= 0) {
+    close(fd);
+  } else if (number != ENOENT && number != ELOOP && number != ENXIO && is_there(path)) {
+    throw UnreadableError(
+        fmt::format("{}: cannot be read: {}{}",
+                    show(path),
+                    std::generic_category().message(number),
+                    consequence),
+        "check its permissions, its disk and the limit on open files (ulimit -n)");
+  }
 }
 
 int64_t bytes_of_file(const fs::path& path) {

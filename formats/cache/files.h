@@ -12,6 +12,12 @@
 
 namespace flux::cache {
 
+/// The system does not let a file of a cache be read (permissions, its disk, too many open files):
+/// that says nothing about what is in it, and is no damage.
+struct UnreadableError : CacheError {
+  using CacheError::CacheError;
+};
+
 inline constexpr char kManifestName[] = "manifest.json";
 inline constexpr char kIndexName[] = "index.h5";
 inline constexpr char kQuarantineName[] = "quarantine.jsonl";
@@ -41,6 +47,9 @@ void refuse_foreign_files(const std::filesystem::path& folder);
 
 /// Whether something has this name, also where it cannot be asked. Never throws.
 bool is_there(const std::filesystem::path& path);
+/// Throws UnreadableError if something of this name is there and the system does not let it be
+/// opened. `consequence` goes behind the reason.
+void refuse_unreadable(const std::filesystem::path& path, std::string_view consequence = {});
 /// Throws CacheError if the file is not there or cannot be asked.
 int64_t bytes_of_file(const std::filesystem::path& path);
 

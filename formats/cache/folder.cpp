@@ -41,6 +41,7 @@ std::vector<std::string> names_in(const fs::path& folder) {
 void remove_if_there(const fs::path& path) {
   if (unlink(path.c_str()) != 0 && errno != ENOENT) {
     const int number = errno;
+    if (!is_there(path)) return;  // a read-only disk says so first
     throw ResourceError(
         fmt::format(
             "{}: cannot be removed: {}", show(path), std::generic_category().message(number)),
@@ -99,7 +100,8 @@ std::string file_xxh3_128(const fs::path& path) {
   try {
     return xxh3_128_hex(MappedFile(path).bytes());
   } catch (const InputError& error) {
-    throw CacheError(message_of(error), "check the file and its permissions");
+    refuse_unreadable(path);
+    throw CacheError(message_of(error), "check the file and its disk");
   }
 }
 

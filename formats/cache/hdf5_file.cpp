@@ -14,6 +14,7 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "formats/cache/codec.h"
+#include "formats/cache/files.h"
 #include "formats/cache/superblock.h"
 
 namespace flux::cache {
@@ -346,7 +347,10 @@ Hdf5File::Hdf5File(const std::filesystem::path& path)
 #endif
   state_->file = Handle(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
   const hid_t file = state_->file;
-  if (file < 0) refuse("HDF5 cannot open it: its metadata are damaged");
+  if (file < 0) {
+    refuse_unreadable(path);  // too many open files by now
+    refuse("HDF5 cannot open it: its metadata are damaged");
+  }
 
   H5G_info_t group{};
   H5O_info_t object{};

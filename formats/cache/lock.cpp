@@ -95,11 +95,18 @@ std::string describe(const std::string& text) {
   }
 }
 
-[[noreturn]] void fail(const fs::path& path, int number) {
-  throw ResourceError(
-      fmt::format("{}: cannot be made: {}", show(path), std::generic_category().message(number)),
-      write_failure_hint(number));
-}
+// A lock's file cannot be made.
+struct Failed : ResourceError {
+  Failed(const fs::path& path, int error)
+      : ResourceError(
+            fmt::format(
+                "{}: cannot be made: {}", show(path), std::generic_category().message(error)),
+            write_failure_hint(error)),
+        number(error) {}
+  int number;
+};
+
+[[noreturn]] void fail(const fs::path& path, int number) { throw Failed(path, number); }
 
 // The whole file appears under its name at once. False: the name is taken.
 bool make_lock(const fs::path& path, const std::string& text) {
@@ -147,11 +154,19 @@ void remove_dead(const fs::path& folder, const fs::path& path, const std::string
 
 }  // namespace
 
-WriterLock::WriterLock(const fs::path& folder)
+WriterLock::WriterLock(const fs::path& folder, Needed needed)
     : path_(folder / kWriterLockName), owner_(this_process()) {
   for (int attempt = 0; attempt < 100; ++attempt) {
-    if (make_lock(path_, owner_)) return;
+    try {
+      if (held() && make_lock(path_, owner_)) return;
+    } catch (const Failed& failed) {
+      const bool read_only =
+          failed.number == EROFS || failed.number == EACCES || failed.number == EPERM;
+      if (needed == Needed::kAlways || !read_only) throw;
+      refusal_ = failed;
+    }
     const auto other = content(path_);
+    if (!other && !held()) return;
     if (!other) continue;  // released meanwhile
     std::error_code error;
     if (const auto status = fs::symlink_status(path_, error);
@@ -165,6 +180,7 @@ WriterLock::WriterLock(const fs::path& folder)
           fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
           fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
     }
+    if (!held()) return;
     remove_dead(folder, path_, *other);
   }
   throw CacheError(
@@ -172,8 +188,12 @@ WriterLock::WriterLock(const fs::path& folder)
       fmt::format("let one tool at a time write there; if none does, remove {}", show(path_)));
 }
 
+void WriterLock::require_held() const {
+  if (refusal_) throw ResourceError(*refusal_);
+}
+
 WriterLock::~WriterLock() {
-  if (content(path_) == owner_) unlink(path_.c_str());
+  if (held() && content(path_) == owner_) unlink(path_.c_str());
 }
 
 ReaderLock::ReaderLock(const fs::path& folder) {

@@ -2,9 +2,12 @@
 // process.
 #pragma once
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "common/core/error.h"
 
 namespace flux::cache {
 
@@ -14,16 +17,27 @@ namespace flux::cache {
 /// respected.
 class WriterLock {
  public:
+  enum class Needed {
+    kAlways,
+    /// In a folder in which nothing can be made, and so nobody writes, there is no lock: see held().
+    kToWrite
+  };
+
   /// Throws CacheError naming the owner if there is a living one; ResourceError if the file cannot
   /// be made.
-  explicit WriterLock(const std::filesystem::path& folder);
+  explicit WriterLock(const std::filesystem::path& folder, Needed needed = Needed::kAlways);
   ~WriterLock();
   WriterLock(const WriterLock&) = delete;
   WriterLock& operator=(const WriterLock&) = delete;
 
+  bool held() const { return !refusal_; }
+  /// Throws the ResourceError that says why there is no lock, if there is none.
+  void require_held() const;
+
  private:
   std::filesystem::path path_;
   std::string owner_;  // what is in the file
+  std::optional<ResourceError> refusal_;
 };
 
 /// The file `.reader-<16 hex digits>.lock`, with the same content: flux-cache gc removes nothing

@@ -9,6 +9,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/files.h"
 #include "formats/cache/header.h"
 #include "formats/cache/segment_writer.h"
 
@@ -282,8 +283,8 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   if (!std::filesystem::exists(status)) {
     if (error && error != std::errc::no_such_file_or_directory &&
         error != std::errc::not_a_directory) {
-      throw CacheError(fmt::format("{}: cannot be read: {}", show(path), error.message()),
-                       "check the path and its permissions");
+      throw UnreadableError(fmt::format("{}: cannot be read: {}", show(path), error.message()),
+                            "check the path and its permissions");
     }
     return std::nullopt;
   }
@@ -291,6 +292,7 @@ std::optional<Manifest> read_manifest_if_there(const std::filesystem::path& fold
   try {
     text = read_file(path, kMaxManifestBytes);
   } catch (const InputError& failure) {
+    refuse_unreadable(path);
     throw CacheError(message_of(failure), "check the path and its permissions");
   }
   return parse_manifest(text, path);

@@ -13,6 +13,7 @@
 
 #include "common/core/error.h"
 #include "common/core/text.h"
+#include "formats/cache/files.h"
 
 namespace flux::cache {
 namespace {
@@ -94,8 +95,8 @@ void check_superblock(const std::filesystem::path& path) {
     const int number = errno;
     const auto text =
         fmt::format("{}: cannot be read: {}", show(path), std::generic_category().message(number));
-    if (number == ENOENT) throw CacheError(text);
-    throw CacheError(text, "check its permissions and the limit on open files (ulimit -n)");
+    refuse_unreadable(path);
+    throw CacheError(text);
   }
   std::array<std::byte, kSuperblockBytes> head;
   struct stat info {};

@@ -60,12 +60,15 @@ class Verifier {
     findings_.push_back({std::string(file), std::move(sample), std::move(what)});
   }
 
-  // What `check` throws about `file` is a finding, but for a schema that this build does not know.
+  // What `check` throws about `file` is a finding, but for a schema that this build does not know and
+  // a file that may not be read: whether these are whole cannot be told.
   template <class Check>
   void attempt(std::string_view file, Check check, const std::string& sample = {}) {
     try {
       check();
     } catch (const SchemaError&) {
+      throw;
+    } catch (const UnreadableError&) {
       throw;
     } catch (const Error& error) {
       find(file, sample, plain_message(error, folder_ / file));
@@ -107,6 +110,7 @@ class Verifier {
     const std::string expected = quarantine_text(manifest_->quarantined);
     attempt(kQuarantineName, [&] {
       const fs::path path = folder_ / kQuarantineName;
+      refuse_unreadable(path);
       const std::string found = is_there(path) ? read_file(path) : std::string();
       if (found != expected) {
         find(kQuarantineName,

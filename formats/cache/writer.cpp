@@ -166,8 +166,8 @@ Writer::Writer(const fs::path& folder,
   s.layout = check_recipe(recipe);
   refuse_foreign_files(folder);
   make_folder(folder);
-  s.lock = std::make_unique<WriterLock>(folder);
-  remove_temporary_files(folder);
+  s.lock = std::make_unique<WriterLock>(folder, WriterLock::Needed::kToWrite);
+  if (s.lock->held()) remove_temporary_files(folder);
   s.read_previous();
   const auto names = names_in(folder);
   s.read_segments(names, {});
@@ -179,11 +179,13 @@ Writer::Writer(const fs::path& folder,
     }
     s.read_segments(more, adopted);
   }
-  s.num_recovered = s.recover_journals(names);
+  if (s.lock->held()) s.num_recovered = s.recover_journals(names);
 }
 
 Writer::~Writer() = default;
 
+bool Writer::can_write() const { return state_->lock->held(); }
+void Writer::require_writable() const { state_->lock->require_held(); }
 int64_t Writer::num_recovered() const { return state_->num_recovered; }
 const std::optional<Manifest>& Writer::previous() const { return state_->previous; }
 bool Writer::contains(const Sha256Digest& key) const { return state_->contains(key); }

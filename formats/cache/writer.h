@@ -83,7 +83,9 @@ struct WriterOptions {
 /// segment of it.
 ///
 /// Throws CacheError: another writer is at work, the folder holds another kind or a file that only
-/// has the name of one of a cache's (refuse_foreign_files), a published segment is damaged. Throws ResourceError: the disk is full, a write fails, the folder cannot be written.
+/// has the name of one of a cache's (refuse_foreign_files), a published segment is damaged. Throws
+/// ResourceError: the disk is full, a write fails. A folder that is there and cannot be written is an
+/// error only once something has to be: can_write().
 /// Published segments stay intact.
 class Writer {
  public:
@@ -95,6 +97,11 @@ class Writer {
   Writer(const Writer&) = delete;
   Writer& operator=(const Writer&) = delete;
 
+  /// Whether the folder can be written. Where it cannot, what a killed run left stays as it is, and
+  /// publish() of what the manifest says already is all that works.
+  bool can_write() const;
+  /// Throws ResourceError, and says why, if the folder cannot be written: before anything is encoded.
+  void require_writable() const;
   /// Samples that a killed run had finished and this one sealed.
   int64_t num_recovered() const;
   /// The manifest that was there at the start, if any.

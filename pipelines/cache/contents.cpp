@@ -10,6 +10,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
+#include "formats/cache/files.h"
 #include "formats/cache/header.h"
 #include "formats/cache/journal.h"
 #include "formats/cache/segment_reader.h"
@@ -95,6 +96,11 @@ class Reader {
     out_.kind = kind;
   }
 
+  void add_problem(std::string text, std::string hint) {
+    if (out_.problems.empty()) out_.hint = std::move(hint);
+    out_.problems.push_back(std::move(text));
+  }
+
   // What is wrong with a file is told, and the rest is read; a newer schema ends it.
   template <class Work>
   bool attempt(const Work& work) {
@@ -105,7 +111,11 @@ class Reader {
       throw;
     } catch (const Error& error) {
       const std::string text = error.what();
-      out_.problems.push_back(text.substr(0, text.find('\n')));
+      const std::string_view mark = "\n  hint: ";
+      const bool unreadable = dynamic_cast<const UnreadableError*>(&error) != nullptr;
+      add_problem(
+          text.substr(0, text.find('\n')),
+          unreadable ? text.substr(text.find(mark) + mark.size()) : repair_hint(out_.folder));
       return false;
     }
   }
@@ -170,16 +180,17 @@ class Reader {
       }
       agree = false;
       if (found == out_.segments.end()) {
-        out_.problems.push_back(
-            fmt::format("{}: is not there, or cannot be read", show(out_.folder / entry.name)));
+        add_problem(
+            fmt::format("{}: is not there, or cannot be read", show(out_.folder / entry.name)),
+            repair_hint(out_.folder));
       } else {
-        out_.problems.push_back(
-            fmt::format("{}: has {} bytes and {} samples, the manifest says {} and {}",
-                        show(out_.folder / entry.name),
-                        found->bytes,
-                        found->num_samples,
-                        entry.bytes,
-                        entry.num_samples));
+        add_problem(fmt::format("{}: has {} bytes and {} samples, the manifest says {} and {}",
+                                show(out_.folder / entry.name),
+                                found->bytes,
+                                found->num_samples,
+                                entry.bytes,
+                                entry.num_samples),
+                    repair_hint(out_.folder));
       }
     }
     return agree;

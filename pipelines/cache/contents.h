@@ -46,6 +46,7 @@ struct Contents {
   /// The manifest, its index and its segments are there and agree.
   bool complete = false;
   std::vector<std::string> problems;  // files that cannot be read, and why
+  std::string hint;                   // what to do about the first of them
   std::vector<SegmentSummary> segments;
   std::vector<JournalSummary> journals;
   /// With a manifest, the samples it wants; else all of the segments. With `recover` also those of

@@ -88,7 +88,7 @@ std::vector<float> as_floats(const NamedTensor& tensor) {
 
 void require_readable(const Contents& contents) {
   if (!contents.problems.empty()) {
-    throw CacheError(contents.problems[0], repair_hint(contents.folder));
+    throw CacheError(contents.problems[0], contents.hint);
   }
   if (!contents.kind) {
     throw CacheError(show(contents.folder) + ": holds no cache yet",

@@ -147,7 +147,7 @@ stage::Report run(const Options& options) {
   stage::Report report;
   report.noun = "images";
   if (options.encode.reproduce > 0) {
-    stage::Reproduction reproduction(options.encode.out, recipe);
+    stage::Reproduction reproduction(options.encode.out, recipe, options.encode.shard);
     auto samples = scan(resolved, keys, options.animated, options.encode.rehash).samples;
     std::vector<Sha256Digest> wanted;
     for (const auto& s : samples) wanted.push_back(s.key);

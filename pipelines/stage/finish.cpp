@@ -95,6 +95,8 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
   report.kept = comparison.kept;
   report.changed = comparison.changed;
   report.unwanted = comparison.unwanted;
+  if (!writer.can_write())
+    log::info("nothing can be written into the folder of the cache: it is compared only");
   if (writer.num_recovered() > 0) {
     log::info("an interrupted run had finished {}: kept",
               count_of(writer.num_recovered(), report.noun));
@@ -111,6 +113,7 @@ void announce(const cache::Writer& writer, const cache::Comparison& comparison, 
             comparison.changed,
             comparison.kept,
             comparison.unwanted);
+  if (report.encoded > 0) writer.require_writable();
 }
 
 void stop_if_asked(cache::Writer& writer, std::string_view noun) {
@@ -192,7 +195,7 @@ nlohmann::json last_run(const Timing& timing, const Report& report) {
 }
 
 void keep_last_run(const std::filesystem::path& folder, const nlohmann::json& last_run) {
-  write_file_atomic(folder / cache::kLastRunName, last_run.dump() + "\n");
+  write_file_if_changed(folder / cache::kLastRunName, last_run.dump() + "\n");
 }
 
 void finish(const EncodeOptions& options,

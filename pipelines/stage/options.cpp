@@ -119,7 +119,6 @@ void check(const EncodeOptions& options) {
   if (options.out.empty()) throw UsageError("--out DIR is required");
   if (options.reproduce == 0) return;
   for (const auto& [flag, given] : {std::pair{"--max-bytes", options.max_bytes != 0},
-                                    {"--shard", options.shard != cache::Shard{}},
                                     {"--max-failed", options.max_failed != 0}}) {
     if (given) {
       throw UsageError(std::string(flag) + " has no effect with --reproduce, which writes nothing",

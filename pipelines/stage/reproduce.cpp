@@ -29,7 +29,9 @@ at::Tensor values_of(const std::vector<std::byte>& bytes, DType dtype) {
 
 }  // namespace
 
-Reproduction::Reproduction(const std::filesystem::path& folder, const cache::Recipe& recipe)
+Reproduction::Reproduction(const std::filesystem::path& folder,
+                           const cache::Recipe& recipe,
+                           const cache::Shard& shard)
     : cache_(folder, recipe.kind) {
   const auto& found = cache_.manifest().recipe;
   const auto require = [&](const char* what, const auto& there, const auto& now) {
@@ -43,6 +45,27 @@ Reproduction::Reproduction(const std::filesystem::path& folder, const cache::Rec
   require("parameters", found.parameters, recipe.parameters);
   require("weights", found.weights, recipe.weights);
   require("tokenizers", found.tokenizers, recipe.tokenizers);
+  const auto& part = cache_.manifest().shard;
+  if (part.count > 1 && shard.count == 1) {
+    log::warn(
+        "{}: is part {}/{} of a cache: only samples of this part are encoded again (--shard {}/{} "
+        "says so)",
+        show(folder),
+        part.index,
+        part.count,
+        part.index,
+        part.count);
+  } else if (part != shard) {
+    throw CacheError(
+        fmt::format(
+            "{}: is {}, this run is for part {}/{}",
+            show(folder),
+            part.count == 1 ? "a whole cache" : fmt::format("part {}/{}", part.index, part.count),
+            shard.index,
+            shard.count),
+        part.count == 1 ? "leave --shard out"
+                        : fmt::format("--shard {}/{}", part.index, part.count));
+  }
   for (const auto& variant : cache_.index().variants()) {
     if (variant.segment != cache::kOtherShard) variants_.emplace(variant.key, variant);
   }
@@ -51,14 +74,17 @@ Reproduction::Reproduction(const std::filesystem::path& folder, const cache::Rec
 
 std::vector<Sha256Digest> Reproduction::choose(const std::vector<Sha256Digest>& wanted,
                                                int64_t count) const {
+  const auto& part = cache_.manifest().shard;
   std::vector<Sha256Digest> known;
+  size_t num_wanted = 0;
   for (const auto& key : wanted) {
+    num_wanted += cache::shard_of(key, part.count) == part.index;
     if (variants_.contains(key)) known.push_back(key);
   }
-  if (known.size() < wanted.size()) {
+  if (known.size() < num_wanted) {
     log::warn("{} of {} samples that the data set needs are not in the cache: it has changed",
-              wanted.size() - known.size(),
-              wanted.size());
+              num_wanted - known.size(),
+              num_wanted);
   }
   std::vector<Sha256Digest> chosen;
   std::sample(known.begin(),

@@ -31,11 +31,14 @@ struct Drift {
 /// Compares what it is given with the cache.
 class Reproduction : public Sink {
  public:
-  /// Throws CacheError: the cache is not complete, or of another recipe (naming the field).
-  Reproduction(const std::filesystem::path& folder, const cache::Recipe& recipe);
+  /// Throws CacheError: the cache is not complete, of another recipe (naming the field), or another
+  /// part than `shard` (which 0 of 1 leaves open).
+  Reproduction(const std::filesystem::path& folder,
+               const cache::Recipe& recipe,
+               const cache::Shard& shard);
 
   /// Keys of `count` random samples of the cache that are among `wanted` (all, if they are fewer);
-  /// sorted.
+  /// sorted. Of a part's cache only those of that part are wanted.
   std::vector<Sha256Digest> choose(const std::vector<Sha256Digest>& wanted, int64_t count) const;
 
   void add(EncodedSample sample) override;

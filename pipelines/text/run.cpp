@@ -117,7 +117,7 @@ stage::Report run(const Options& options) {
   stage::Report report;
   report.noun = "captions";
   if (options.encode.reproduce > 0) {
-    stage::Reproduction reproduction(options.encode.out, recipe);
+    stage::Reproduction reproduction(options.encode.out, recipe, options.encode.shard);
     std::vector<Sha256Digest> keys;
     for (const Job& job : all) keys.push_back(job.key);
     const auto chosen = reproduction.choose(keys, options.encode.reproduce);

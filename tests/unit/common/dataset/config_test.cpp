@@ -190,6 +190,11 @@ TEST_F(DatasetFile, ReadsMetadata) {
   EXPECT_HAS(error_of(toml), "m.jsonl: line 1: image_path must be text");
   folder.write("m.jsonl", "{\"image_path\": \"a\"}\n{\"image_path\": \"a\"}");
   EXPECT_HAS(error_of(toml), "named twice");
+  const std::string absolute = (folder / "cats/a.png").native();
+  for (const std::string& other : {std::string("./a.png"), std::string("a"), absolute}) {
+    folder.write("m.jsonl", "{\"image_path\": \"a.png\"}\n{\"image_path\": \"" + other + "\"}");
+    EXPECT_HAS(error_of(toml), "m.jsonl: line 2: 'a.png' and '" + other + "' name one picture");
+  }
   folder.write("m.jsonl", "{");
   EXPECT_HAS(error_of(toml), "m.jsonl: line 1: not JSON");
 }

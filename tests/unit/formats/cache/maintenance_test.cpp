@@ -29,6 +29,7 @@
 #include "formats/cache/verify.h"
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
+#include "tests/support/unprivileged.h"
 
 namespace flux::cache {
 namespace {
@@ -340,29 +341,6 @@ TEST_P(Maintenance, WhatIsNotOursIsNeitherReplacedNorRemoved) {
   EXPECT_EQ(files_of(out), before);
 }
 
-/// While it lives the process may do what everybody may, and owns `folder`.
-class Unprivileged {
- public:
-  explicit Unprivileged(const fs::path& folder) {
-    if (geteuid() != 0) return;
-    give(folder, kNobody);
-    for (const auto& entry : fs::recursive_directory_iterator(folder)) give(entry.path(), kNobody);
-    is_root_ = seteuid(kNobody) == 0;
-  }
-  ~Unprivileged() {
-    if (is_root_) {
-      EXPECT_EQ(seteuid(0), 0);
-    }
-  }
-
- private:
-  static constexpr uid_t kNobody = 65534;
-  static void give(const fs::path& path, uid_t owner) {
-    EXPECT_EQ(lchown(path.c_str(), owner, static_cast<gid_t>(-1)), 0);
-  }
-  bool is_root_ = false;
-};
-
 TEST_P(Maintenance, WhatMayNotBeReadIsNeitherDamagedNorAnothers) {
   const fs::path whole = temporary.path() / "whole";
   make_part(whole, recipe, 10, {});
@@ -373,9 +351,20 @@ TEST_P(Maintenance, WhatMayNotBeReadIsNeitherDamagedNorAnothers) {
     fs::copy(whole, out, fs::copy_options::recursive);
     const auto before = files_of(out);
     fs::permissions(out / name, fs::perms::none);
-    std::vector<std::string> said;
+    const fs::path part = temporary.path() / "part", copied = temporary.path() / "copied";
+    fs::remove_all(part);
+    fs::remove_all(copied);
+    std::vector<std::string> said, of_readers;
     {
-      const Unprivileged user(temporary.path());
+      const test::Unprivileged user(temporary.path());
+      of_readers = {refusal([&] { verify_cache(out, false); }),
+                    refusal([&] { verify_cache(out, true); }),
+                    refusal([&] { copy_cache(out, copied, false); }),
+                    refusal([&] { merge_caches(std::vector{out}, part, kMerger, false); }),
+                    refusal([&] {
+                      const Cache cache(out, recipe.kind);
+                      for (const auto& variant : cache.index().variants()) cache.read(variant);
+                    })};
       said = {refusal([&] { repair_cache(out); }),
               refusal([&] { collect_garbage(out, false); }),
               refusal([&] { Writer(out, recipe, test::provenance()); })};
@@ -386,9 +375,46 @@ TEST_P(Maintenance, WhatMayNotBeReadIsNeitherDamagedNorAnothers) {
           AllOf(HasSubstr(name + ": cannot be read: Permission denied; nothing was changed"),
                 HasSubstr("hint: check its permissions")));
     }
+    for (const auto& text : of_readers) {
+      EXPECT_THAT(text,
+                  AllOf(HasSubstr(name + ": cannot be read: Permission denied"),
+                        HasSubstr("permissions"),
+                        testing::Not(HasSubstr("repair"))));
+    }
     fs::permissions(out / name, fs::perms::owner_read | fs::perms::owner_write);
     EXPECT_EQ(files_of(out), before);
   }
+}
+
+TEST_P(Maintenance, NothingToWriteIsNoErrorInAFolderThatCannotBeWritten) {
+  make_part(out, recipe, 3, {});
+  const auto before = files_of(out);
+  {
+    const test::Unprivileged user(temporary.path());
+    const auto forbid = [&] {
+      fs::permissions(out, fs::perms::owner_read | fs::perms::owner_exec);
+    };
+    const auto allow = [&] { fs::permissions(out, fs::perms::owner_all); };
+    forbid();
+    EXPECT_NO_THROW(make_part(out, recipe, 3, {}));
+    EXPECT_THROW(make_part(out, recipe, 2, {}), ResourceError);
+    EXPECT_THROW(make_part(out, recipe, 4, {}), ResourceError);
+    {
+      const Writer writer(out, recipe, test::provenance());
+      EXPECT_FALSE(writer.can_write());
+      EXPECT_THROW(writer.require_writable(), ResourceError);
+    }
+    allow();
+    {  // a writer that lives is respected there, too
+      const WriterLock other(out);
+      forbid();
+      EXPECT_THAT(refusal([&] { Writer(out, recipe, test::provenance()); }),
+                  HasSubstr("another writer is at work"));
+      allow();
+    }
+    EXPECT_TRUE(Writer(out, recipe, test::provenance()).can_write());
+  }
+  EXPECT_EQ(files_of(out), before);
 }
 
 TEST_P(Maintenance, DamagedFilesOfOursAreRepaired) {
@@ -940,7 +966,12 @@ TEST_P(Maintenance, CopyIsTheSameCacheAndGoesOn) {
   fs::remove(out / segments[2]);
   EXPECT_THAT(refusal([&] { copy_cache(from, out, false); }),
               AllOf(HasSubstr(segments[2]), HasSubstr("flux-cache repair")));
-  EXPECT_THAT(refusal([&] { copy_cache(from, from, false); }), HasSubstr("to be copied"));
+  try {
+    copy_cache(from, from, false);
+    ADD_FAILURE() << "copied onto itself";
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("to be copied"));
+  }
 }
 
 // Runs `body` in processes that are killed at random moments, then once to its end.

@@ -11,9 +11,12 @@
 
 #include "common/core/cancel.h"
 #include "common/core/error.h"
+#include "formats/cache/files.h"
 #include "pipelines/cache/diff.h"
+#include "pipelines/cache/stats.h"
 #include "tests/support/cache_samples.h"
 #include "tests/support/temporary_folder.h"
+#include "tests/support/unprivileged.h"
 
 namespace flux::cache {
 namespace {
@@ -60,6 +63,40 @@ TEST(Verify, TellsAGoodCacheFromADamagedOne) {
     expect_printable(bad);
   }
   EXPECT_THROW(verify({{(folder / "absent").native()}, false}), CacheError);
+}
+
+// Neither verify nor what reads takes them for damaged.
+TEST(Unreadable, FilesAreNamedWithTheirPermissions) {
+  const test::TemporaryFolder folder;
+  const auto cache = folder / "cache", other = folder / "other";
+  for (const auto& made : {cache, other}) test::make_cache(made, test::recipe(Kind::kText), 0, 3);
+  for (const std::string& name : {std::string(kManifestName),
+                                  std::string(kIndexName),
+                                  read_manifest(cache).segments.at(0).name}) {
+    SCOPED_TRACE(name);
+    fs::permissions(cache / name, fs::perms::none);
+    {
+      const test::Unprivileged user(folder.path());
+      const std::vector<std::function<void()>> all = {
+          [&] {
+            verify({{cache.native()}, false});
+          },
+          [&] { stats(look_into(cache, false)); },
+          [&] { diff(look_into(cache, false), look_into(other, false)); },
+          [&] { diff(look_into(other, false), look_into(cache, false)); }};
+      for (const auto& read : all) {
+        try {
+          read();
+          ADD_FAILURE() << "nothing was refused";
+        } catch (const CacheError& error) {
+          EXPECT_THAT(error.what(), HasSubstr(name + ": cannot be read: Permission denied"));
+          EXPECT_THAT(error.what(), HasSubstr("hint: check "));
+          EXPECT_THAT(error.what(), HasSubstr("permissions"));
+        }
+      }
+    }
+    fs::permissions(cache / name, fs::perms::owner_read | fs::perms::owner_write);
+  }
 }
 
 TEST(Repair, ListsWhatIsLost) {
