@@ -407,6 +407,19 @@ std::vector<BucketVisits> TrainingData::buckets() const {
   return out;
 }
 
+std::vector<SubsetItems> TrainingData::subsets() const {
+  std::vector<SubsetItems> out;
+  for (const auto& subset : state_->plan.subsets)
+    out.push_back({.subset = subset.index,
+                   .dataset = subset.dataset,
+                   .regularization = subset.is_reg});
+  for (const Item& item : state_->items) {
+    ++out[item.subset].items;
+    out[item.subset].visits += item.repeats;
+  }
+  return out;
+}
+
 std::string TrainingData::latents_digest() const { return content_digest(state_->latents); }
 std::string TrainingData::text_digest() const { return content_digest(state_->text); }
 

@@ -58,6 +58,13 @@ struct BucketVisits {
   bool operator==(const BucketVisits&) const = default;
 };
 
+/// What is trained on of one subset of the data set.
+struct SubsetItems {
+  int64_t subset = 0, dataset = 0, items = 0, visits = 0;  // visits an epoch
+  bool regularization = false;
+  bool operator==(const SubsetItems&) const = default;
+};
+
 /// The join of two caches (design: the trainer reads no data set file). Every random choice is a
 /// stateless draw keyed by (seed, purpose, epoch, item and repeat), so a batch is the same whoever
 /// loads it and whatever was loaded before.
@@ -88,6 +95,8 @@ class TrainingData {
   bool has_loss_masks() const;  // some batches may have one
   /// By width, then height.
   std::vector<BucketVisits> buckets() const;
+  /// Every subset of the plan, in its order.
+  std::vector<SubsetItems> subsets() const;
   /// Hex digests of all that batches take from each cache: its parameters, plan, items and samples.
   std::string latents_digest() const;
   std::string text_digest() const;

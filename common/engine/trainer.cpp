@@ -108,8 +108,10 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
     const double share =
         static_cast<double>(inputs.latents.size(0)) / static_cast<double>(num_samples);
     const FlowStep flow = flow_step(config_, inputs);
-    batches.push_back({flow.inputs, [this, flow, share](const at::Tensor& velocity) {
-                         const auto loss = flow_loss(options_.loss, flow, velocity);
+    batches.push_back({flow.inputs, [this, &by_sample, flow, share](const at::Tensor& velocity) {
+                         const auto losses = flow_losses(options_.loss, flow, velocity);
+                         by_sample.push_back(losses.detach());
+                         const auto loss = losses.mean();
                          return share == 1 ? loss : loss * share;
                        }});
   }
@@ -127,3 +129,9 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
 }
 
 }  // namespace flux::engine
+  std::vector<at::Tensor> by_sample;
+    for (const at::Tensor& part : by_sample) {
+      const at::Tensor values = part.to(at::kCPU);
+      const float* const first = values.const_data_ptr<float>();
+      result.sample_losses.insert(result.sample_losses.end(), first, first + values.numel());
+    }

@@ -59,8 +59,9 @@ struct TrainerOptions {
 };
 
 struct TrainResult {
-  double loss = 0;                  // mean over the samples of the step
-  std::optional<double> grad_norm;  // before clipping, where it is computed
+  double loss = 0;                      // mean over the samples of the step
+  std::vector<double> sample_losses{};  // what it is the mean of, in order of micro-batches
+  std::optional<double> grad_norm;      // before clipping, where it is computed
 };
 
 class Trainer {

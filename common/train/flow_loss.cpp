@@ -36,14 +36,20 @@ FlowStep flow_step(const dit::Config& config, const FlowInputs& in) {
   return step;
 }
 
-at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity) {
+at::Tensor flow_losses(const LossOptions& options,
+                       const FlowStep& step,
+                       const at::Tensor& velocity) {
   const at::Tensor target =
       options.prediction == Prediction::kRaw
           ? step.target
           : model_prediction(options.prediction, step.target, step.noisy, step.sigma);
   const at::Tensor loss =
       loss_per_sample(options, velocity, step.noisy, target, step.sigma, step.mask);
-  return step.loss_weight.defined() ? (loss * step.loss_weight).mean() : loss.mean();
+  return step.loss_weight.defined() ? loss * step.loss_weight : loss;
+}
+
+at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity) {
+  return flow_losses(options, step, velocity).mean();
 }
 
 at::Tensor flow_loss(const dit::Config& config,

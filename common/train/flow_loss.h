@@ -34,6 +34,11 @@ struct FlowStep {
 /// Throws std::invalid_argument if shapes disagree.
 FlowStep flow_step(const dit::Config& config, const FlowInputs& inputs);
 
+/// loss_per_sample() times weight, [B]: what flow_loss() is the mean of.
+at::Tensor flow_losses(const LossOptions& options,
+                       const FlowStep& step,
+                       const at::Tensor& velocity);
+
 /// The mean over the samples of loss_per_sample() times weight, the target taken as options.prediction takes the output; scalar float32 with its graph.
 ///   velocity  [B, N, 64] of dit::forward()
 at::Tensor flow_loss(const LossOptions& options, const FlowStep& step, const at::Tensor& velocity);

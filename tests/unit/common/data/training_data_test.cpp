@@ -47,6 +47,7 @@ TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
   EXPECT_EQ(data.num_visits(), 6);
   EXPECT_EQ(data.num_batches(), 3);  // 4 visits of 8x8, 2 of 8x12: ceil(4/3) + ceil(2/3)
   EXPECT_EQ(data.buckets(), (std::vector<BucketVisits>{{64, 64, 4}, {96, 64, 2}}));
+  EXPECT_EQ(data.subsets(), (std::vector<SubsetItems>{{.items = 5, .visits = 6}}));
   std::set<std::multiset<int64_t>> orders;
   for (int64_t epoch = 0; epoch < 4; ++epoch) {
     std::multiset<std::string> names;
