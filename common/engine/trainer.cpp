@@ -104,6 +104,7 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
   int64_t num_samples = 0;
   for (const FlowInputs& inputs : micro_batches) num_samples += inputs.latents.size(0);
   std::vector<MicroBatch> batches;
+  std::vector<at::Tensor> by_sample;
   for (const FlowInputs& inputs : micro_batches) {
     const double share =
         static_cast<double>(inputs.latents.size(0)) / static_cast<double>(num_samples);
@@ -122,6 +123,11 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
     if (options_.device.is_meta()) return;
     for (const at::Tensor& loss : losses) result.loss += loss.item<double>();
     if (!std::isfinite(result.loss)) throw NotFinite("the loss");
+    for (const at::Tensor& part : by_sample) {
+      const at::Tensor values = part.to(at::kCPU);
+      const float* const first = values.const_data_ptr<float>();
+      result.sample_losses.insert(result.sample_losses.end(), first, first + values.numel());
+    }
   };
   loop_.step(batches, hooks);
   result.grad_norm = updater_.finish();
@@ -129,9 +135,3 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
 }
 
 }  // namespace flux::engine
-  std::vector<at::Tensor> by_sample;
-    for (const at::Tensor& part : by_sample) {
-      const at::Tensor values = part.to(at::kCPU);
-      const float* const first = values.const_data_ptr<float>();
-      result.sample_losses.insert(result.sample_losses.end(), first, first + values.numel());
-    }
