@@ -181,9 +181,10 @@ void add_flags(Options& o, Tool& tool) {
             o.model,
             "FILE",
             "transformer weights: safetensors, single, sharded or a diffusers folder");
-  tool.flag("out", o.out, "DIR", "run folder: checkpoints and metrics.jsonl");
+  tool.flag("out", o.out, "DIR", "run folder: checkpoints, metrics.jsonl, tensorboard/, report.html");
   tool.flag("resume", o.resume, "go on from the last checkpoint in --out");
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
+  tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
   tool.flag("save-every",
             o.save_every,
             "STEPS",
@@ -590,6 +591,7 @@ std::string run_toml(const Options& o) {
   if (o.block_inputs) all["block-inputs"] = word(kInputPlaces, *o.block_inputs);
   if (o.stream_from) all["stream-from"] = word(kStreamFroms, *o.stream_from);
   if (o.stream_adapters) all["stream-adapters"] = true;
+  if (o.no_tensorboard) all["no-tensorboard"] = true;
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;

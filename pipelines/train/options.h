@@ -46,6 +46,7 @@ enum class SaveDtype { kBF16, kF16, kF32 };
 struct Options {
   std::filesystem::path latents, text, model, out;
   bool resume = false, replace = false;
+  bool no_tensorboard = false;
   int64_t save_every = 0;  // steps; 0: at the end only
 
   Method method = Method::kLora;

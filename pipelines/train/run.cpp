@@ -18,8 +18,10 @@
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/load.h"
 #include "pipelines/train/metrics.h"
+#include "pipelines/train/report.h"
 #include "pipelines/train/save.h"
 #include "pipelines/train/step.h"
+#include "pipelines/train/tensorboard.h"
 
 namespace flux::train {
 namespace {
@@ -43,24 +45,42 @@ void prepare_out(const Options& options) {
   write_file_atomic(options.out / "run.toml", run_toml(options));
 }
 
-void compare_with_plan(const Session& session) {
-  const auto& plan = session.plan;
-  const MemoryUse use = cpu_memory();
+void compare_with_plan(const Session& session, const StepMetrics& step) {
   log::info("memory: tensors {} at most, {} planned; process {}",
-            show_bytes(static_cast<uint64_t>(use.peak)),
-            show_bytes(static_cast<uint64_t>(plan.device_bytes() + plan.host_store_bytes)),
+            show_bytes(static_cast<uint64_t>(step.memory_peak_bytes)),
+            show_bytes(static_cast<uint64_t>(planned_peak_bytes(session))),
             show_bytes(peak_rss_bytes()));
+}
+
+/// Of the progress line.
+std::string describe(const StepMetrics& step, int64_t planned_bytes) {
+  return fmt::format(
+      "loss {:.4f} (smoothed {:.4f}), lr {:.3g}{}, {:.3g} images/s, {:.0f} % waiting for data, memory "
+      "{} of {} planned",
+      step.loss,
+      step.loss_smoothed,
+      step.learning_rate,
+      step.grad_norm ? fmt::format(", gradient norm {:.3g}", *step.grad_norm) : "",
+      step.images_per_second(),
+      100 * step.data_wait_share(),
+      show_bytes(static_cast<uint64_t>(step.memory_peak_bytes)),
+      show_bytes(static_cast<uint64_t>(planned_bytes)));
 }
 
 void train_steps(Session& session, BatchReader& reader, Report& report) {
   const Options& options = session.options;
   Metrics metrics(options.out / "metrics.jsonl", session.step);
+  std::optional<EventFile> events;
+  if (!options.no_tensorboard) events.emplace(options.out / "tensorboard", session.step + 1);
   Progress progress("training", "steps", options.max_steps - session.step);
   const int64_t first = session.step;
   int64_t saved = first;
   const auto save_now = [&] {
-    if (saved != session.step) save(session);
+    if (saved == session.step) return;
+    metrics.flush();
+    save(session);
     saved = session.step;
+    write_report(session);
   };
   double waited = 0;
   while (session.step < options.max_steps && !cancel::requested()) {
@@ -91,25 +111,35 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                 session.step,
                 result.loss,
                 *report.seconds_to_first_step);
-      compare_with_plan(session);
     }
     report.loss_last = result.loss;
-    int64_t num_samples = 0;
-    for (const Batch& batch : batches) num_samples += batch.size();
-    metrics.write(
-        {{"step", session.step},
-         {"epoch", batches.back().epoch + 1},
-         {"loss", result.loss},
-         {"learning_rate", result.learning_rate},
-         {"grad_norm", result.grad_norm ? nlohmann::json(*result.grad_norm) : nlohmann::json()},
-         {"samples", num_samples},
-         {"seconds", seconds},
-         {"data_wait_seconds", reader.wait_seconds() - waited}});
+    StepMetrics line{.step = session.step,
+                     .epoch = batches.back().epoch + 1,
+                     .loss = result.loss,
+                     .learning_rate = result.learning_rate,
+                     .grad_norm = result.grad_norm,
+                     .samples = static_cast<int64_t>(result.sigma.size()),
+                     .seconds = seconds,
+                     .data_wait_seconds = reader.wait_seconds() - waited,
+                     .memory_peak_bytes = device_peak_bytes(session.device),
+                     .sigma = result.sigma,
+                     .sample_loss = result.sample_loss};
     waited = reader.wait_seconds();
-    progress.update(session.step - first, fmt::format("loss {:.4f}", result.loss));
+    metrics.write(line);
+    if (events) events->add(line.step, line.curves());
+    if (session.step == first + 1) compare_with_plan(session, line);
+    progress.update(session.step - first, describe(line, planned_peak_bytes(session)));
     if (options.save_every > 0 && session.step % options.save_every == 0) save_now();
   }
   save_now();
+}
+
+Report report_of(const Session& session, Report report) {
+  if (const auto signal = cancel::requested()) report.exit_code = *signal;
+  report.steps = session.step;
+  report.seconds = process_seconds();
+  report.peak_rss_bytes = peak_rss_bytes();
+  return report;
 }
 
 Report run_in_memory(const Options& options) {
@@ -132,6 +162,12 @@ Report run_in_memory(const Options& options) {
   }
   const bool resumes_weights = resumed && options.method == Method::kFull;
   open_model(session, resumes_weights ? weights_of(*resumed) : options.model);
+  if (resumed && session.step == options.max_steps) {
+    start_hashing(session);
+    require_same_model(session, *resumed);
+    log::info("{}: all {} steps are done", show(resumed->folder), session.step);
+    return report_of(session, {});
+  }
   // the first batches are read while the model is
   BatchReader reader(
       *session.data,
@@ -151,11 +187,7 @@ Report run_in_memory(const Options& options) {
 
   Report report;
   train_steps(session, reader, report);
-  if (const auto signal = cancel::requested()) report.exit_code = *signal;
-  report.steps = session.step;
-  report.seconds = process_seconds();
-  report.peak_rss_bytes = peak_rss_bytes();
-  return report;
+  return report_of(session, report);
 }
 
 }  // namespace

@@ -227,13 +227,16 @@ void require_same_run(const Session& session, const checkpoint::Checkpoint& chec
   }
 }
 
-void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
+void require_same_model(const Session& session, const checkpoint::Checkpoint& checkpoint) {
   const nlohmann::json model = session.model_sha256.get();
   const auto then = checkpoint.state.value("model_sha256", nlohmann::json());
   if (model != then)
     refuse(
         fmt::format("{} (weights_sha256)", show(session.options.model)), model, then, checkpoint);
+}
 
+void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
+  require_same_model(session, checkpoint);
   const auto file = checkpoint.folder / kStateName;
   WeightFile saved;
   try {

@@ -23,6 +23,10 @@ DataPosition position_of(const checkpoint::Checkpoint& checkpoint);
 /// precision, a cache's content; or a position beyond the data.
 void require_same_run(const Session& session, const checkpoint::Checkpoint& checkpoint);
 
+/// Throws CacheError if the weights of --model are not those that the run began with, naming both hashes. Waits for the
+/// model's hash.
+void require_same_model(const Session& session, const checkpoint::Checkpoint& checkpoint);
+
 /// Takes adapters, states, step and position from a checkpoint; weights were loaded from weights_of(). Results then are those of a run
 /// that was never stopped. Throws CacheError if the model's weights are others (naming both
 /// hashes), or the state file is damaged.

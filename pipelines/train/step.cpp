@@ -100,11 +100,16 @@ StepResult train_step(Session& session, std::span<const Batch> batches) {
   for (size_t i = 0; i < batches.size(); ++i)
     inputs.push_back(on_device(session, batches[i], sigmas[i]));
   StepResult result;
+  for (const at::Tensor& part : sigmas) {
+    const float* const first = part.const_data_ptr<float>();
+    result.sigma.insert(result.sigma.end(), first, first + part.numel());
+  }
   result.learning_rate = learning_rate(session.options.effective_lr(), session.step);
   try {
     const auto trained = session.trainer->step(inputs, session.step + 1, result.learning_rate);
     result.loss = trained.loss;
     result.grad_norm = trained.grad_norm;
+    result.sample_loss = trained.sample_losses;
   } catch (const engine::NotFinite& reason) {
     refuse_not_finite(session, batches, reason);
   }

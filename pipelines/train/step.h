@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "common/data/training_data.h"
 #include "pipelines/train/load.h"
@@ -10,7 +11,8 @@ namespace flux::train {
 
 struct StepResult {
   double loss = 0, learning_rate = 0;
-  std::optional<double> grad_norm;  // before clipping, where it is computed
+  std::optional<double> grad_norm;          // before clipping, where it is computed
+  std::vector<double> sigma, sample_loss;  // of each sample, in order of batches
 };
 
 /// Draws the noise levels, computes loss and gradients of the batches of one update, clips, and updates every
