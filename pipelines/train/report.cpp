@@ -33,18 +33,27 @@ constexpr char kHead[] = R"(<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>flux-train report</title>
 <style>
-:root { color-scheme: light dark; --back: #fff; --text: #1d2127; --faint: #6b7280; --line: #e2e5ea; --c0: #9db8e8; --c1: #c2410c; --only: #2563eb; }
-@media (prefers-color-scheme: dark) { :root { --back: #15181d; --text: #e6e8eb; --faint: #9aa3af; --line: #2d333b; --c0: #3f5f9c; --c1: #fb923c; --only: #60a5fa; } }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --back: #fff; --text: #1d2127; --faint: #6b7280; --line: #e2e5ea; --c0: #9db8e8;
+  --c1: #c2410c; --only: #2563eb; }
+@media (prefers-color-scheme: dark) { :root { --back: #15181d; --text: #e6e8eb; --faint: #9aa3af; --line: #2d333b;
+  --c0: #3f5f9c; --c1: #fb923c; --only: #60a5fa; } }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 50rem;
+  margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 figure { margin: 1rem 0; } figcaption { font-weight: 600; }
-svg.chart { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; } text.y { text-anchor: end; } text.x { text-anchor: middle; }
+svg.chart { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
+  text.y { text-anchor: end; } text.x { text-anchor: middle; }
 .grid { stroke: var(--line); } .cursor { stroke: var(--faint); visibility: hidden; }
 .curve { fill: none; stroke: var(--only); stroke-width: 1.2; } .dot, .bar { fill: var(--only); }
 svg[data-curves*=" "] .c0 { stroke: var(--c0); } svg[data-curves*=" "] .c1 { stroke: var(--c1); stroke-width: 1.8; }
-.legend { color: var(--faint); margin: 0; min-height: 1.5em; } .key { display: inline-block; width: 1em; height: .25em; margin: 0 .4em .2em 0; background: var(--c0); } .key.c1 { background: var(--c1); } .key:only-of-type { background: var(--only); }
-table { border-collapse: collapse; display: block; overflow-x: auto; } th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.pictures { display: flex; flex-wrap: wrap; gap: .6rem; } .pictures figure { margin: 0; } .pictures img { max-width: 15rem; height: auto; } .pictures figcaption { font-weight: 400; color: var(--faint); }
+.legend { color: var(--faint); margin: 0; min-height: 1.5em; } .key { display: inline-block; width: 1em;
+  height: .25em; margin: 0 .4em .2em 0; background: var(--c0); } .key.c1 { background: var(--c1); }
+  .key:only-of-type { background: var(--only); }
+table { border-collapse: collapse; display: block; overflow-x: auto; } th, td { text-align: left;
+  padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.pictures { display: flex; flex-wrap: wrap; gap: .6rem; } .pictures figure { margin: 0; }
+  .pictures img { max-width: 15rem; height: auto; } .pictures figcaption { font-weight: 400; color: var(--faint); }
 </style></head><body>
 )";
 
@@ -59,7 +68,8 @@ for (const svg of document.querySelectorAll("svg[data-curves]")) {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * 760;
     const wanted = first + (x - left) / (right - left) * (last - first);
     let low = 0, high = data.step.length - 1;
-    while (low < high) { const middle = (low + high) >> 1; if (data.step[middle] < wanted) low = middle + 1; else high = middle; }
+    while (low < high) { const middle = (low + high) >> 1; if (data.step[middle] < wanted) low = middle + 1;
+  else high = middle; }
     if (low > 0 && wanted - data.step[low - 1] < data.step[low] - wanted) --low;
     const at = last > first ? left + (data.step[low] - first) / (last - first) * (right - left) : (left + right) / 2;
     cursor.setAttribute("x1", at); cursor.setAttribute("x2", at); cursor.style.visibility = "visible";
