@@ -35,6 +35,7 @@ enum class Purpose : uint32_t {
   kLatentSample = 13,
   kTimestepStratum = 14,
   kInputNoise = 15,
+  kAdapterDropout = 16,
 };
 
 /// One stream of numbers, fixed by (seed, purpose, a, b): `a` is an epoch or step, `b` an item, for

@@ -49,6 +49,10 @@ void AdapterStream::add(int64_t block,
   trainables.push_back({module.path + ".up", {}, {}, next_id++});
 }
 
+bool AdapterStream::empty() const {
+  return std::ranges::all_of(blocks_, [](const OfBlock& b) { return b.adapters.empty(); });
+}
+
 void AdapterStream::start() {
   std::vector<int64_t> bytes;
   for (const OfBlock& b : blocks_) bytes.push_back(b.layout.bytes());
@@ -105,7 +109,10 @@ void AdapterStream::enter(int64_t block, std::span<Trainable> trainables) {
     Trainable &down = trainables[2 * i], &up = trainables[2 * i + 1];
     bind(b, a.down, down);
     bind(b, a.up, up);
-    a.layer->lora = {down.value, up.value, a.scale};
+    LowRank& low_rank = a.layer->lora;
+    low_rank.down = down.value;
+    low_rank.up = up.value;
+    low_rank.scale = a.scale;
   }
 }
 
@@ -127,7 +134,10 @@ void AdapterStream::leave(int64_t block, std::span<Trainable> trainables, bool c
     t.states.clear();
     t.gradient.reset();
   }
-  for (const Adapter& a : b.adapters) a.layer->lora = {};
+  for (const Adapter& a : b.adapters) {
+    a.layer->lora.down.reset();
+    a.layer->lora.up.reset();
+  }
   ring_->release(std::exchange(b.lease, {}), changed || b.has_gradients);
 }
 

@@ -41,6 +41,8 @@ class AdapterStream {
            const Optimizer& optimizer,
            std::vector<Trainable>& trainables,
            uint64_t& next_id);
+  /// Whether nothing was added.
+  bool empty() const;
   /// Stores what was added. Throws what MemoryStore and FileArena throw.
   void start();
 

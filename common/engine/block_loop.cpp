@@ -93,7 +93,8 @@ BlockLoop::BlockLoop(const dit::Config& config, Blocks& blocks, LoopOptions opti
 BlockLoop::~BlockLoop() = default;
 
 bool BlockLoop::keeps_graph(int64_t block) const {
-  return static_cast<size_t>(block) < options_.keep_graph.size() &&
+  return block >= options_.first_trained &&
+         static_cast<size_t>(block) < options_.keep_graph.size() &&
          options_.keep_graph[static_cast<size_t>(block)];
 }
 
@@ -139,6 +140,7 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
     const dit::Inputs& inputs = batches[m].inputs;
     Micro& micro = micros_[m];
     const at::AutoGradMode grad(trains_outer());
+    if (hooks.before_run) hooks.before_run(m);
     dit::check(config_, inputs);
     micro.text_length = inputs.txt.size(1);
     micro.image_length = inputs.img.size(1);
@@ -157,6 +159,7 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
       Micro& micro = micros_[m];
       Values in = std::exchange(micro.values, {});
       const MemoryScope scope(MemoryCause::kWorkingSet);
+      if (hooks.before_run) hooks.before_run(m);
       if (keeps_graph(block)) {
         micro.values = with_graph(block, micro, std::move(in));
         continue;
@@ -198,6 +201,7 @@ void BlockLoop::backward(const LoopHooks& hooks) {
     for (size_t m = 0; m < micros_.size(); ++m) {
       Micro& micro = micros_[m];
       const MemoryScope scope(MemoryCause::kWorkingSet);
+      if (hooks.before_run) hooks.before_run(m);
       if (!keeps_graph(block)) with_graph(block, micro, inputs_.take(block, m));
       auto graph = std::move(micro.graphs.extract(block).mapped());
       backward_from(graph.outputs, micro.gradients);

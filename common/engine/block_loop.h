@@ -28,6 +28,7 @@ struct Trainable {
   /// Summed over the micro-batches of a step: in the dtype of `value` if there was one, else float32. Undefined if
   /// none reached it.
   at::Tensor gradient{};
+  double lr_factor = 1;  // of the step's learning rate
 };
 
 /// The blocks of a model in forward order, double blocks first, wherever their weights are.
@@ -78,6 +79,8 @@ struct LoopOptions {
 
 /// What a step calls on its way. All but `ready` may be empty.
 struct LoopHooks {
+  /// Layers are about to compute for this micro-batch, for the first time or again.
+  std::function<void(size_t micro_batch)> before_run{};
   /// A block was entered for the forward: a deferred update is made here. Returns whether it was.
   std::function<bool(int64_t block)> before_forward{};
   /// The losses are known, nothing is updated yet: a loss that is not finite is refused here.

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "common/core/hash.h"
 #include "common/core/progress.h"
 #include "common/engine/file_arena.h"
 #include "common/models/flux/names.h"
@@ -158,7 +159,7 @@ ModelBlocks::Home* ModelBlocks::home_of(const std::string& path) {
   return home == homes_.end() ? nullptr : &*home;
 }
 
-void ModelBlocks::train(const lora::Adapters& adapters) {
+void ModelBlocks::train(const lora::Adapters& adapters, const AdapterDropout* dropout) {
   if (options_.stream_adapters && streams())
     adapters_ = std::make_unique<AdapterStream>(
         num_blocks_,
@@ -190,6 +191,12 @@ void ModelBlocks::train(const lora::Adapters& adapters) {
     staying.modules.push_back(std::move(module));
   }
   lora::attach(staying, weights_);
+  for (const lora::Module& module : adapters.modules) {
+    LowRank& layer = layers.at(module.path)->lora;
+    layer.dropout = dropout;
+    layer.module = xxh3_64(as_bytes(module.path));
+  }
+  if (adapters_ && adapters_->empty()) adapters_.reset();
   if (!adapters_) return;
   adapters_->start();
   adapters_->set_schedule(step_cycle());

@@ -55,8 +55,8 @@ class ModelBlocks final : public Blocks {
   ~ModelBlocks() override;
 
   /// Puts adapters into the model and trains them: they and their states stay in memory, on the device, but for those that
-  /// stream. Throws what AdapterStream throws.
-  void train(const lora::Adapters& adapters);
+  /// stream. Parts of them are left out as `dropout` says, which must outlive this. Throws what AdapterStream throws.
+  void train(const lora::Adapters& adapters, const AdapterDropout* dropout = nullptr);
 
   const dit::Weights& weights() const override { return weights_; }
   int64_t num_blocks() const { return num_blocks_; }

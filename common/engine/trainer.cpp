@@ -30,8 +30,8 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o) {
 }
 
 lora::Adapters new_adapters(const std::vector<lora::Target>& targets, const TrainerOptions& o) {
-  return o.device.is_meta() ? lora::empty_adapters(targets, o.rank, o.alpha, o.device)
-                            : lora::make_adapters(targets, o.rank, o.alpha, o.seed);
+  return o.device.is_meta() ? lora::empty_adapters(targets, o.device)
+                            : lora::make_adapters(targets, o.seed);
 }
 
 }  // namespace
@@ -60,7 +60,9 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
     : config_(config),
       options_(std::move(options)),
       optimizer_(make_optimizer(options_.optimizer, options_.precision)),
-      targets_(options_.full ? std::vector<lora::Target>{} : lora::default_targets(config)),
+      targets_(options_.full ? std::vector<lora::Target>{}
+                             : lora::select_targets(
+                                   config, options_.selection, options_.rank, options_.alpha)),
       model_(config, std::move(file), *optimizer_, model_options(config, options_)),
       // in this order, which braces keep
       loop_{config, with_adapters(), loop_options()},
@@ -70,11 +72,34 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
                 .max_norm = options_.max_norm,
                 .seed = options_.seed,
                 // reading all gradients of a model once more takes its time
-                .want_norm = !options_.full}) {}
+                .want_norm = !options_.full,
+                .after_update = options_.max_weight_norm > 0
+                                    ? std::function<void(std::span<Trainable>)>(
+                                          [this](std::span<Trainable> t) { limit_norms(t); })
+                                    : nullptr}) {}
 
 ModelBlocks& Trainer::with_adapters() {
-  if (!options_.full) model_.train(new_adapters(targets_, options_));
+  if (options_.full) return model_;
+  options_.lr_factors.require_all_used(targets_, "--lr-of");
+  options_.dropout.seed = options_.seed;
+  model_.train(new_adapters(targets_, options_),
+               options_.dropout.any() ? &options_.dropout : nullptr);
+  for (const lora::Target& target : targets_) alphas_[target.path] = target.alpha;
+  for (int64_t block = -1; block < model_.num_blocks(); ++block)
+    for (Trainable& t : block < 0 ? model_.outer_trainables() : model_.trainables(block)) {
+      const bool up = t.name.ends_with(".up");
+      const std::string path = t.name.substr(0, t.name.rfind('.'));
+      t.lr_factor = options_.lr_factors.value(path).value_or(1) * (up ? options_.up_lr_factor : 1);
+    }
   return model_;
+}
+
+void Trainer::limit_norms(std::span<Trainable> trainables) const {
+  for (size_t i = 0; i + 1 < trainables.size(); i += 2) {
+    const Trainable &down = trainables[i], &up = trainables[i + 1];
+    const std::string path = down.name.substr(0, down.name.rfind('.'));
+    lora::limit_norm({path, down.value, up.value, alphas_.at(path)}, options_.max_weight_norm);
+  }
 }
 
 lora::Adapters Trainer::adapters() {
@@ -92,7 +117,7 @@ lora::Adapters Trainer::adapters() {
     adapters.modules.push_back({target.path,
                                 values.at(target.path + ".down"),
                                 values.at(target.path + ".up"),
-                                options_.alpha});
+                                target.alpha});
   return adapters;
 }
 
@@ -119,6 +144,9 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
   TrainResult result;
   updater_.begin(step, learning_rate);
   LoopHooks hooks = updater_.hooks();
+  hooks.before_run = [&](size_t micro_batch) {
+    options_.dropout.pass = (static_cast<uint64_t>(step) << 20) + micro_batch;
+  };
   hooks.after_forward = [&](std::span<const at::Tensor> losses) {
     if (options_.device.is_meta()) return;
     for (const at::Tensor& loss : losses) result.loss += loss.item<double>();

@@ -8,9 +8,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "common/engine/block_loop.h"
@@ -44,8 +46,13 @@ struct TrainerOptions {
   at::ScalarType compute = at::kBFloat16;  // kFloat|kBFloat16
   bool full = false;                       // all weights; else a LoRA
   std::optional<QuantFormat> base{};       // of a LoRA's frozen weights
+  lora::Selection selection{};             // of a LoRA's modules
   int64_t rank = 16;
-  double alpha = 16;
+  double alpha = 16;             // 0: each module's rank
+  lora::PathRules lr_factors{};  // of the learning rate, by module path
+  double up_lr_factor = 1;       // of `up`, beside them: LoRA+
+  double max_weight_norm = 0;    // of alpha / rank * up @ down of each module; 0: none
+  AdapterDropout dropout{};      // its seed and pass are set by the trainer
   uint64_t seed = 0;
   OptimizerOptions optimizer = AdamWOptions{};
   OptimizerPrecision precision{};
@@ -67,7 +74,7 @@ struct TrainResult {
 class Trainer {
  public:
   /// Loads what stays in memory. Throws what ModelFile, FileArena and Ring throw; std::invalid_argument for options that
-  /// do not fit together.
+  /// do not fit together; UsageError for a selection of modules that the model does not have.
   Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, TrainerOptions options);
   ~Trainer();
 
@@ -89,11 +96,13 @@ class Trainer {
 
  private:
   ModelBlocks& with_adapters();
+  void limit_norms(std::span<Trainable> trainables) const;
   LoopOptions loop_options() const;
   dit::Config config_;
   TrainerOptions options_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<lora::Target> targets_;
+  std::map<std::string, double> alphas_;  // of targets, by path
   ModelBlocks model_;
   BlockLoop loop_;
   Updater updater_;

@@ -12,7 +12,7 @@
 namespace flux::engine {
 
 Updater::Updater(Blocks& blocks, Optimizer& optimizer, UpdateOptions options)
-    : blocks_(blocks), optimizer_(optimizer), options_(options) {}
+    : blocks_(blocks), optimizer_(optimizer), options_(std::move(options)) {}
 
 void Updater::begin(int64_t step, double learning_rate) {
   pending_scalars_ = scalars_;
@@ -34,17 +34,26 @@ double Updater::clip_scale(double norm) const {
   return norm + 1e-6 > options_.max_norm ? options_.max_norm / (norm + 1e-6) : 1;
 }
 
+StepScalars Updater::scalars_of(const Trainable& trainable, StepScalars scalars) const {
+  scalars.learning_rate *= trainable.lr_factor;
+  if (options_.clip == ClipMode::kPerParameter)
+    scalars.gradient_scale = clip_scale(norms_.at(trainable.id));
+  return scalars;
+}
+
 bool Updater::update(int64_t block, StepScalars scalars) {
   const at::NoGradGuard no_grad;
-  return blocks_.for_each_trainable(block, [&](Trainable& t) {
+  const bool changed = blocks_.for_each_trainable(block, [&](Trainable& t) {
     at::Tensor gradient = std::exchange(t.gradient, {});
     // none reaches the text half of the last double block of a model without single blocks
     if (!gradient.defined()) gradient = at::zeros_like(t.value);
-    if (options_.clip == ClipMode::kPerParameter)
-      scalars.gradient_scale = clip_scale(norms_.at(t.id));
-    optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id}, scalars);
+    optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id},
+                    scalars_of(t, scalars));
     return true;
   });
+  if (changed && options_.after_update)
+    options_.after_update(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block));
+  return changed;
 }
 
 void Updater::add_norms(std::span<Trainable> trainables) {

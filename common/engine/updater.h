@@ -1,6 +1,7 @@
 // common/engine/updater.h - when and how gradients become updates while blocks come and go.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -19,6 +20,8 @@ struct UpdateOptions {
   double max_norm = 1;    // > 0; not read with kNone
   uint64_t seed = 0;      // of stochastic rounding
   bool want_norm = true;  // with kNone: whether the norm is computed, for the log
+  /// Called with what was just updated.
+  std::function<void(std::span<Trainable> trainables)> after_update{};
 };
 
 /// "the loss", "the gradient of X": is infinite or NaN.
@@ -54,6 +57,8 @@ class Updater {
   double clip_scale(double norm) const;
   double global_norm() const;
   void add_norms(std::span<Trainable> trainables);
+  /// With its learning rate and clipping.
+  StepScalars scalars_of(const Trainable& trainable, StepScalars scalars) const;
   bool update(int64_t block, StepScalars scalars);
   bool before_forward(int64_t block);
   bool ready(int64_t block, std::span<Trainable> trainables);

@@ -1,15 +1,22 @@
 #include "common/ops/linear.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "common/core/rng.h"
+#include "common/ops/op.h"
 #include "common/ops/product.h"
 #include "common/quant/scratch.h"
+#include "common/tensor/memory.h"
 #include "common/tensor/tensor.h"
 
 namespace flux {
@@ -35,10 +42,81 @@ auto with_weight(const at::Tensor& weight,
   return use(*plain);
 }
 
+/// What of x down^T [n, rank] is zero in one call. Kept by value: the backward comes when the pass may be another.
+struct Dropped {
+  double values = 0, ranks = 0;
+  uint64_t seed = 0, pass = 0, module = 0;
+  int64_t rows_of_sample = 1;
+
+  bool any() const { return values > 0 || ranks > 0; }
+  double growth() const { return 1 / ((1 - values) * (1 - ranks)); }
+
+  /// Zeros elements of `products`, the same ones at every call. On a GPU through a mask that the CPU makes.
+  void zero(const at::Tensor& products) const {
+    if (!any()) return;
+    if (products.is_cpu()) {
+      if (products.scalar_type() == at::kFloat)
+        zero_in(products.mutable_data_ptr<float>(), products);
+      else
+        zero_in(products.mutable_data_ptr<at::BFloat16>(), products);
+      return;
+    }
+    if (kernel_device(products) == at::kCPU) return;  // a plan: there it takes no memory
+    const MemoryScope scope(MemoryCause::kKernelScratch);
+    if (products.is_meta()) {
+      at::empty_like(products);
+      return;
+    }
+    const at::Tensor mask = at::ones(products.sizes(), at::kFloat);
+    zero_in(mask.mutable_data_ptr<float>(), products);
+    products.mul_(mask.to(products.options()));
+  }
+
+ private:
+  /// Values first, then ranks, so that neither share changes what the other drops.
+  template <class T>
+  void zero_in(T* data, const at::Tensor& like) const {
+    const RandomStream random(seed, Purpose::kAdapterDropout, pass, module);
+    constexpr uint64_t kRanks = uint64_t{1} << 48;
+    const int64_t rank = like.size(1);
+    const auto is_below = [&](uint64_t i, double share) {
+      return share > 0 && random.bits(i) < share * 0x1p32;
+    };
+    at::parallel_for(0, like.size(0), 64, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        for (int64_t column = 0; column < rank; ++column) {
+          const auto i = static_cast<uint64_t>(row * rank + column);
+          const auto of_sample =
+              kRanks + static_cast<uint64_t>(row / rows_of_sample * rank + column);
+          if (is_below(i, values) || is_below(of_sample, ranks)) data[i] = T(0);
+        }
+    });
+  }
+};
+
+/// Whether the whole adapter is left out of this pass.
+bool is_dropped(const LowRank& adapter) {
+  const AdapterDropout* dropout = adapter.dropout;
+  if (!dropout || dropout->modules <= 0 || adapter.down.is_meta()) return false;
+  constexpr uint64_t kModule = uint64_t{1} << 50;
+  const RandomStream random(dropout->seed, Purpose::kAdapterDropout, dropout->pass, adapter.module);
+  return random.uniform(kModule) < dropout->modules;
+}
+
 // One node for base and adapter: x is kept once, and only what is asked for is computed. Of a
 // quantised weight `weight` is the codes.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  enum Argument : size_t { kX, kWeight, kBias, kDown, kUp, kScale, kQuantized, kNumArguments };
+  enum Argument : size_t {
+    kX,
+    kWeight,
+    kBias,
+    kDown,
+    kUp,
+    kScale,
+    kQuantized,
+    kDropped,
+    kNumArguments
+  };
 
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& x,
@@ -47,12 +125,15 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Tensor>& down,
                             const std::optional<at::Tensor>& up,
                             double scale,
-                            const QuantizedWeight& quantized) {
+                            const QuantizedWeight& quantized,
+                            const Dropped& dropped) {
+    scale *= dropped.growth();
     at::Tensor down_product, down_cast, up_cast;
     if (down) {
       down_cast = down->to(x.scalar_type());
       up_cast = up->to(x.scalar_type());
       down_product = product({.a = x, .b = down_cast.t(), .scale = scale});
+      dropped.zero(down_product);
     }
     const auto y = with_weight(weight, quantized, x, [&](const at::Tensor& w) {
       return product({.a = x,
@@ -66,6 +147,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         {x_needed ? x : at::Tensor(), weight, down_product, down_cast, up_cast, quantized.scales});
     context->saved_data["quant_format"] = static_cast<int64_t>(quantized.format);
     context->saved_data["scale"] = scale;
+    if (dropped.any()) {
+      context->saved_data["dropped_shares"] = std::vector<double>{dropped.values, dropped.ranks};
+      context->saved_data["dropped_keys"] =
+          std::vector<int64_t>{static_cast<int64_t>(dropped.seed),
+                               static_cast<int64_t>(dropped.pass),
+                               static_cast<int64_t>(dropped.module),
+                               dropped.rows_of_sample};
+    }
     context->saved_data["has_bias"] = bias.has_value();
     context->saved_data["low_rank_type"] = down ? down->scalar_type() : at::kFloat;
     return y;
@@ -92,6 +181,18 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     // [n, rank]; `scale` is in both products of the adapter
     const auto up_product =
         down.defined() ? product({.a = grad, .b = up, .scale = scale}) : at::Tensor();
+    if (const auto shares = context->saved_data.find("dropped_shares");
+        down.defined() && shares != context->saved_data.end()) {
+      const auto share = shares->second.toDoubleVector();
+      const auto key = context->saved_data["dropped_keys"].toIntVector();
+      Dropped{share[0],
+              share[1],
+              static_cast<uint64_t>(key[0]),
+              static_cast<uint64_t>(key[1]),
+              static_cast<uint64_t>(key[2]),
+              key[3]}
+          .zero(up_product);
+    }
     if (wanted(kX))
       out[kX] = with_weight(weight, quantized, grad, [&](const at::Tensor& w) {
         return product({.a = grad, .b = w, .c = up_product, .d = down});
@@ -162,13 +263,23 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
   const auto given = [](const at::Tensor& t) {
     return t.defined() ? std::optional(t) : std::nullopt;
   };
+  Dropped dropped;
+  if (const AdapterDropout* d = layer.lora.dropout; d && down.defined())
+    dropped = {d->values,
+               d->ranks,
+               d->seed,
+               d->pass,
+               layer.lora.module,
+               x.dim() > 1 ? rows.size(0) / std::max<int64_t>(x.size(0), 1) : 1};
+  const bool adapted = down.defined() && !is_dropped(layer.lora);
   return LinearFunction::apply(rows,
                                w.defined() ? w : layer.quantized.codes,
                                given(layer.bias),
-                               given(down),
-                               given(up),
+                               adapted ? given(down) : std::nullopt,
+                               adapted ? given(up) : std::nullopt,
                                layer.lora.scale,
-                               layer.quantized)
+                               layer.quantized,
+                               dropped)
       .view(shape);
 }
 

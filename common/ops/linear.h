@@ -7,14 +7,30 @@
 
 namespace flux {
 
+/// What of adapters is left out while they are trained, drawn anew for every pass. Of what is computed in a pass the same
+/// is left out whenever it is computed again. Shared by the layers of a model. On Meta nothing is.
+struct AdapterDropout {
+  double values = 0;  // share of the elements of x down^T; the others grow by 1 / (1 - share)
+  double ranks =
+      0;  // of its columns, for each sample on its own (the first dimension of x); grows as above
+  double modules = 0;  // of whole adapters; the others stay as they are
+  uint64_t seed = 0;
+  uint64_t pass = 0;  // of step and micro-batch
+  bool any() const { return values > 0 || ranks > 0 || modules > 0; }
+};
+
 /// A low-rank addition to a Linear: W + scale * up @ down.
 ///
-///   down   [rank, in]  float32 or the dtype of the layer; undefined: no adapter
-///   up     [out, rank] as down
-///   scale  multiplier * alpha / rank
+///   down     [rank, in]  float32 or the dtype of the layer; undefined: no adapter
+///   up       [out, rank] as down
+///   scale    multiplier * alpha / rank
+///   dropout  null: none
+///   module   its stream of random numbers
 struct LowRank {
   at::Tensor down, up;
   double scale = 1;
+  const AdapterDropout* dropout = nullptr;
+  uint64_t module = 0;
 };
 
 /// One Linear layer. Copies share the tensors.

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
+#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "common/core/tool.h"
 #include "common/ops/attention.h"
 #include "pipelines/train/optimizer.h"
+#include "pipelines/train/lora_options.h"
 #include "pipelines/train/plan.h"
 
 namespace flux::train {
@@ -151,8 +153,7 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.full = o.method == Method::kFull;
   if (o.base == BasePrecision::kFp8) t.base = QuantFormat::kFp8;
   if (o.base == BasePrecision::kNf4) t.base = QuantFormat::kNf4;
-  t.rank = o.rank;
-  t.alpha = o.effective_alpha();
+  set_lora(o, t);
   t.seed = static_cast<uint64_t>(o.seed);
   t.optimizer = optimizer_options(o);
   t.precision = optimizer_precision(o);
@@ -262,11 +263,13 @@ void load_model(Session& session) {
               session.config.describe(),
               session.config.num_parameters());
   else
-    log::info("{}; LoRA of rank {}, {} modules, {} parameters",
+    log::info("{}; LoRA of {}, {} modules, {} parameters",
               session.config.describe(),
-              options.rank,
+              lora::ranks_text(session.trainer->targets()),
               session.trainer->targets().size(),
-              lora::num_parameters(session.trainer->targets(), options.rank));
+              lora::num_parameters(session.trainer->targets()));
+  if (const auto rates = group_learning_rates(options, options.lr.learning_rate); !rates.empty())
+    log::info("learning rates: {}", printable(nlohmann::json(rates).dump()));
   cancel::check();
 }
 

@@ -6,6 +6,7 @@
 
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "pipelines/train/lora_options.h"
 
 namespace flux::train {
 namespace {
@@ -48,8 +49,10 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_network_module", "networks.lora_flux"},
       {"ss_network_dim", std::to_string(o.rank)},
       {"ss_network_alpha", python_float(o.effective_alpha())},
-      {"ss_network_dropout", "None"},
-      {"ss_network_args", "{}"},
+      {"ss_network_dropout", o.network_dropout > 0 ? python_float(o.network_dropout) : "None"},
+      {"ss_network_args", network_args(o)},
+      {"ss_scale_weight_norms",
+       o.scale_weight_norms > 0 ? python_float(o.scale_weight_norms) : "None"},
       {"ss_output_name", "lora"},
       {"ss_sd_model_name", utf8(o.model.filename().native())},
       {"ss_learning_rate", python_float(o.lr.learning_rate)},

@@ -10,6 +10,7 @@
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "pipelines/train/lora_options.h"
 
 namespace flux::train {
 namespace {
@@ -193,6 +194,7 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("method", o.method, kMethods, "what is trained");
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
   tool.flag("alpha", o.alpha, "A", "LoRA scale is alpha / rank; 0 = as rank", 0, 1e6);
+  add_lora_flags(o, tool);
   tool.flag("lora-dtype", o.lora_dtype, kSaveDtypes, "of the saved LoRA; it is trained in f32");
   tool.flag("optimizer", o.optimizer, kOptimizers, "rule of the updates");
   tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
@@ -468,6 +470,7 @@ engine::ClipMode Options::effective_clip() const {
 
 void check(const Options& o, const Tool& tool) {
   check_memory(o, tool);
+  check_lora(o, tool);
   if (o.plan != PlanOutput::kNone) return check_plan(o, tool);
   for (const auto& [name, path] :
        {std::pair{"latents", &o.latents}, {"text", &o.text}, {"model", &o.model}, {"out", &o.out}})
@@ -545,6 +548,7 @@ nlohmann::json deciding_options(const Options& o) {
     out["rank"] = o.rank;
     out["alpha"] = o.effective_alpha();
     out["base-precision"] = word(kBases, o.base);
+    add_lora_deciding(o, out);
   }
   if (uses_warmup(o)) out["lr-warmup-steps"] = number_of(o.lr_warmup);
   if (uses_min_lr(o)) out["min-lr-ratio"] = o.lr.min_lr_ratio;

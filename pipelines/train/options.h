@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/engine/choices.h"
+#include "common/models/lora/selection.h"
 #include "common/tensor/device.h"
 #include "common/train/loss.h"
 #include "common/train/lr_schedule.h"
@@ -51,7 +52,12 @@ struct Options {
 
   Method method = Method::kLora;
   int64_t rank = 16;
-  double alpha = 0;  // 0: as rank
+  double alpha = 0;       // 0: as rank
+  lora::Selection lora;   // which modules, and ranks of their own
+  lora::PathRules lr_of;  // learning rates of their own
+  double loraplus_lr_ratio = 1;
+  double scale_weight_norms = 0;                                     // 0: off
+  double network_dropout = 0, rank_dropout = 0, module_dropout = 0;  // shares
   SaveDtype lora_dtype = SaveDtype::kBF16;
   int64_t max_steps = 0;
   LrOptions lr;  // without the numbers of steps: see effective_lr()

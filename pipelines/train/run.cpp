@@ -17,6 +17,7 @@
 #include "common/tensor/memory_errors.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/load.h"
+#include "pipelines/train/lora_options.h"
 #include "pipelines/train/metrics.h"
 #include "pipelines/train/report.h"
 #include "pipelines/train/save.h"
@@ -117,6 +118,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                      .epoch = batches.back().epoch + 1,
                      .loss = result.loss,
                      .learning_rate = result.learning_rate,
+                     .learning_rates = group_learning_rates(options, result.learning_rate),
                      .grad_norm = result.grad_norm,
                      .samples = static_cast<int64_t>(result.sigma.size()),
                      .seconds = seconds,

@@ -95,9 +95,8 @@ std::vector<Trained> all_trained(const Session& session) {
     return out;
   }
   for (const lora::Target& target : session.trainer->targets()) {
-    const int64_t rank = session.options.rank;
-    out.push_back({target.path + ".down", at::kFloat, {rank, target.in}});
-    out.push_back({target.path + ".up", at::kFloat, {target.out, rank}});
+    out.push_back({target.path + ".down", at::kFloat, {target.rank, target.in}});
+    out.push_back({target.path + ".up", at::kFloat, {target.out, target.rank}});
   }
   return out;
 }

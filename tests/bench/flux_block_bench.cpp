@@ -36,7 +36,7 @@ struct Model {
     weights = dit::empty_weights(config);
     const auto canonical = [&] {
       TensorMap tensors;
-      for (const auto& [path, in, out] : lora::all_targets(config)) {
+      for (const auto& [path, in, out, rank, alpha] : lora::all_targets(config)) {
         tensors[path + ".weight"] = random({out, in}, 0.02);
         tensors[path + ".bias"] = random({out}, 0.02);
       }
@@ -46,7 +46,7 @@ struct Model {
       const auto found = canonical.find(name);
       tensor = found != canonical.end() ? found->second : random({kHead}, 0.1) + 1;
     });
-    adapters = lora::make_adapters(lora::default_targets(config), 16, 16, 1);
+    adapters = lora::make_adapters(lora::with_rank(lora::default_targets(config), 16, 16), 1);
     for (auto& module : adapters.modules) {
       module.down.requires_grad_();
       module.up.normal_(0, 0.01).requires_grad_();

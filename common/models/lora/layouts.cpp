@@ -36,7 +36,7 @@ struct Place {
 /// be read backwards.
 std::map<std::string, Place> module_names(const dit::Config& config) {
   std::map<std::string, Place> out;
-  for (const auto& [path, in, rows] : all_targets(config)) {
+  for (const auto& [path, in, rows, rank, alpha] : all_targets(config)) {
     const Place place{path, "", 0, rows, in};
     out["lora_unet_" + underscored(path)] = place;
     out["diffusion_model." + path] = place;

@@ -1,6 +1,7 @@
 #include "common/models/lora/lora.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -12,7 +13,7 @@
 #include "common/core/error.h"
 #include "common/core/hash.h"
 #include "common/core/rng.h"
-#include "common/models/flux/names.h"
+#include "common/tensor/memory.h"
 #include "common/tensor/tensor.h"
 
 namespace flux::lora {
@@ -49,39 +50,16 @@ void match(const Adapters& adapters, dit::Weights& weights, const Visit& visit) 
 
 }  // namespace
 
-std::vector<Target> all_targets(const dit::Config& config) {
-  std::vector<Target> out;
-  for (const auto& [name, shape] : dit::tensor_shapes(config))
-    if (shape.size() == 2) out.push_back({name.substr(0, name.rfind('.')), shape[1], shape[0]});
-  return out;
-}
-
-std::vector<Target> default_targets(const dit::Config& config) {
-  auto out = all_targets(config);
-  std::erase_if(
-      out, [](const Target& target) { return target.path.find("_blocks.") == std::string::npos; });
-  return out;
-}
-
-int64_t num_parameters(const std::vector<Target>& targets, int64_t rank) {
-  int64_t sum = 0;
-  for (const Target& target : targets) sum += target.in + target.out;
-  return sum * rank;
-}
-
 int64_t Adapters::num_parameters() const {
   int64_t total = 0;
   for (const auto& module : modules) total += module.down.numel() + module.up.numel();
   return total;
 }
 
-Adapters make_adapters(const std::vector<Target>& targets,
-                       int64_t rank,
-                       double alpha,
-                       uint64_t seed) {
+Adapters make_adapters(const std::vector<Target>& targets, uint64_t seed) {
   Adapters adapters;
   for (const auto& target : targets) {
-    const auto down = at::empty({rank, target.in}, at::kFloat);
+    const auto down = at::empty({target.rank, target.in}, at::kFloat);
     const RandomStream stream(seed, Purpose::kLoraInit, xxh3_64(as_bytes(target.path)));
     const double bound = 1 / std::sqrt(static_cast<double>(target.in));
     float* values = down.mutable_data_ptr<float>();
@@ -90,18 +68,15 @@ Adapters make_adapters(const std::vector<Target>& targets,
         values[i] = static_cast<float>(bound * (2 * stream.uniform(static_cast<uint64_t>(i)) - 1));
     });
     adapters.modules.push_back(
-        {target.path, down, at::zeros({target.out, rank}, at::kFloat), alpha});
+        {target.path, down, at::zeros({target.out, target.rank}, at::kFloat), target.alpha});
   }
   return adapters;
 }
 
-Adapters empty_adapters(const std::vector<Target>& targets,
-                        int64_t rank,
-                        double alpha,
-                        at::Device device) {
+Adapters empty_adapters(const std::vector<Target>& targets, at::Device device) {
   const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
   Adapters adapters;
-  for (const auto& [path, in, out] : targets)
+  for (const auto& [path, in, out, rank, alpha] : targets)
     adapters.modules.push_back(
         {path, at::empty({rank, in}, options), at::empty({out, rank}, options), alpha});
   return adapters;
@@ -112,6 +87,19 @@ void attach(const Adapters& adapters, dit::Weights& weights, double multiplier) 
     layer.lora = {
         module.down, module.up, multiplier * module.alpha / static_cast<double>(module.rank())};
   });
+}
+
+void limit_norm(const Module& module, double max_norm) {
+  const at::NoGradGuard no_grad;
+  const MemoryScope scope(MemoryCause::kKernelScratch);
+  const at::Tensor down = module.down.detach(), up = module.up.detach();
+  // ||up down||^2 = sum of up^T up times down down^T: two small matrices instead of one as large as the weight
+  const at::Tensor products = at::mm(up.t(), up).mul_(at::mm(down, down.t()));
+  const double scale = module.alpha / static_cast<double>(module.rank()) / max_norm;
+  const at::Tensor factor =
+      products.sum().clamp_min_(0).sqrt_().mul_(scale).clamp_min_(1).sqrt_().reciprocal_();
+  up.mul_(factor);
+  down.mul_(factor);
 }
 
 void detach(dit::Weights& weights) {

@@ -9,24 +9,10 @@
 
 #include "common/models/flux/config.h"
 #include "common/models/flux/weights.h"
+#include "common/models/lora/selection.h"
 #include "common/tensor/fwd.h"
 
 namespace flux::lora {
-
-/// A Linear that can be adapted, by its BFL module path ("double_blocks.0.img_attn.qkv").
-struct Target {
-  std::string path;
-  int64_t in = 0, out = 0;
-};
-
-/// The Linears that sd-scripts adapts by default: all of the blocks, modulations included (304 for
-/// FLUX.1-dev). Source: kohya-ss/sd-scripts, networks/lora_flux.py.
-std::vector<Target> default_targets(const dit::Config& config);
-/// All Linears of the transformer.
-std::vector<Target> all_targets(const dit::Config& config);
-
-/// Trained numbers of adapters of this rank.
-int64_t num_parameters(const std::vector<Target>& targets, int64_t rank);
 
 /// One adapted Linear: W + multiplier * alpha / rank * up @ down.
 struct Module {
@@ -46,16 +32,10 @@ struct Adapters {
 /// New adapters in float32: down uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), from a stream
 /// keyed by seed and module path, so that a module's start does not depend on which others are
 /// trained; up zero.
-Adapters make_adapters(const std::vector<Target>& targets,
-                       int64_t rank,
-                       double alpha,
-                       uint64_t seed);
+Adapters make_adapters(const std::vector<Target>& targets, uint64_t seed);
 
 /// The same shapes without values, on `device`: for plans on Meta.
-Adapters empty_adapters(const std::vector<Target>& targets,
-                        int64_t rank,
-                        double alpha,
-                        at::Device device);
+Adapters empty_adapters(const std::vector<Target>& targets, at::Device device);
 
 /// Puts the adapters into the Linears of `weights` (the tensors are shared, so training them trains
 /// what is attached). Throws InputError, naming the module and both shapes, if one does not fit.
@@ -66,6 +46,11 @@ void detach(dit::Weights& weights);
 /// rounded once to the dtype of W. New tensors: those of `weights` that others share stay as they
 /// were.
 void merge(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
+
+/// Scales down and up by one factor so that the Frobenius norm of alpha / rank * up @ down is at most `max_norm`; one below
+/// it keeps its bits. In place; on Meta it allocates what it does elsewhere. Source: kohya-ss/sd-scripts,
+/// apply_max_norm_regularization.
+void limit_norm(const Module& module, double max_norm);
 
 using Metadata = std::map<std::string, std::string>;
 

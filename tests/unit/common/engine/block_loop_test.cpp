@@ -39,7 +39,7 @@ class Resident final : public Blocks {
       if (!lora) add({.name = name, .value = tensor});
     });
     if (!lora) return;
-    auto adapters = lora::make_adapters(lora::default_targets(config), 4, 4, 7);
+    auto adapters = lora::make_adapters(lora::with_rank(lora::default_targets(config), 4, 4), 7);
     for (auto& module : adapters.modules) {
       module.up = at::randn(module.up.sizes(), gen).mul_(0.1);
       for (auto* tensor : {&module.down, &module.up}) {

@@ -62,7 +62,7 @@ class ModelBlocksTest : public ::testing::Test {
                        .keep_gradients = run.clip == ClipMode::kGlobal,
                        .several_micro_batches = run.micro_batches > 1,
                        .stream_adapters = run.stream_adapters});
-    if (!run.full) model.train(lora::make_adapters(lora::default_targets(config_), 4, 4, 7));
+    if (!run.full) model.train(lora::make_adapters(lora::with_rank(lora::default_targets(config_), 4, 4), 7));
     BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
     Updater updater(model, *optimizer, {.clip = run.clip, .max_norm = 0.05, .seed = 5});
     std::map<std::string, at::Tensor> out;

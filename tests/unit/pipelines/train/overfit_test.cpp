@@ -34,7 +34,7 @@ double share_after_300_steps(const dit::Config& config,
                          .pooled_embedding = normal({4, config.pooled_dim}, 3)};
   const double base = flow_loss(config, weights, {}, fixed).item<double>();
 
-  lora::Adapters adapters = lora::make_adapters(lora::default_targets(config), 16, 16, 1);
+  lora::Adapters adapters = lora::make_adapters(lora::with_rank(lora::default_targets(config), 16, 16), 1);
   std::vector<std::array<at::Tensor, 3>> parameters;  // value, moments
   for (lora::Module& module : adapters.modules) {
     for (const at::Tensor& tensor : {module.down, module.up}) {

@@ -39,7 +39,7 @@ TEST(Targets, AreThoseOfSdScripts) {
   const dit::Config dev;
   const auto targets = default_targets(dev);
   EXPECT_EQ(targets.size(), 304u);
-  EXPECT_EQ(make_adapters({targets[0]}, 2, 1, 0).num_parameters(),
+  EXPECT_EQ(make_adapters(with_rank({targets[0]}, 2, 1), 0).num_parameters(),
             2 * (targets[0].in + targets[0].out));
   int64_t sizes = 0;
   for (const auto& target : targets) sizes += target.in + target.out;
@@ -51,13 +51,13 @@ TEST(Targets, AreThoseOfSdScripts) {
 TEST(MakeAdapters, StartsAtZeroAndIsKeyedByModule) {
   const auto config = model().config;
   const auto targets = default_targets(config);
-  const auto all = make_adapters(targets, 4, 2, 5);
-  const auto one = make_adapters({targets[3]}, 4, 2, 5);
+  const auto all = make_adapters(with_rank(targets, 4, 2), 5);
+  const auto one = make_adapters(with_rank({targets[3]}, 4, 2), 5);
   EXPECT_TRUE(at::equal(one.modules[0].down, all.modules[3].down));
   EXPECT_FALSE(
       at::equal(all.modules[0].down, all.modules[5].down));  // the same shape, another module
-  EXPECT_FALSE(
-      at::equal(one.modules[0].down, make_adapters({targets[3]}, 4, 2, 6).modules[0].down));
+  EXPECT_FALSE(at::equal(one.modules[0].down,
+                         make_adapters(with_rank({targets[3]}, 4, 2), 6).modules[0].down));
   for (const auto& module : all.modules) {
     EXPECT_EQ(module.up.abs().max().item<float>(), 0) << module.path;
     const double bound = 1 / std::sqrt(static_cast<double>(module.down.size(1)));
@@ -71,7 +71,7 @@ TEST(Attach, WithUpsAtZeroTheOutputHasTheBitsOfTheBase) {
   for (const auto type : {at::kFloat, at::kBFloat16}) {
     auto m = model(type);
     const auto base = run(m);
-    attach(make_adapters(all_targets(m.config), 4, 4, 1), m.weights);
+    attach(make_adapters(with_rank(all_targets(m.config), 4, 4), 1), m.weights);
     EXPECT_TRUE(m.weights.single_blocks[0].linear1.lora.down.defined());
     EXPECT_TRUE(at::equal(run(m), base));
     detach(m.weights);
