@@ -35,6 +35,7 @@ struct ModelBlocks::Home {
   std::vector<Trainable> trainables;  // if weights are trained, in the order of the layout
   size_t first_entry = 0;             // of a streamed one that is trained: of its states
   bool has_gradients = false;         // that were put away and wait
+  bool gradients_taken = false;       // since the block was entered
 };
 
 ModelBlocks::ModelBlocks(const dit::Config& config,
@@ -287,9 +288,10 @@ void ModelBlocks::leave(int64_t block, bool changed) {
   Home& home = homes_[static_cast<size_t>(block)];
   if (states_ && options_.keep_gradients) {
     const at::NoGradGuard no_grad;
-    home.has_gradients = std::ranges::any_of(
-        home.trainables, [](const Trainable& t) { return t.gradient.defined(); });
-    for (size_t i = 0; home.has_gradients && i < home.trainables.size(); ++i) {
+    const bool fresh = std::ranges::any_of(home.trainables,
+                                           [](const Trainable& t) { return t.gradient.defined(); });
+    if (fresh || std::exchange(home.gradients_taken, false)) home.has_gradients = fresh;
+    for (size_t i = 0; fresh && i < home.trainables.size(); ++i) {
       if (!states_->expects(home.first_entry + i, StateStream::Use::kPutAway))
         states_->expect(entries_from(block, /*ascending=*/false), StateStream::Use::kPutAway);
       states_->put_away(std::exchange(home.trainables[i].gradient, {}));
@@ -331,8 +333,11 @@ void ModelBlocks::open(int64_t block, size_t i) {
 
 void ModelBlocks::close(int64_t block, size_t i, bool changed) {
   if (!states_ || block < 0 || is_resident(block)) return;
-  Trainable& trainable = homes_[static_cast<size_t>(block)].trainables[i];
+  Home& home = homes_[static_cast<size_t>(block)];
+  Trainable& trainable = home.trainables[i];
   trainable.states.clear();
+  // an update takes the gradient that waited, a look at it leaves it
+  if (home.has_gradients && !trainable.gradient.defined()) home.gradients_taken = true;
   trainable.gradient.reset();
   states_->close(changed);
 }

@@ -12,7 +12,7 @@
 namespace flux::engine {
 namespace {
 
-ModelOptions model_options(const dit::Config& config, const TrainerOptions& o) {
+ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, bool two_phase) {
   return {.compute = o.compute,
           .base = o.base,
           .device = o.device,
@@ -24,7 +24,7 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o) {
           .lookahead = o.residency.lookahead,
           .access = o.access,
           .scratch = o.scratch,
-          .keep_gradients = o.clip == ClipMode::kGlobal,
+          .keep_gradients = o.clip == ClipMode::kGlobal || two_phase,
           .several_micro_batches = o.several_micro_batches,
           .stream_adapters = o.residency.stream_adapters};
 }
@@ -63,7 +63,10 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
       targets_(options_.full ? std::vector<lora::Target>{}
                              : lora::select_targets(
                                    config, options_.selection, options_.rank, options_.alpha)),
-      model_(config, std::move(file), *optimizer_, model_options(config, options_)),
+      model_(config,
+             std::move(file),
+             *optimizer_,
+             model_options(config, options_, optimizer_->two_phase())),
       // in this order, which braces keep
       loop_{config, with_adapters(), loop_options()},
       updater_(model_,
@@ -106,9 +109,10 @@ lora::Adapters Trainer::adapters() {
   std::map<std::string, at::Tensor> values;
   const at::NoGradGuard no_grad;
   model_.for_all_trainables([&](Trainable& t) {
-    values[t.name] = t.value.detach().cpu();
+    const at::Tensor value = t.value.detach();
+    values[t.name] = optimizer_->evaluation_weights({value, {}, t.states, t.id}).cpu();
     // a record's memory is another's soon
-    if (options_.residency.stream_adapters && t.value.is_cpu())
+    if (options_.residency.stream_adapters && values[t.name].is_alias_of(value))
       values[t.name] = values[t.name].clone();
     return false;
   });

@@ -87,7 +87,7 @@ class Trainer {
   void flush() { updater_.flush(); }
 
   ModelBlocks& model() { return model_; }
-  /// The adapters as they are now, on the host; those that stay there share their memory with the model.
+  /// The adapters to save or sample with, on the host; those that stay there share their memory with the model.
   lora::Adapters adapters();
   /// The layers with adapters; empty if all weights are trained.
   const std::vector<lora::Target>& targets() const { return targets_; }

@@ -20,7 +20,8 @@ void Updater::begin(int64_t step, double learning_rate) {
   whole_ = pending_.empty();
   norms_.clear();
   scalars_ = {step, learning_rate, 1, options_.seed};
-  optimizer_.begin_step(scalars_);
+  // while blocks wait for the step before, the optimizer is still at that one
+  if (!gradients_wait()) optimizer_.begin_step(scalars_);
 }
 
 LoopHooks Updater::hooks() {
@@ -69,7 +70,7 @@ double Updater::global_norm() const {
 
 bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
   if (options_.clip != ClipMode::kNone || options_.want_norm) add_norms(trainables);
-  if (options_.clip == ClipMode::kGlobal) {
+  if (gradients_wait()) {
     waiting_.push_back(block);
     return false;
   }
@@ -82,20 +83,49 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
 
 std::optional<double> Updater::finish() {
   whole_ = true;
-  if (norms_.empty()) return std::nullopt;
-  const double norm = global_norm();
-  if (!std::isfinite(norm)) {
+  std::optional<double> norm;
+  if (!norms_.empty()) norm = global_norm();
+  if (norm && !std::isfinite(*norm)) {
     waiting_.clear();
     throw NotFinite("the gradient norm");
   }
-  if (options_.clip != ClipMode::kGlobal) return norm;
-  scalars_.gradient_scale = clip_scale(norm);
+  if (!gradients_wait()) return norm;
+  if (options_.clip == ClipMode::kGlobal) scalars_.gradient_scale = clip_scale(*norm);
+  optimizer_.begin_step(scalars_);
+  if (optimizer_.two_phase()) {
+    update_in_two_phases();
+    return norm;
+  }
   std::erase_if(waiting_, [&](int64_t block) {
     if (block >= 0 && !blocks_.trainables_stay(block)) return false;
     update(block, scalars_);
     return true;
   });
   return norm;
+}
+
+void Updater::update_in_two_phases() {
+  std::vector<int64_t> staying, streamed;
+  for (const int64_t block : std::exchange(waiting_, {}))
+    (block < 0 || blocks_.trainables_stay(block) ? staying : streamed).push_back(block);
+  std::ranges::sort(streamed);
+  const at::NoGradGuard no_grad;
+  const auto observe = [&](int64_t block) {
+    return blocks_.for_each_trainable(block, [&](Trainable& t) {
+      if (!t.gradient.defined()) t.gradient = at::zeros_like(t.value);
+      optimizer_.observe({t.value.detach(), t.gradient.contiguous(), t.states, t.id},
+                         scalars_of(t, scalars_));
+      return true;
+    });
+  };
+  whole_ = false;
+  for (const int64_t block : staying) observe(block);
+  if (!streamed.empty()) blocks_.visit(streamed, observe);
+  optimizer_.end_observe();
+  for (const int64_t block : staying) update(block, scalars_);
+  if (!streamed.empty())
+    blocks_.visit(streamed, [&](int64_t block) { return update(block, scalars_); });
+  whole_ = true;
 }
 
 bool Updater::before_forward(int64_t block) {

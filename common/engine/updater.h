@@ -35,6 +35,9 @@ struct NotFinite : std::runtime_error {
 ///   loop.step(batches, updater.hooks());
 ///   updater.finish();
 ///
+/// An optimizer that must see all gradients first (Optimizer::two_phase) sees them in finish() and updates there, visiting
+/// blocks that have left twice.
+///
 /// With kGlobal a block in memory is updated in finish(), and one that has left at its next forward: its gradient stays
 /// with it until then. Otherwise a block is updated in the backward, as soon as its gradients are there, and they go.
 class Updater {
@@ -57,9 +60,14 @@ class Updater {
   double clip_scale(double norm) const;
   double global_norm() const;
   void add_norms(std::span<Trainable> trainables);
+  bool update(int64_t block, StepScalars scalars);
+  void update_in_two_phases();
+  /// Whether gradients stay until finish().
+  bool gradients_wait() const {
+    return options_.clip == ClipMode::kGlobal || optimizer_.two_phase();
+  }
   /// With its learning rate and clipping.
   StepScalars scalars_of(const Trainable& trainable, StepScalars scalars) const;
-  bool update(int64_t block, StepScalars scalars);
   bool before_forward(int64_t block);
   bool ready(int64_t block, std::span<Trainable> trainables);
 

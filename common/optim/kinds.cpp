@@ -215,6 +215,7 @@ class ScheduleFree final : public Optimizer {
     lr_max_ = numbers.at("lr_max");
     weight_sum_ = numbers.at("weight_sum");
   }
+  bool averages() const override { return true; }
   at::Tensor evaluation_weights(const Slot& slot) const override {
     const Keep keep = keep_of(slot.parameter.scalar_type(), precision().weights);
     at::Tensor y = keep == Keep::kMaster ? slot.states.back() : slot.parameter.to(at::kFloat);

@@ -19,18 +19,10 @@
 #include "common/optim/prodigy.h"
 #include "common/optim/schedule_free.h"
 #include "common/optim/sgd.h"
+#include "common/optim/weight_mode.h"
 #include "common/tensor/fwd.h"
 
 namespace flux {
-
-/// How a bfloat16 parameter takes an update computed in float32; a float32 parameter just takes it.
-enum class WeightMode {
-  kStochastic,  // rounded up or down with the probability that keeps the mean
-  kNearest,  // to nearest even: small updates are lost; with bfloat16 states AdamW and Lion round every
-             // operation, as their libraries do where all tensors are bfloat16
-  kKahan,   // to nearest even; what was lost is kept in one more bfloat16 tensor
-  kMaster,  // a float32 copy takes the updates, the parameter is its rounding
-};
 
 struct OptimizerPrecision {
   WeightMode weights = WeightMode::kStochastic;
@@ -102,6 +94,8 @@ class Optimizer {
   virtual void set_numbers(const std::map<std::string, double>& /*numbers*/) {}
   /// The weights to save or sample with; the parameter itself but for optimizers that average.
   virtual at::Tensor evaluation_weights(const Slot& slot) const;
+  /// Whether those are others than the parameter.
+  virtual bool averages() const { return false; }
 
  protected:
   /// States but for what the weight mode adds.

@@ -7,6 +7,7 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "pipelines/train/lora_options.h"
+#include "pipelines/train/optimizer.h"
 
 namespace flux::train {
 namespace {
@@ -61,11 +62,11 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_lr_scheduler", chosen("lr-scheduler", "constant")},
       {"ss_lr_warmup_steps", std::to_string(o.effective_lr().num_warmup_steps)},
       {"ss_optimizer",
-       fmt::format("{}(weight_decay={})",
-                   o.optimizer == OptimizerKind::kAdamW       ? "AdamW"
-                   : o.optimizer == OptimizerKind::kAdamW8bit ? "AdamW8bit"
-                                                              : "Adafactor",
-                   python_float(o.effective_weight_decay()))},
+       fmt::format("{}(weight_decay={}{}{})",
+                   optimizer_title(o.optimizer),
+                   python_float(o.effective_weight_decay()),
+                   o.optimizer_args.empty() ? "" : ",",
+                   o.optimizer_args)},
       {"ss_max_grad_norm", python_float(o.max_grad_norm)},
       {"ss_gradient_accumulation_steps", std::to_string(o.gradient_accumulation)},
       {"ss_gradient_checkpointing",

@@ -11,6 +11,7 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "pipelines/train/lora_options.h"
+#include "pipelines/train/optimizer.h"
 
 namespace flux::train {
 namespace {
@@ -18,7 +19,16 @@ namespace {
 const Choices<Method> kMethods{{"lora", Method::kLora}, {"full", Method::kFull}};
 const Choices<OptimizerKind> kOptimizers{{"adamw", OptimizerKind::kAdamW},
                                          {"adamw8bit", OptimizerKind::kAdamW8bit},
-                                         {"adafactor", OptimizerKind::kAdafactor}};
+                                         {"adafactor", OptimizerKind::kAdafactor},
+                                         {"lion", OptimizerKind::kLion},
+                                         {"prodigy", OptimizerKind::kProdigy},
+                                         {"schedulefree", OptimizerKind::kScheduleFree},
+                                         {"sgd", OptimizerKind::kSgd}};
+const Choices<StateDtype> kStateDtypes{{"f32", StateDtype::kF32}, {"bf16", StateDtype::kBF16}};
+const Choices<WeightMode> kWeightModes{{"stochastic", WeightMode::kStochastic},
+                                       {"nearest", WeightMode::kNearest},
+                                       {"kahan", WeightMode::kKahan},
+                                       {"master", WeightMode::kMaster}};
 const Choices<engine::ClipMode> kClips{{"global", engine::ClipMode::kGlobal},
                                        {"per-parameter", engine::ClipMode::kPerParameter},
                                        {"none", engine::ClipMode::kNone}};
@@ -182,7 +192,8 @@ void add_flags(Options& o, Tool& tool) {
             o.model,
             "FILE",
             "transformer weights: safetensors, single, sharded or a diffusers folder");
-  tool.flag("out", o.out, "DIR", "run folder: checkpoints, metrics.jsonl, tensorboard/, report.html");
+  tool.flag(
+      "out", o.out, "DIR", "run folder: checkpoints, metrics.jsonl, tensorboard/, report.html");
   tool.flag("resume", o.resume, "go on from the last checkpoint in --out");
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
   tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
@@ -197,6 +208,15 @@ void add_flags(Options& o, Tool& tool) {
   add_lora_flags(o, tool);
   tool.flag("lora-dtype", o.lora_dtype, kSaveDtypes, "of the saved LoRA; it is trained in f32");
   tool.flag("optimizer", o.optimizer, kOptimizers, "rule of the updates");
+  tool.flag("optimizer-args",
+            o.optimizer_args,
+            "NAME=X,...",
+            "its numbers: beta1, beta2, eps, momentum, d_coef, ... (docs/training.md)");
+  tool.flag("state-dtype", o.state_dtype, kStateDtypes, "of the optimizer's moments");
+  tool.flag("weight-mode",
+            o.weight_mode,
+            kWeightModes,
+            "how bfloat16 weights of --method full take small updates");
   tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
   tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
   tool.flag("lr-scheduler", o.lr.schedule, kSchedules, "learning rate over the steps");
@@ -446,10 +466,27 @@ void check_memory(const Options& o, const Tool& tool) {
     throw UsageError("--max-grad-norm has no effect with --clip none", "leave one of them out");
 }
 
+void check_optimizer(const Options& o, const Tool& tool) {
+  optimizer_options(o);
+  const auto refuse = [&](const char* flag, const char* why) {
+    if (tool.given(flag))
+      throw UsageError(fmt::format("--{} has no effect with {}", flag, why), "leave it out");
+  };
+  if (o.method == Method::kLora) refuse("weight-mode", "--method lora, which trains float32");
+  const bool own_states = o.optimizer == OptimizerKind::kAdamW8bit ||
+                          o.optimizer == OptimizerKind::kAdafactor ||
+                          o.optimizer == OptimizerKind::kScheduleFree;
+  if (own_states)
+    refuse("state-dtype",
+           ("--optimizer " + word(kOptimizers, o.optimizer) + ", whose states are as they are")
+               .c_str());
+}
+
 }  // namespace
 
 double Options::effective_weight_decay() const {
-  return weight_decay.value_or(optimizer == OptimizerKind::kAdafactor ? 0 : 0.01);
+  const bool adamw = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdamW8bit;
+  return weight_decay.value_or(adamw ? 0.01 : 0);
 }
 
 LrOptions Options::effective_lr() const {
@@ -471,6 +508,7 @@ engine::ClipMode Options::effective_clip() const {
 void check(const Options& o, const Tool& tool) {
   check_memory(o, tool);
   check_lora(o, tool);
+  check_optimizer(o, tool);
   if (o.plan != PlanOutput::kNone) return check_plan(o, tool);
   for (const auto& [name, path] :
        {std::pair{"latents", &o.latents}, {"text", &o.text}, {"model", &o.model}, {"out", &o.out}})
@@ -524,6 +562,8 @@ std::string block_inputs_word(engine::InputPlace place) { return word(kInputPlac
 nlohmann::json deciding_options(const Options& o) {
   nlohmann::json out{{"method", word(kMethods, o.method)},
                      {"optimizer", word(kOptimizers, o.optimizer)},
+                     {"optimizer-args", o.optimizer_args},
+                     {"state-dtype", word(kStateDtypes, o.state_dtype)},
                      {"clip", word(kClips, o.effective_clip())},
                      {"gradient-accumulation", o.gradient_accumulation},
                      {"learning-rate", o.lr.learning_rate},
@@ -544,6 +584,7 @@ nlohmann::json deciding_options(const Options& o) {
                      {"stratified-timesteps", o.timesteps.stratified},
                      {"prior-loss-weight", o.prior_loss_weight},
                      {"guidance", o.guidance.value_or(1)}};
+  if (o.method == Method::kFull) out["weight-mode"] = word(kWeightModes, o.weight_mode);
   if (o.method == Method::kLora) {
     out["rank"] = o.rank;
     out["alpha"] = o.effective_alpha();

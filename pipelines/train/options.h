@@ -8,6 +8,7 @@
 
 #include "common/engine/choices.h"
 #include "common/models/lora/selection.h"
+#include "common/optim/weight_mode.h"
 #include "common/tensor/device.h"
 #include "common/train/loss.h"
 #include "common/train/lr_schedule.h"
@@ -20,7 +21,8 @@ class Tool;
 namespace flux::train {
 
 enum class Method { kLora, kFull };
-enum class OptimizerKind { kAdamW, kAdamW8bit, kAdafactor };
+enum class OptimizerKind { kAdamW, kAdamW8bit, kAdafactor, kLion, kProdigy, kScheduleFree, kSgd };
+enum class StateDtype { kF32, kBF16 };
 enum class BasePrecision { kAsComputed, kFp8, kNf4 };
 enum class PlanOutput { kNone, kTable, kJson };
 enum class Precision { kAuto, kF32, kBF16 };
@@ -64,7 +66,10 @@ struct Options {
   StepsOrShare lr_warmup, lr_decay;
   int64_t lr_cycles = 1;
   OptimizerKind optimizer = OptimizerKind::kAdamW;
-  std::optional<double> weight_decay;    // nothing: the optimizer's default
+  std::string optimizer_args;  // "beta2=0.99,eps=1e-6"
+  StateDtype state_dtype = StateDtype::kF32;
+  WeightMode weight_mode = WeightMode::kStochastic;  // of bfloat16 weights, with kFull
+  std::optional<double> weight_decay;                // nothing: the optimizer's default
   std::optional<engine::ClipMode> clip;  // nothing: global; none for Adafactor, which clips itself
   double max_grad_norm = 1;              // 0: no clipping
   int64_t gradient_accumulation = 1;     // batches an update

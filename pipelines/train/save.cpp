@@ -57,10 +57,19 @@ class Outgoing {
 
 using Named = std::vector<std::pair<std::string, at::Tensor>>;
 
-/// What state.safetensors holds of a trainable that is there. The weights of a full fine-tuning are in the model's file.
+/// Under which prefix state.safetensors holds what is trained. The weights of a full fine-tuning are in the model's file,
+/// unless others are to be kept in the end.
+std::optional<std::string> weight_prefix(const Session& session) {
+  if (session.options.method == Method::kLora) return "lora.";
+  if (session.trainer->optimizer().averages()) return "weight.";
+  return std::nullopt;
+}
+
+/// What state.safetensors holds of a trainable that is there.
 Named state_of(const engine::Trainable& t, Session& session) {
   Named out;
-  if (session.options.method == Method::kLora) out.emplace_back("lora." + t.name, t.value.detach());
+  if (const auto prefix = weight_prefix(session))
+    out.emplace_back(*prefix + t.name, t.value.detach());
   const auto layout =
       session.trainer->optimizer().state_layout(t.value.sizes(), t.value.scalar_type());
   for (size_t i = 0; i < layout.size(); ++i)
@@ -106,10 +115,9 @@ void save_trained(Session& session, checkpoint::Writer& writer) {
   const bool full = session.options.method == Method::kFull;
   std::vector<safetensors::TensorSpec> weights, states;
   for (const auto& [name, type, shape] : all_trained(session)) {
-    if (full)
-      weights.push_back({name, dtype_of(type), shape});
-    else
-      states.push_back({"lora." + name, dtype_of(type), shape});
+    if (full) weights.push_back({name, dtype_of(type), shape});
+    if (const auto prefix = weight_prefix(session))
+      states.push_back({*prefix + name, dtype_of(type), shape});
     for (const auto& state : session.trainer->optimizer().state_layout(shape, type))
       states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
   }
@@ -122,7 +130,11 @@ void save_trained(Session& session, checkpoint::Writer& writer) {
     if (full) model.emplace(writer.path_of(kModelName), weights, model_metadata(session));
     safetensors::ScatteredWriter state(writer.path_of(kStateName), states, {});
     session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
-      if (model) model->write(t.name, host_bytes(t.value.detach().cpu().contiguous()));
+      if (model) {
+        const at::Tensor kept =
+            session.trainer->optimizer().evaluation_weights({t.value.detach(), {}, t.states, t.id});
+        model->write(t.name, host_bytes(kept.cpu().contiguous()));
+      }
       for (const auto& [name, tensor] : state_of(t, session))
         state.write(name, host_bytes(tensor.cpu().contiguous()));
       return false;
@@ -171,6 +183,7 @@ std::filesystem::path save(Session& session) {
   nlohmann::json record = identity(session);
   record["model_sha256"] = session.model_sha256.get();
   record["position"] = {{"epoch", session.position.epoch}, {"batch", session.position.batch}};
+  record["optimizer_numbers"] = session.trainer->optimizer().numbers();
   record["provenance"] = {{"tool", "flux-train"},
                           {"tool_version", tool_version()},
                           {"commit", commit()},
@@ -269,6 +282,12 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
   if (saved.tensors.size() != num_wanted) {
     throw CacheError(
         fmt::format("{}: {} tensors, expected {}", show(file), saved.tensors.size(), num_wanted));
+  }
+  try {
+    session.trainer->optimizer().set_numbers(
+        checkpoint.state.value("optimizer_numbers", std::map<std::string, double>()));
+  } catch (const nlohmann::json::exception&) {
+    throw CacheError(show(checkpoint.folder) + ": the optimizer's numbers are none");
   }
   session.step = checkpoint.step;
   session.position = position_of(checkpoint);

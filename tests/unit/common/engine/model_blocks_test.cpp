@@ -59,7 +59,7 @@ class ModelBlocksTest : public ::testing::Test {
                        .stream_from = run.from,
                        .lookahead = run.lookahead,
                        .scratch = folder_,
-                       .keep_gradients = run.clip == ClipMode::kGlobal,
+                       .keep_gradients = run.clip == ClipMode::kGlobal || optimizer->two_phase(),
                        .several_micro_batches = run.micro_batches > 1,
                        .stream_adapters = run.stream_adapters});
     if (!run.full) model.train(lora::make_adapters(lora::with_rank(lora::default_targets(config_), 4, 4), 7));
@@ -126,7 +126,8 @@ TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereWeightsAre) {
 }
 
 TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereItsAdaptersAre) {
-  for (const auto& optimizer : std::vector<OptimizerOptions>{AdamWOptions{}, AdamW8bitOptions{}}) {
+  for (const auto& optimizer : std::vector<OptimizerOptions>{
+           AdamWOptions{}, AdamW8bitOptions{}, ProdigyOptions{.d0 = 1e-3}}) {
     for (const auto clip : {ClipMode::kNone, ClipMode::kGlobal, ClipMode::kPerParameter}) {
       for (const int64_t count : {1, 2}) {
         Run run{.optimizer = optimizer, .clip = clip, .micro_batches = count};
@@ -148,8 +149,11 @@ TEST_F(ModelBlocksTest, LoraDoesNotSeeWhereItsAdaptersAre) {
 }
 
 TEST_F(ModelBlocksTest, FullFineTuningDoesNotSeeWhereWeightsAre) {
-  const std::vector<OptimizerOptions> optimizers{
-      AdamWOptions{}, AdamW8bitOptions{}, AdafactorOptions{}};
+  const std::vector<OptimizerOptions> optimizers{AdamWOptions{},
+                                                 AdamW8bitOptions{},
+                                                 AdafactorOptions{},
+                                                 ProdigyOptions{.d0 = 1e-3},
+                                                 ScheduleFreeOptions{}};
   for (const auto& optimizer : optimizers) {
     for (const auto clip : {ClipMode::kNone, ClipMode::kGlobal, ClipMode::kPerParameter}) {
       for (const int64_t count : {1, 2}) {

@@ -39,6 +39,8 @@ TEST(TrainOptions, DefaultsTrainFluxProperly) {
   const nlohmann::json deciding = deciding_options(options);
   EXPECT_EQ(deciding,
             (nlohmann::json{{"method", "lora"},
+                            {"optimizer-args", ""},
+                            {"state-dtype", "f32"},
                             {"rank", 16},
                             {"alpha", 16.0},
                             {"base-precision", "bf16"},
