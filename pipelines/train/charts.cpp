@@ -29,8 +29,9 @@ class Scale {
  public:
   Scale(double low, double high, double from, double to)
       : low_(low), high_(high), from_(from), to_(to) {
-    if (high_ > low_) return;
-    const double room = low_ == 0 ? 1 : std::abs(low_) / 2;  // one value only: in the middle
+    // one value only, or values that no tick would part: in the middle
+    if (high_ - low_ > 1e-9 * std::max(std::abs(low_), std::abs(high_))) return;
+    const double room = low_ == 0 ? 1 : std::abs(low_) / 2;
     high_ = low_ + room;
     low_ -= room;
   }

@@ -180,6 +180,9 @@ TEST(Charts, DrawEachValueOnceAndNamePoints) {
   const size_t begin = svg.find("points=\"") + 8, end = svg.find('"', begin);
   EXPECT_EQ(split(svg.substr(begin, end - begin), ' ').size(), 3u);
   EXPECT_THAT(svg, HasSubstr("A &amp; B"));
+  // no tick lies between them
+  const std::vector<Curve> flat{{"loss", "loss", {0.5, std::nextafter(0.5, 1.0), 0.5, 0.5}}};
+  EXPECT_LT(curve_chart("flat", steps, flat).size(), 10000u);
   for (const auto& [bytes, text] : std::vector<std::pair<std::string, std::string>>{
            {"", ""}, {"f", "Zg=="}, {"fo", "Zm8="}, {"foo", "Zm9v"}, {"foob", "Zm9vYg=="}})
     EXPECT_EQ(base64(bytes), text);  // RFC 4648, section 10
