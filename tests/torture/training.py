@@ -18,7 +18,7 @@ FLAGS = {
              "--gradient-accumulation", "3"],
     "lora": ["--rank", "4", "--stream-adapters", "--batch-size", "2", "--gradient-accumulation", "2"],
 }
-PLAIN = {"run.toml", "metrics.jsonl"}  # what else is in a run's folder
+PLAIN = {"run.toml", "metrics.jsonl", "report.html", "tensorboard"}  # what else is in a run's folder
 
 
 def digest(file):
