@@ -46,6 +46,21 @@ void check_step_rules(const std::string& rules) {
   piecewise_factor(rules, std::numeric_limits<int64_t>::max());
 }
 
+const std::vector<std::pair<std::string, LrSchedule>>& lr_schedules() {
+  static const std::vector<std::pair<std::string, LrSchedule>> schedules{
+      {"constant", LrSchedule::kConstant},
+      {"constant_with_warmup", LrSchedule::kConstantWithWarmup},
+      {"linear", LrSchedule::kLinear},
+      {"cosine", LrSchedule::kCosine},
+      {"cosine_with_restarts", LrSchedule::kCosineWithRestarts},
+      {"polynomial", LrSchedule::kPolynomial},
+      {"inverse_sqrt", LrSchedule::kInverseSqrt},
+      {"cosine_with_min_lr", LrSchedule::kCosineWithMinLr},
+      {"warmup_stable_decay", LrSchedule::kWarmupStableDecay},
+      {"piecewise_constant", LrSchedule::kPiecewiseConstant}};
+  return schedules;
+}
+
 double learning_rate(const LrOptions& o, int64_t step) {
   const auto s = static_cast<double>(step), warmup = static_cast<double>(o.num_warmup_steps);
   const auto total = static_cast<double>(o.num_steps),

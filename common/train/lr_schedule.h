@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace flux {
 
@@ -21,6 +23,9 @@ enum class LrSchedule {
   kWarmupStableDecay,
   kPiecewiseConstant,
 };
+
+/// By the names that flags and transformers use, for Tool::flag.
+const std::vector<std::pair<std::string, LrSchedule>>& lr_schedules();
 
 struct LrOptions {
   LrSchedule schedule = LrSchedule::kConstant;

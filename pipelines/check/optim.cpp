@@ -4,8 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
-#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -402,23 +402,13 @@ void check_rounding(const Case& c) {
 
 void check_schedulers(const Case& c) {
   if (!c.has("schedulers.json")) return;
-  static const std::map<std::string, LrSchedule> kNames{
-      {"constant", LrSchedule::kConstant},
-      {"constant_with_warmup", LrSchedule::kConstantWithWarmup},
-      {"linear", LrSchedule::kLinear},
-      {"cosine", LrSchedule::kCosine},
-      {"cosine_with_restarts", LrSchedule::kCosineWithRestarts},
-      {"polynomial", LrSchedule::kPolynomial},
-      {"inverse_sqrt", LrSchedule::kInverseSqrt},
-      {"cosine_with_min_lr", LrSchedule::kCosineWithMinLr},
-      {"warmup_stable_decay", LrSchedule::kWarmupStableDecay},
-      {"piecewise_constant", LrSchedule::kPiecewiseConstant}};
   int i = 0;
   for (const json& row :
        read_object(c.folder / "schedulers.json").value("schedulers", json::array())) {
     const std::string title = fmt::format("schedulers {} {}", i++, row.value("name", ""));
-    const auto name = kNames.find(row.value("name", ""));
-    if (name == kNames.end()) {
+    const auto name = std::ranges::find(
+        lr_schedules(), row.value("name", ""), &std::pair<std::string, LrSchedule>::first);
+    if (name == lr_schedules().end()) {
       c.report->verdict(title, false, "no such schedule");
       continue;
     }

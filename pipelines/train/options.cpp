@@ -45,16 +45,6 @@ const Choices<Precision> kPrecisions{
 const Choices<Posterior> kPosteriors{{"sample", Posterior::kSample}, {"mean", Posterior::kMean}};
 const Choices<SaveDtype> kSaveDtypes{
     {"bf16", SaveDtype::kBF16}, {"f16", SaveDtype::kF16}, {"f32", SaveDtype::kF32}};
-const Choices<LrSchedule> kSchedules{{"constant", LrSchedule::kConstant},
-                                     {"constant_with_warmup", LrSchedule::kConstantWithWarmup},
-                                     {"linear", LrSchedule::kLinear},
-                                     {"cosine", LrSchedule::kCosine},
-                                     {"cosine_with_restarts", LrSchedule::kCosineWithRestarts},
-                                     {"polynomial", LrSchedule::kPolynomial},
-                                     {"inverse_sqrt", LrSchedule::kInverseSqrt},
-                                     {"cosine_with_min_lr", LrSchedule::kCosineWithMinLr},
-                                     {"warmup_stable_decay", LrSchedule::kWarmupStableDecay},
-                                     {"piecewise_constant", LrSchedule::kPiecewiseConstant}};
 const Choices<TimestepSampling> kSamplings{{"flux_shift", TimestepSampling::kFluxShift},
                                            {"shift", TimestepSampling::kShift},
                                            {"sigmoid", TimestepSampling::kSigmoid},
@@ -219,7 +209,7 @@ void add_flags(Options& o, Tool& tool) {
             "how bfloat16 weights of --method full take small updates");
   tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
   tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
-  tool.flag("lr-scheduler", o.lr.schedule, kSchedules, "learning rate over the steps");
+  tool.flag("lr-scheduler", o.lr.schedule, lr_schedules(), "learning rate over the steps");
   steps_flag(tool,
              "lr-warmup-steps",
              o.lr_warmup,
@@ -567,7 +557,7 @@ nlohmann::json deciding_options(const Options& o) {
                      {"clip", word(kClips, o.effective_clip())},
                      {"gradient-accumulation", o.gradient_accumulation},
                      {"learning-rate", o.lr.learning_rate},
-                     {"lr-scheduler", word(kSchedules, o.lr.schedule)},
+                     {"lr-scheduler", word(lr_schedules(), o.lr.schedule)},
                      {"weight-decay", o.effective_weight_decay()},
                      {"max-grad-norm", o.max_grad_norm},
                      {"batch-size", o.batch_size},
