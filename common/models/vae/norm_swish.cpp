@@ -24,10 +24,15 @@ float first_value(T x) {
     return x;
 }
 
-/// x and out: `pixels` rows of as many channels as weight and bias have.
+/// The mean and the factor of each channel; what the mean loses in float32 goes into `bias`.
+///   x  `pixels` rows of as many channels as weight and bias have
 template <class T>
-void norm_swish_image(
-    const T* x, int64_t pixels, const std::vector<float>& weight, std::vector<float> bias, T* out) {
+void find_factors(const T* x,
+                  int64_t pixels,
+                  const std::vector<float>& weight,
+                  std::vector<float>& mean,
+                  std::vector<float>& scale,
+                  std::vector<float>& bias) {
   const auto channels = static_cast<int64_t>(weight.size());
   const size_t width = weight.size();
   // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is
@@ -60,7 +65,8 @@ void norm_swish_image(
   std::vector<double> total(2 * width);
   for (size_t i = 0; i < partial.size(); ++i) total[i % (2 * width)] += partial[i];
 
-  std::vector<float> mean(width), scale(width);
+  mean.resize(width);
+  scale.resize(width);
   const auto count = static_cast<double>(pixels);
   const size_t group = width / static_cast<size_t>(kNormGroups);
   for (size_t first = 0; first < width; first += group) {
@@ -82,6 +88,17 @@ void norm_swish_image(
           static_cast<float>((static_cast<double>(mean[c]) - m) * static_cast<double>(scale[c]));
     }
   }
+}
+
+template <class T>
+void compute_rows(const T* x,
+                  int64_t pixels,
+                  const std::vector<float>& mean,
+                  const std::vector<float>& scale,
+                  const std::vector<float>& bias,
+                  T* out) {
+  const auto channels = static_cast<int64_t>(mean.size());
+  const int64_t chunks = (pixels + kChunkPixels - 1) / kChunkPixels;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kChunkPixels, last = std::min(pixels, end * kChunkPixels);
     norm_swish_cpu(x + first * channels,
@@ -94,43 +111,48 @@ void norm_swish_image(
   });
 }
 
+const uint16_t* bits_of(const at::Tensor& x) {
+  return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+}
+
+std::vector<float> values(const at::Tensor& parameter) {
+  const at::Tensor p = parameter.to(at::kFloat).contiguous();
+  return {p.const_data_ptr<float>(), p.const_data_ptr<float>() + p.numel()};
+}
+
 }  // namespace
 
-at::Tensor norm_swish(const at::Tensor& x,
-                      const at::Tensor& weight,
-                      const at::Tensor& bias,
-                      at::Tensor& buffer) {
-  const bool channels_last = x.size(0) == 1 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  if (!x.is_cpu() || !channels_last ||
-      (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) {
-    at::Tensor y = at::group_norm(x, kNormGroups, weight, bias, kNormEpsilon);
-    return at::silu_(y);
-  }
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-  if (!buffer.defined() || buffer.numel() < x.numel()) {
-    buffer.reset();  // before the larger one is made
-    buffer = at::empty({x.numel()}, x.options());
-  }
-  const at::Tensor out =
-      buffer.narrow(0, 0, x.numel()).view({1, height, width, channels}).permute({0, 3, 1, 2});
-  const auto values = [&](const at::Tensor& parameter) {
-    const at::Tensor p = parameter.to(at::kFloat).contiguous();
-    return std::vector<float>(p.const_data_ptr<float>(), p.const_data_ptr<float>() + channels);
-  };
-  if (x.scalar_type() == at::kFloat) {
-    norm_swish_image(x.const_data_ptr<float>(),
-                     height * width,
-                     values(weight),
-                     values(bias),
-                     out.mutable_data_ptr<float>());
-  } else {
-    norm_swish_image(reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()),
-                     height * width,
-                     values(weight),
-                     values(bias),
-                     reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
-  }
-  return out;
+bool NormSwish::takes(const at::Tensor& x) {
+  return x.is_cpu() && x.size(0) == 1 && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+
+NormSwish::NormSwish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias)
+    : x_(x), bias_(values(bias)) {
+  const int64_t pixels = x.size(2) * x.size(3);
+  if (x.scalar_type() == at::kFloat)
+    find_factors(x.const_data_ptr<float>(), pixels, values(weight), mean_, scale_, bias_);
+  else
+    find_factors(bits_of(x), pixels, values(weight), mean_, scale_, bias_);
+}
+
+void NormSwish::rows(int64_t first, int64_t last, const at::Tensor& out) const {
+  const int64_t width = x_.size(3), skipped = first * width * x_.size(1),
+                pixels = (last - first) * width;
+  if (x_.scalar_type() == at::kFloat)
+    compute_rows(x_.const_data_ptr<float>() + skipped,
+                 pixels,
+                 mean_,
+                 scale_,
+                 bias_,
+                 out.mutable_data_ptr<float>());
+  else
+    compute_rows(bits_of(x_) + skipped,
+                 pixels,
+                 mean_,
+                 scale_,
+                 bias_,
+                 reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
 }
 
 }  // namespace flux::vae

@@ -26,6 +26,9 @@ constexpr int64_t kScoreElements = int64_t{1} << 24;
 /// Channels last is 2 to 3 times as fast as channels first in oneDNN's convolutions, in bfloat16
 /// and in float32 (docs/benchmarks.md).
 constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+/// About as many elements a large image's convolutions take at a time on the CPU (16 MiB in float32). A constant, so
+/// that bits stay a function of the image alone even where oneDNN computes another height in another way.
+constexpr int64_t kStripElements = int64_t{1} << 22;
 
 /// Takes a net's tensors out of a map, in the dtype, on the device and in the memory format it
 /// computes in.
@@ -78,7 +81,10 @@ class Loader {
 };
 
 void tap(TensorMap* taps, const std::string& name, const Tensor& x) {
-  if (taps) taps->insert_or_assign(name, x.to(at::kFloat).contiguous());
+  if (taps)
+    taps->insert_or_assign(name,
+                           x.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true)
+                               .contiguous());  // x changes in place
 }
 
 Tensor convolve(const Tensor& x, const Conv& conv, int64_t stride, int64_t padding) {
@@ -95,14 +101,101 @@ Tensor normalise(const Tensor& x, const Norm& norm) {
 
 namespace {
 
-/// Frees each intermediate before the next one is made: at most three tensors of x's size live at a
-/// time, `buffer` among them.
-Tensor res_block(const Tensor& x, const ResBlock& block, Tensor& buffer) {
-  Tensor h = convolve_3x3(norm_swish(x, block.norm1.weight, block.norm1.bias, buffer), block.conv1);
-  const Tensor n = norm_swish(h, block.norm2.weight, block.norm2.bias, buffer);
-  h.reset();
-  h = convolve_3x3(n, block.conv2);
-  return h.add_(block.shortcut.weight.defined() ? convolve_1x1(x, block.shortcut) : x);
+/// Strips of rows that an image [1, c, height, w] is cut into. One on a GPU, which has no use for less work at a time.
+int64_t strip_count(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  if (!like.is_cpu()) return 1;
+  return std::clamp<int64_t>(channels * height * width / kStripElements, 1, height);
+}
+
+/// The first elements of `buffer`, made larger where it must be, as an image. Mapping fresh pages for each took a tenth
+/// of the time of encoding.
+Tensor in_buffer(Tensor& buffer,
+                 int64_t channels,
+                 int64_t height,
+                 int64_t width,
+                 const at::TensorOptions& options) {
+  const int64_t size = channels * height * width;
+  if (!buffer.defined() || buffer.numel() < size) {
+    buffer.reset();  // before the larger one is made
+    buffer = at::empty({size}, options);
+  }
+  return buffer.narrow(0, 0, size).view({1, height, width, channels}).permute({0, 3, 1, 2});
+}
+
+/// 3x3 convolution of an image [1, c, height, width] that never exists as a whole:
+///   fill(first, last, out)  writes its rows [first, last) to out [1, c, last - first, width]
+///   take(first, strip)      gets the rows of the result from `first` on
+template <class Fill, class Take>
+void convolve_strips(const Conv& conv,
+                     int64_t height,
+                     int64_t width,
+                     Tensor& buffer,
+                     const Fill& fill,
+                     const Take& take) {
+  const int64_t
+      channels = conv.weight.size(1),
+      count = strip_count(conv.weight, channels, height, width),
+      halo = count > 1
+                 ? 1
+                 : 0;  // rows of the neighbours, or of zeros; a single strip is padded by conv2d
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * height / count, last = (i + 1) * height / count;
+    const int64_t top = std::max<int64_t>(first - halo, 0), bottom = std::min(last + halo, height);
+    const Tensor rows =
+        in_buffer(buffer, channels, last - first + 2 * halo, width, conv.weight.options());
+    if (halo && first == 0) rows.narrow(2, 0, 1).zero_();
+    if (halo && last == height) rows.narrow(2, last - first + 1, 1).zero_();
+    fill(top, bottom, rows.narrow(2, top - (first - halo), bottom - top));
+    take(first, at::conv2d(rows, conv.weight, conv.bias, {1, 1}, {1 - halo, 1}));
+  }
+}
+
+/// The same of swish(GroupNorm(x)). x is freed as early as may be.
+template <class Take>
+void norm_convolve(Tensor x, const Norm& norm, const Conv& conv, Tensor& buffer, const Take& take) {
+  if (!NormSwish::takes(x)) {
+    Tensor n = normalise(x, norm);
+    x.reset();
+    take(0, convolve_3x3(at::silu_(n), conv));
+    return;
+  }
+  const int64_t height = x.size(2), width = x.size(3);
+  const NormSwish normed(x, norm.weight, norm.bias);
+  const auto fill = [&](int64_t first, int64_t last, const Tensor& out) {
+    normed.rows(first, last, out);
+  };
+  convolve_strips(conv, height, width, buffer, fill, take);
+}
+
+/// Takes the rows of `image` [1, c, height, w] from `first` on; the first strip makes it.
+void place(Tensor& image, int64_t height, int64_t first, const Tensor& strip) {
+  if (strip.size(2) == height) {
+    image = strip;
+    return;
+  }
+  if (first == 0)
+    image = at::empty({1, strip.size(1), height, strip.size(3)}, strip.options(), kFormat);
+  image.narrow(2, first, strip.size(2)).copy_(strip);
+}
+
+Tensor norm_convolve(const Tensor& x, const Norm& norm, const Conv& conv, Tensor& buffer) {
+  Tensor out;
+  norm_convolve(x, norm, conv, buffer, [&, height = x.size(2)](int64_t first, const Tensor& strip) {
+    place(out, height, first, strip);
+  });
+  return out;
+}
+
+/// Two large tensors live at a time, x and what conv1 puts out: norms and what conv2 puts out exist in strips. May
+/// change x in place.
+Tensor res_block(Tensor x, const ResBlock& block, Tensor& buffer) {
+  Tensor h = norm_convolve(x, block.norm1, block.conv1, buffer);
+  if (block.shortcut.weight.defined()) x = convolve_1x1(x, block.shortcut);
+  norm_convolve(
+      std::move(h), block.norm2, block.conv2, buffer, [&](int64_t first, const Tensor& strip) {
+        x.narrow(2, first, strip.size(2)).add_(strip);
+      });
+  return x;
 }
 
 /// One head over all pixels of one image. Scores exist for a slice of the queries at a time: all
@@ -134,10 +227,30 @@ Tensor attend(const Tensor& x, const Attention& attention) {
 /// Zero padding on the right and at the bottom only, as the net was trained: padding all sides
 /// would shift by half a pixel.
 Tensor downsample(const Tensor& x, const Conv& conv) {
-  return convolve(at::constant_pad_nd(x, {0, 1, 0, 1}).contiguous(kFormat), conv, 2, 0);
+  const int64_t height = x.size(2), half = height / 2,
+                count = strip_count(x, x.size(1), height, x.size(3));
+  Tensor out;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * half / count, last = (i + 1) * half / count;
+    const int64_t rows = std::min(2 * last + 1, height) - 2 * first;
+    const Tensor padded =
+        at::constant_pad_nd(x.narrow(2, 2 * first, rows), {0, 1, 0, 2 * (last - first) + 1 - rows});
+    place(out, half, first, convolve(padded.contiguous(kFormat), conv, 2, 0));
+  }
+  return out;
 }
-Tensor upsample(const Tensor& x, const Conv& conv) {
-  return convolve_3x3(at::upsample_nearest2d(x, {2 * x.size(2), 2 * x.size(3)}), conv);
+Tensor upsample(const Tensor& x, const Conv& conv, Tensor& buffer) {
+  const int64_t height = 2 * x.size(2), width = 2 * x.size(3);
+  const auto fill = [&](int64_t first, int64_t last, const Tensor& out) {
+    const int64_t above = first / 2, count = (last + 1) / 2 - above;
+    const Tensor rows = at::upsample_nearest2d(x.narrow(2, above, count), {2 * count, width});
+    Tensor(out).copy_(rows.narrow(2, first - 2 * above, last - first));
+  };
+  Tensor out;
+  convolve_strips(conv, height, width, buffer, fill, [&](int64_t first, const Tensor& strip) {
+    place(out, height, first, strip);
+  });
+  return out;
 }
 
 /// What the small levels of the sample before left in the heap, up to 130 MB, would be there beside
@@ -191,14 +304,14 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
   give_back_freed();
   const c10::InferenceMode no_grad;
   std::vector<Tensor> moments;
-  Tensor buffer;  // of norm_swish
+  Tensor buffer;  // of strips
   for (int64_t i = 0; i < pixels.size(0); ++i, taps = nullptr) {
     Tensor x = convolve_3x3(sample(pixels, i, conv_in.weight), conv_in);
     tap(taps, "conv_in", x);
     for (size_t l = 0; l < levels.size(); ++l) {
       const std::string name = "down." + std::to_string(l);
       for (size_t b = 0; b < levels[l].blocks.size(); ++b) {
-        x = res_block(x, levels[l].blocks[b], buffer);
+        x = res_block(std::move(x), levels[l].blocks[b], buffer);
         tap(taps, name + ".block." + std::to_string(b), x);
       }
       if (levels[l].resample.weight.defined()) {
@@ -206,14 +319,14 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
         tap(taps, name + ".downsample", x);
       }
     }
-    x = res_block(x, mid1, buffer);
+    x = res_block(std::move(x), mid1, buffer);
     tap(taps, "mid.block_1", x);
     x = attend(x, attention);
     tap(taps, "mid.attn_1", x);
-    x = res_block(x, mid2, buffer);
+    x = res_block(std::move(x), mid2, buffer);
     tap(taps, "mid.block_2", x);
     if (taps) tap(taps, "norm_out", normalise(x, norm_out));
-    x = convolve_3x3(norm_swish(x, norm_out.weight, norm_out.bias, buffer), conv_out);
+    x = norm_convolve(x, norm_out, conv_out, buffer);
     tap(taps, "conv_out", x);
     moments.push_back(x.to(at::kFloat).contiguous());
   }
@@ -246,17 +359,17 @@ Tensor Decoder::decode(const Tensor& raw) const {
   check_batch(raw, "raw latents", config.latent_channels, 1);
   const c10::InferenceMode no_grad;
   std::vector<Tensor> images;
-  Tensor buffer;  // of norm_swish
+  Tensor buffer;  // of strips
   for (int64_t i = 0; i < raw.size(0); ++i) {
     Tensor x = convolve_3x3(sample(raw, i, conv_in.weight), conv_in);
-    x = res_block(x, mid1, buffer);
+    x = res_block(std::move(x), mid1, buffer);
     x = attend(x, attention);
-    x = res_block(x, mid2, buffer);
+    x = res_block(std::move(x), mid2, buffer);
     for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
-      for (const ResBlock& block : level->blocks) x = res_block(x, block, buffer);
-      if (level->resample.weight.defined()) x = upsample(x, level->resample);
+      for (const ResBlock& block : level->blocks) x = res_block(std::move(x), block, buffer);
+      if (level->resample.weight.defined()) x = upsample(x, level->resample, buffer);
     }
-    x = convolve_3x3(norm_swish(x, norm_out.weight, norm_out.bias, buffer), conv_out);
+    x = norm_convolve(x, norm_out, conv_out, buffer);
     images.push_back(x.to(at::kFloat).contiguous());
   }
   return images.size() == 1 ? images[0] : at::cat(images);
