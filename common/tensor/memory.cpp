@@ -10,8 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -96,6 +96,8 @@ static_assert(sizeof(Header) <= kHeaderBytes);
 constexpr size_t kMappedBytes = size_t{128} << 10;
 constexpr int64_t kHugePage = int64_t{1} << 21;
 constexpr int64_t kPage = 4096;
+/// A kept block is cut to at least this part of it.
+constexpr int64_t kLargestCut = 2;
 
 class CpuAllocator final : public c10::Allocator {
  public:
@@ -131,14 +133,7 @@ class CpuAllocator final : public c10::Allocator {
   std::byte* map(int64_t bytes) {
     {
       const std::scoped_lock lock(mutex_);
-      auto& same = kept_[bytes];
-      if (!same.empty()) {
-        std::byte* base = same.back();
-        same.pop_back();
-        kept_bytes_ -= bytes;
-        std::erase_if(order_, [&](const auto& entry) { return entry.second == base; });
-        return base;
-      }
+      if (std::byte* base = take_kept(bytes)) return base;
       keep_within(bytes);
     }
     // aligned, so that huge pages can back it
@@ -158,6 +153,20 @@ class CpuAllocator final : public c10::Allocator {
     if (extra > before) munmap(base + before + bytes, static_cast<size_t>(extra - before));
     base += before;
     madvise(base, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+    return base;
+  }
+
+  /// The smallest one that is large enough, without what is too much of it: pages that are there need not be cleared.
+  std::byte* take_kept(int64_t bytes) {
+    const auto found = kept_.lower_bound(bytes);
+    if (found == kept_.end() || found->first > kLargestCut * bytes) return nullptr;
+    const int64_t size = found->first;
+    std::byte* base = found->second.back();
+    found->second.pop_back();
+    if (found->second.empty()) kept_.erase(found);
+    kept_bytes_ -= size;
+    std::erase_if(order_, [&](const auto& entry) { return entry.second == base; });
+    if (size > bytes) munmap(base + bytes, static_cast<size_t>(size - bytes));
     return base;
   }
 
@@ -188,8 +197,8 @@ class CpuAllocator final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::vector<std::byte*>> kept_;  // by the size of the mapping
-  std::deque<std::pair<int64_t, std::byte*>> order_;           // of kept ones, the oldest first
+  std::map<int64_t, std::vector<std::byte*>> kept_;   // by the size of the mapping; none empty
+  std::deque<std::pair<int64_t, std::byte*>> order_;  // of kept ones, the oldest first
   int64_t kept_bytes_ = 0;
 };
 

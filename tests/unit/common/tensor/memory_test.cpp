@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "common/core/file.h"
+
 namespace flux {
 namespace {
 
@@ -47,6 +49,27 @@ TEST(Memory, MetaCountsAsTheCpuDoes) {
     const auto a = bytes(size), b = bytes(size, at::kMeta);
     EXPECT_EQ(cpu_memory().live - cpu, meta_memory().live - meta) << size;
   }
+}
+
+TEST(Memory, AFreedBlockServesASmallerOneAndIsCut) {
+  count_tensor_memory();
+  constexpr int64_t kSize = int64_t{64} << 20;
+  bytes(2 * kSize).reset();  // the peak that kept blocks stay within
+  release_cached_memory();
+  const void* first = nullptr;
+  {
+    const auto a = bytes(kSize);
+    first = a.data_ptr();
+    a.fill_(7);
+  }
+  const auto before = static_cast<int64_t>(rss_bytes());
+  const auto b = bytes(kSize * 5 / 8);
+  EXPECT_EQ(b.data_ptr(), first);
+  EXPECT_EQ(b[-1].item<uint8_t>(), 7);  // pages were not mapped anew
+  EXPECT_LT(static_cast<int64_t>(rss_bytes()),
+            before - kSize / 4);    // nor are those kept that are too much
+  const auto c = bytes(kSize / 8);  // a fresh one: no block is kept
+  EXPECT_NE(c.data_ptr(), first);
 }
 
 TEST(Memory, FreedBlocksAreUsedAgainAndNothingIsKeptBeyondThePeak) {
