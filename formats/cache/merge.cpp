@@ -310,7 +310,9 @@ MergeReport merge(std::span<const fs::path> inputs,
     bool twice = false, differs = false;
   };
   std::unordered_map<Sha256Digest, Held, DigestHash> held;
-  for (const auto& [name, source] : sources) {
+  for (const auto& [segment_name, merged] : sources) {
+    const auto& name = segment_name;  // C++20 lambdas of clang capture no structured bindings
+    const auto& source = merged;
     const auto segment = with_repair_hint(
         source.folder, [&] { return std::make_unique<const Segment>(source.folder / name); });
     for (const SampleInfo& sample : segment->samples()) {
