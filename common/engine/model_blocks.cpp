@@ -33,7 +33,7 @@ struct ModelBlocks::Home {
   at::Tensor record;                  // while the block is there
   Lease lease;                        // of a streamed one
   std::vector<Trainable> trainables;  // if weights are trained, in the order of the layout
-  size_t first_entry = 0;             // of a streamed one that is trained: of its states
+  size_t first_entry = 0;             // of states that stream
   bool has_gradients = false;         // that were put away and wait
   bool gradients_taken = false;       // since the block was entered
 };
@@ -98,11 +98,11 @@ void ModelBlocks::make_home(int64_t block) {
   if (options_.train_weights) {
     for (const Slice& weight : home.layout.slices()) {
       home.trainables.push_back({home.prefix + weight.name, {}, {}, next_id_++});
-      if (is_resident(block)) continue;
+      if (!states_stream(block)) continue;
       StateEntry entry;
       for (const auto& state : optimizer_.state_layout(weight.shape, weight.dtype))
         entry.states.add(state.name, state.shape, state.dtype);
-      if (options_.keep_gradients)
+      if (options_.keep_gradients && !is_resident(block))
         entry.gradient.add("gradient",
                            weight.shape,
                            options_.several_micro_batches ? at::kFloat : options_.compute);
@@ -120,12 +120,13 @@ void ModelBlocks::make_home(int64_t block) {
     home.record = home.record.to(options_.device);
   }
   bind(block);
+  if (states_stream(block)) return;
   for (Trainable& trainable : home.trainables)
     trainable.states = new_states(trainable.value.detach());
 }
 
 void ModelBlocks::make_store() {
-  if (resident_ == num_blocks_) return;
+  if (resident_ == num_blocks_ && entries_.empty()) return;
   std::vector<int64_t> bytes;
   for (int64_t block = 0; block < num_blocks_; ++block) bytes.push_back(block_bytes(block));
   const int64_t largest = *std::ranges::max_element(bytes);
@@ -142,7 +143,7 @@ void ModelBlocks::make_store() {
   if (!entries_.empty())
     states_ = std::make_unique<StateStream>(
         store_, num_blocks_, entries_, options_.device, options_.lookahead);
-  if (is_plan() || store_ == file_) return;
+  if (is_plan() || store_ == file_ || resident_ == num_blocks_) return;
   // states are zero
   Progress progress("copying weights", "blocks", num_blocks_ - resident_);
   const HostMemory buffer(largest, MemoryCause::kRing);
@@ -161,7 +162,7 @@ ModelBlocks::Home* ModelBlocks::home_of(const std::string& path) {
 }
 
 void ModelBlocks::train(const lora::Adapters& adapters, const AdapterDropout* dropout) {
-  if (options_.stream_adapters && streams())
+  if (options_.stream_adapters && resident_ < num_blocks_)
     adapters_ = std::make_unique<AdapterStream>(
         num_blocks_,
         AdapterStreamOptions{.device = options_.device,
@@ -302,11 +303,14 @@ void ModelBlocks::leave(int64_t block, bool changed) {
   ring().release(std::exchange(home.lease, {}), changed && options_.train_weights);
 }
 
-/// The entries of all blocks in the order of their numbers, or the reverse, from this block on.
+/// The entries of blocks in the order of their numbers, or the reverse, from this block on: of all, but where the
+/// gradients of some wait, whose turn it is: of those whose weights stream, or of those whose weights stay.
 std::vector<size_t> ModelBlocks::entries_from(int64_t block, bool ascending) const {
   std::vector<int64_t> blocks = visited_;
   if (blocks.empty()) {
-    for (int64_t b = resident_; b < num_blocks_; ++b) blocks.push_back(b);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      if (options_.keep_gradients ? is_resident(b) == is_resident(block) : states_stream(b))
+        blocks.push_back(b);
     if (!ascending) std::ranges::reverse(blocks);
     std::ranges::rotate(blocks, std::ranges::find(blocks, block));
   }
@@ -319,7 +323,7 @@ std::vector<size_t> ModelBlocks::entries_from(int64_t block, bool ascending) con
 }
 
 void ModelBlocks::open(int64_t block, size_t i) {
-  if (!states_ || block < 0 || is_resident(block)) return;
+  if (block < 0 || !states_stream(block)) return;
   Home& home = homes_[static_cast<size_t>(block)];
   const bool waits = home.has_gradients;
   const auto use = waits ? StateStream::Use::kUpdateWithWaiting : StateStream::Use::kUpdate;
@@ -332,7 +336,7 @@ void ModelBlocks::open(int64_t block, size_t i) {
 }
 
 void ModelBlocks::close(int64_t block, size_t i, bool changed) {
-  if (!states_ || block < 0 || is_resident(block)) return;
+  if (block < 0 || !states_stream(block)) return;
   Home& home = homes_[static_cast<size_t>(block)];
   Trainable& trainable = home.trainables[i];
   trainable.states.clear();
@@ -349,9 +353,11 @@ std::span<Trainable> ModelBlocks::trainables(int64_t block) {
 void ModelBlocks::visit(std::span<const int64_t> blocks,
                         const std::function<bool(int64_t block)>& work) {
   abandon();
-  std::vector<int64_t> streamed;
-  for (const int64_t block : blocks)
+  std::vector<int64_t> streamed, with_states;
+  for (const int64_t block : blocks) {
     if (!is_resident(block)) streamed.push_back(block);
+    if (states_stream(block)) with_states.push_back(block);
+  }
   // frozen weights need not come for what is trained beside them
   const bool weights = !adapters_ && !streamed.empty();
   if (weights) ring().set_schedule(streamed);
@@ -360,7 +366,7 @@ void ModelBlocks::visit(std::span<const int64_t> blocks,
     std::vector<int64_t>& blocks;
     ~Visit() { blocks.clear(); }
   } const visit{visited_};
-  visited_ = streamed;
+  visited_ = with_states;
   for (const int64_t block : blocks) {
     if (adapters_ && !is_resident(block)) {
       adapters_->enter(block, trainables(block));
@@ -369,7 +375,7 @@ void ModelBlocks::visit(std::span<const int64_t> blocks,
     }
     enter(block);
     leave(block, work(block));
-    if (!is_resident(block)) visited_.erase(visited_.begin());
+    if (states_stream(block)) visited_.erase(visited_.begin());
   }
   if (weights) ring().set_schedule(step_cycle());
   if (adapters_) adapters_->set_schedule(step_cycle());
@@ -379,7 +385,7 @@ void ModelBlocks::for_all_trainables(const std::function<bool(Trainable&)>& work
   for_each_trainable(-1, work);
   std::vector<int64_t> streamed;
   for (int64_t block = 0; block < num_blocks_; ++block) {
-    if (trainables_stay(block))
+    if (trainables_stay(block) && !states_stream(block))
       for_each_trainable(block, work);
     else
       streamed.push_back(block);
@@ -417,7 +423,9 @@ ModelBlocks::Traffic ModelBlocks::bytes_per_step() {
   if (!streams()) return {};
   std::vector<int64_t> bytes;
   for (int64_t block = 0; block < num_blocks_; ++block) bytes.push_back(block_bytes(block));
-  Traffic traffic{.read = ring().plan().bytes_per_cycle(bytes, step_cycle().size())};
+  Traffic traffic;
+  if (resident_ < num_blocks_)
+    traffic.read = ring().plan().bytes_per_cycle(bytes, step_cycle().size());
   if (adapters_) {
     traffic.read += 2 * adapters_->store_bytes();
     traffic.written += (options_.keep_gradients ? 2 : 1) * adapters_->store_bytes();
@@ -442,7 +450,8 @@ int64_t ModelBlocks::host_store_bytes() const {
 int64_t ModelBlocks::staging_bytes(const ModelFile& file, at::Device device) const {
   const bool from_file = !options_.train_weights && options_.stream_from == StreamFrom::kFile;
   const RecordStore& store = from_file ? static_cast<const RecordStore&>(file) : *store_;
-  const int64_t weights = Ring::staging_bytes(store, device, ring_options());
+  const int64_t weights =
+      resident_ < num_blocks_ ? Ring::staging_bytes(store, device, ring_options()) : 0;
   return weights + (states_ ? Ring::staging_bytes(store, device, states_->ring_options()) : 0) +
          (adapters_ ? adapters_->staging_bytes(device) : 0);
 }

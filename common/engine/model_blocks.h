@@ -42,6 +42,7 @@ struct ModelOptions {
   /// steps have several micro-batches.
   bool keep_gradients = false, several_micro_batches = false;
   bool stream_adapters = false;  // those of streamed blocks come and go with them
+  bool stream_states = false;    // of trained blocks that stay in memory too
 };
 
 class ModelBlocks final : public Blocks {
@@ -81,7 +82,7 @@ class ModelBlocks final : public Blocks {
 
   /// Of the rings; zeros without one.
   RingCounts ring_counts() const;
-  bool streams() const { return resident_ < num_blocks_; }
+  bool streams() const { return store_ != nullptr; }
   /// Between the store and the rings in a step, once the first is over.
   struct Traffic {
     int64_t read = 0, written = 0;
@@ -95,6 +96,9 @@ class ModelBlocks final : public Blocks {
  private:
   struct Home;  // a block's layout and tensors
   bool is_plan() const;
+  bool states_stream(int64_t block) const {
+    return options_.train_weights && (options_.stream_states || !is_resident(block));
+  }
   void make_outer();
   void make_home(int64_t block);
   void make_store();
@@ -121,10 +125,10 @@ class ModelBlocks final : public Blocks {
   uint64_t next_id_ = 0;  // of a trainable
   // by block; those that stay in memory have no bytes there; behind them states and gradients that wait
   std::shared_ptr<RecordStore> store_;
-  std::vector<StateEntry> entries_;      // of streamed blocks that are trained
+  std::vector<StateEntry> entries_;      // of trained blocks whose states stream
   std::unique_ptr<StateStream> states_;  // of them
   std::unique_ptr<AdapterStream> adapters_;
-  std::vector<int64_t> visited_;  // in visit(): the blocks from here on
+  std::vector<int64_t> visited_;  // in visit(): the blocks whose states stream, from here on
   std::unique_ptr<Ring> ring_;    // made at the first use, when it is known what is trained
 };
 

@@ -26,7 +26,8 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
           .scratch = o.scratch,
           .keep_gradients = o.clip == ClipMode::kGlobal || two_phase,
           .several_micro_batches = o.several_micro_batches,
-          .stream_adapters = o.residency.stream_adapters};
+          .stream_adapters = o.residency.stream_adapters,
+          .stream_states = o.residency.stream_states};
 }
 
 lora::Adapters new_adapters(const std::vector<lora::Target>& targets, const TrainerOptions& o) {

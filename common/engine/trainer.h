@@ -33,6 +33,7 @@ struct Residency {
       0;  // blocks that are not run again in the backward, see blocks_with_kept_graph()
   InputPlace inputs = InputPlace::kDevice;
   bool stream_adapters = false;  // of streamed blocks, with their states
+  bool stream_states = false;    // of trained weights that stay; those of streamed ones always do
   bool operator==(const Residency&) const = default;
 };
 

@@ -169,6 +169,7 @@ engine::TrainerOptions trainer_options(const Options& o,
   r.kept_graphs = o.kept_graphs.value_or(0);
   r.lookahead = o.ring_slots.value_or(2) - 1;
   r.stream_adapters = o.stream_adapters;
+  r.stream_states = o.stream_states;
   r.inputs = o.block_inputs.value_or(engine::InputPlace::kDevice);
   r.stream_from = o.stream_from.value_or(device.is_cuda() ? engine::StreamFrom::kHost
                                                           : engine::StreamFrom::kFile);

@@ -375,6 +375,9 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("stream-adapters",
             o.stream_adapters,
             "of blocks that stream: a LoRA and its optimizer's states come and go with them");
+  tool.flag("stream-states",
+            o.stream_states,
+            "with --method full: the optimizer's states of blocks that stay in memory stream too");
   tool.flag("block-inputs",
             o.block_inputs,
             kInputPlaces,
@@ -444,6 +447,9 @@ void check_memory(const Options& o, const Tool& tool) {
         throw UsageError(fmt::format("--{} has no effect with --method full", name),
                          "leave it out");
   }
+  if (o.method == Method::kLora && o.stream_states)
+    throw UsageError("--stream-states has no effect with --method lora",
+                     "--stream-adapters does the same for a LoRA");
   if (o.plan == PlanOutput::kNone) {
     for (const char* name : {"resolution", "t5-length"})
       if (tool.given(name))
@@ -626,6 +632,7 @@ std::string run_toml(const Options& o) {
   if (o.block_inputs) all["block-inputs"] = word(kInputPlaces, *o.block_inputs);
   if (o.stream_from) all["stream-from"] = word(kStreamFroms, *o.stream_from);
   if (o.stream_adapters) all["stream-adapters"] = true;
+  if (o.stream_states) all["stream-states"] = true;
   if (o.no_tensorboard) all["no-tensorboard"] = true;
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);

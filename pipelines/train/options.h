@@ -93,7 +93,7 @@ struct Options {
   int64_t device_memory = 0, host_memory = 0;  // bytes; 0: 90 % and 80 % of what is free
   /// What the user fixed of where weights are; the plan chooses the rest.
   std::optional<int64_t> resident_blocks, kept_graphs, ring_slots;
-  bool stream_adapters = false;
+  bool stream_adapters = false, stream_states = false;
   std::optional<engine::InputPlace> block_inputs;
   std::optional<engine::StreamFrom> stream_from;
   std::filesystem::path scratch;  // empty: the run folder

@@ -78,7 +78,15 @@ class Planner {
   Choice best() {
     Choice choice;
     stream_adapters_ = wanted_.residency.stream_adapters;
+    stream_states_ = wanted_.residency.stream_states;
     Candidate found = search();
+    // the states alone are half of what trained blocks take, or more
+    if (wanted_.full && !stream_states_ &&
+        (!found.fits || found.residency.resident_blocks < num_blocks())) {
+      stream_states_ = true;
+      Candidate other = search();
+      if (other.fits && (!found.fits || other.seconds < found.seconds)) found = std::move(other);
+    }
     if (!found.fits && !wanted_.full && !stream_adapters_) {
       stream_adapters_ = true;
       found = search();
@@ -104,6 +112,7 @@ class Planner {
     Candidate c;
     engine::TrainerOptions o = wanted_;
     o.residency.stream_adapters = stream_adapters_;
+    o.residency.stream_states = stream_states_;
     o.residency.resident_blocks = resident;
     o.residency.kept_graphs = kept;
     o.residency.inputs = inputs;
@@ -212,7 +221,7 @@ class Planner {
   const engine::TrainerOptions& wanted_;
   const engine::StepShape& shape_;
   int64_t fixed_ = 0, host_budget_ = 0, device_budget_ = 0;
-  bool stream_adapters_ = false;
+  bool stream_adapters_ = false, stream_states_ = false;
 };
 
 /// By name, in the order of a table.
@@ -260,6 +269,7 @@ nlohmann::json object(const Choice& choice, int64_t num_blocks, bool cuda) {
             {"keep_graphs", r.kept_graphs},
             {"ring_slots", r.lookahead + 1},
             {"stream_adapters", r.stream_adapters},
+            {"stream_states", r.stream_states},
             {"block_inputs", block_inputs_word(r.inputs)}}},
           {"step",
            {{"flops", choice.plan.flops},
@@ -279,13 +289,14 @@ std::string table(const Choice& choice, int64_t num_blocks, bool cuda) {
                      choice.fits ? "fits" : "does not fit");
   const Residency& r = choice.residency;
   out += fmt::format(
-      "{} --resident-blocks {} --keep-graphs {} --ring-slots {} --block-inputs {}{}  ({} blocks)\n",
+      "{} --resident-blocks {} --keep-graphs {} --ring-slots {} --block-inputs {}{}{}  ({} blocks)\n",
       choice.fits ? "fastest that fits:" : "smallest there is:",
       r.resident_blocks,
       r.kept_graphs,
       r.lookahead + 1,
       block_inputs_word(r.inputs),
       r.stream_adapters ? " --stream-adapters" : "",
+      r.stream_states ? " --stream-states" : "",
       num_blocks);
   if (!choice.hint.empty()) out += "hint: " + choice.hint + "\n";
   return out;

@@ -106,6 +106,7 @@ Setting draw(int64_t seed, int64_t number) {
   o.kept_graphs = below(2) ? 0 : below(*o.resident_blocks + 3);
   o.ring_slots = 2 + below(3);
   o.stream_adapters = !full && below(2);
+  o.stream_states = full && below(2);
   o.block_inputs = below(2) ? engine::InputPlace::kDisk : engine::InputPlace::kDevice;
   o.stream_from = below(4) ? engine::StreamFrom::kFile : engine::StreamFrom::kHost;
   // chosen before: what is asked for is what is measured
@@ -128,7 +129,7 @@ Setting draw(int64_t seed, int64_t number) {
   o.timesteps.weighting = below(2) ? WeightingScheme::kCosmap : WeightingScheme::kNone;
   const auto yes = [](bool is, const char* word) { return is ? word : ""; };
   s.text = fmt::format(
-      "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}",
+      "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}{}",
       config.num_parameters() / 1000000,
       full ? "full" : fmt::format("lora{}", o.rank),
       o.precision == train::Precision::kBF16 ? "bf16" : "f32",
@@ -154,6 +155,7 @@ Setting draw(int64_t seed, int64_t number) {
       *o.kept_graphs,
       *o.ring_slots,
       yes(o.stream_adapters, " adapters"),
+      yes(o.stream_states, " states"),
       yes(*o.block_inputs == engine::InputPlace::kDisk, " disk"),
       yes(*o.stream_from == engine::StreamFrom::kHost, " host"));
   return s;

@@ -38,7 +38,7 @@ class ModelBlocksTest : public ::testing::Test {
     int64_t resident = -1, lookahead = 1;
     StreamFrom from = StreamFrom::kFile;
     int64_t kept = 0;  // graphs
-    bool stream_adapters = false;
+    bool stream_adapters = false, stream_states = false;
   };
 
   /// All trained tensors and states after three steps, and the losses.
@@ -61,7 +61,8 @@ class ModelBlocksTest : public ::testing::Test {
                        .scratch = folder_,
                        .keep_gradients = run.clip == ClipMode::kGlobal || optimizer->two_phase(),
                        .several_micro_batches = run.micro_batches > 1,
-                       .stream_adapters = run.stream_adapters});
+                       .stream_adapters = run.stream_adapters,
+                       .stream_states = run.stream_states});
     if (!run.full) model.train(lora::make_adapters(lora::with_rank(lora::default_targets(config_), 4, 4), 7));
     BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
     Updater updater(model, *optimizer, {.clip = run.clip, .max_norm = 0.05, .seed = 5});
@@ -169,6 +170,11 @@ TEST_F(ModelBlocksTest, FullFineTuningDoesNotSeeWhereWeightsAre) {
         run.resident = 0;
         run.lookahead = 2;
         expect_equal(train(run), expected);
+        run.stream_states = true;
+        for (const int64_t resident : {6, 3}) {  // of states alone, of some weights too
+          run.resident = resident;
+          expect_equal(train(run), expected);
+        }
       }
     }
   }

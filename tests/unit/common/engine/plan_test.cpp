@@ -84,12 +84,13 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
     o.residency = residency;
     return o;
   };
-  Residency all, streamed, kept, disk, adapters;
+  Residency all, streamed, kept, disk, adapters, states;
   streamed.resident_blocks = 1;
   streamed.kept_graphs = 2;
   kept.kept_graphs = 6;
   adapters.resident_blocks = 0;
   adapters.stream_adapters = true;
+  states.stream_states = true;
   disk.resident_blocks = 0;
   disk.inputs = InputPlace::kDisk;
   StepShape one, two;
@@ -119,6 +120,8 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
       {"full f32 adamw", full(at::kFloat, all, AdamWOptions{}), one},
       {"full f32 adamw8bit streamed", full(at::kFloat, streamed, AdamW8bitOptions{}), two},
       {"full f32 adafactor streamed", full(at::kFloat, streamed, AdafactorOptions{}), one},
+      {"full f32 adamw, states streamed", full(at::kFloat, states, AdamWOptions{}), two},
+      {"full bf16 adamw8bit, states streamed", full(at::kBFloat16, states, AdamW8bitOptions{}), one},
       {"lora f32 adapters streamed", lora(at::kFloat, adapters), one},
       {"lora bf16", lora(at::kBFloat16, all), one},
       {"lora bf16 streamed", lora(at::kBFloat16, streamed), two},
