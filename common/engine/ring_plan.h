@@ -39,7 +39,7 @@ struct RingPlan {
 ///   capacity      of an arena that is there; 0: the smallest for which places are found. Tens of
 ///                 records of different sizes in a large arena take up to 0.7 s to place
 ///   slots         kFitting as said; kEqual: places are multiples of the largest record of the cycle, found at
-///                 once however many there are
+///                 once however many there are; a cycle of records that all differ takes them in turn
 ///
 /// Capacity is never below the largest sum of the different records in lookahead + 1 neighbouring
 /// positions, and never above lookahead + 1 times the largest record. Throws std::invalid_argument

@@ -72,6 +72,35 @@ void expect_sound(const RingPlan& plan,
   }
 }
 
+TEST(RingPlan, EqualSlotsAreSound) {
+  std::mt19937_64 random(9);
+  for (const size_t num_records : {2, 3, 5, 8, 40}) {
+    std::vector<int64_t> bytes(num_records), distinct(num_records);
+    for (auto& b : bytes) b = static_cast<int64_t>(1 + random() % (1 << 20));
+    std::iota(distinct.begin(), distinct.end(), 0);
+    for (const auto& cycle : {distinct, forward_and_back(distinct)}) {
+      for (const int64_t lookahead : {1, 2}) {
+        for (const int64_t slots : {0, 0, 1, 2}) {  // more than there must be
+          const int64_t room = rounded(std::ranges::max(bytes)) * (lookahead + 1 + slots);
+          const auto plan = plan_ring(bytes, cycle, lookahead, slots ? room : 0, RingSlots::kEqual);
+          expect_sound(plan, bytes, cycle, lookahead);
+        }
+      }
+    }
+  }
+}
+
+/// The simulation of as many took seconds.
+TEST(RingPlan, ThousandsOfRecordsTakeEqualSlotsInTurn) {
+  std::vector<int64_t> bytes(5000, 100), cycle(bytes.size());
+  bytes[17] = 5000;
+  std::iota(cycle.begin(), cycle.end(), 0);
+  const auto plan = plan_ring(bytes, cycle, 2, 0, RingSlots::kEqual);
+  expect_sound(plan, bytes, cycle, 2);
+  EXPECT_EQ(plan.placements.size(), 15000u);
+  EXPECT_EQ(plan.placements[4].offset, rounded(5000));
+}
+
 TEST(RingPlan, IsSoundForRandomSizesAndCycles) {
   std::mt19937_64 random(7);
   const auto pick = [&](int64_t low, int64_t high) {
