@@ -304,6 +304,33 @@ void gelu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   });
 }
 
+void loss(const at::Tensor& prediction,
+          const at::Tensor& target,
+          const MaybeTensor& mask,
+          const at::Tensor& c,
+          int64_t type,
+          int64_t group,
+          const at::Tensor& sums) {
+  on_stream(prediction, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::loss_cuda(kernel::loss_args<T>(prediction, target, mask, c, type, group, sums),
+                             stream);
+  });
+}
+
+void loss_backward(const at::Tensor& grad,
+                   const at::Tensor& prediction,
+                   const at::Tensor& target,
+                   const MaybeTensor& mask,
+                   const at::Tensor& c,
+                   int64_t type,
+                   const at::Tensor& grad_prediction) {
+  on_stream(prediction, [&]<class T>(T, cudaStream_t stream) {
+    return kernel::loss_cuda(
+        kernel::loss_backward_args<T>(grad, prediction, target, mask, c, type, grad_prediction),
+        stream);
+  });
+}
+
 TORCH_LIBRARY_IMPL(flux, CUDA, library) {
   library.impl("modulate", modulate);
   library.impl("modulate_backward", modulate_backward);
@@ -312,6 +339,8 @@ TORCH_LIBRARY_IMPL(flux, CUDA, library) {
   library.impl("add_groups", add_groups);
   library.impl("gelu", gelu);
   library.impl("gelu_backward", gelu_backward);
+  library.impl("loss", loss);
+  library.impl("loss_backward", loss_backward);
   library.impl("quantize_weight", quantize_weight);
   library.impl("dequantize_weight", dequantize_weight);
   library.impl("qk_norm_rope", qk_norm_rope);

@@ -1,6 +1,7 @@
 #include "common/ops/linear.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
@@ -8,11 +9,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "common/core/rng.h"
+#include "common/ops/adapter.h"
 #include "common/ops/op.h"
 #include "common/ops/product.h"
 #include "common/quant/scratch.h"
@@ -234,6 +237,17 @@ struct LayerSize {
                                             c10::toString(tensor.scalar_type()),
                                             text));
   }
+
+  void require_kronecker(const LowRank& adapter) const {
+    const auto &mix = adapter.mix, &down = adapter.down, &up = adapter.up;
+    require(mix.dim() == 2, "mix", mix);
+    require(down.defined() && down.dim() == 2 && mix.size(1) * down.size(1) == in, "down", down);
+    const at::Tensor& last = up.defined() ? up : down;
+    require(last.dim() == 2 && mix.size(0) * last.size(0) == out &&
+                (!up.defined() || up.size(1) == down.size(0)),
+            "up",
+            last);
+  }
 };
 
 }  // namespace
@@ -250,13 +264,20 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
       x);
   if (layer.bias.defined())
     size.require(layer.bias.dim() == 1 && layer.bias.size(0) == size.out, "bias", layer.bias);
-  if (down.defined()) {
+  if (layer.lora.mix.defined()) {
+    size.require_kronecker(layer.lora);
+  } else if (down.defined()) {
     size.require(down.dim() == 2 && down.size(1) == size.in, "down", down);
     size.require(
         up.defined() && up.dim() == 2 && up.size(0) == size.out && up.size(1) == down.size(0),
         "up",
         up);
   }
+  if (const auto& magnitude = layer.lora.magnitude; magnitude.defined())
+    size.require(down.defined() && magnitude.sizes() == at::IntArrayRef{size.out, 1} &&
+                     magnitude.scalar_type() == at::kFloat,
+                 "magnitude",
+                 magnitude);
   auto shape = x.sizes().vec();
   shape.back() = size.out;
   const auto rows = x.reshape({-1, x.size(-1)});
@@ -272,15 +293,43 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
                layer.lora.module,
                x.dim() > 1 ? rows.size(0) / std::max<int64_t>(x.size(0), 1) : 1};
   const bool adapted = down.defined() && !is_dropped(layer.lora);
-  return LinearFunction::apply(rows,
-                               w.defined() ? w : layer.quantized.codes,
-                               given(layer.bias),
-                               adapted ? given(down) : std::nullopt,
-                               adapted ? given(up) : std::nullopt,
-                               layer.lora.scale,
-                               layer.quantized,
-                               dropped)
-      .view(shape);
+  const bool low_rank = adapted && !layer.lora.mix.defined();
+  if (!low_rank) dropped = {};
+  at::Tensor y = LinearFunction::apply(rows,
+                                       w.defined() ? w : layer.quantized.codes,
+                                       given(layer.bias),
+                                       low_rank ? given(down) : std::nullopt,
+                                       low_rank ? given(up) : std::nullopt,
+                                       layer.lora.scale,
+                                       layer.quantized,
+                                       dropped);
+  if (adapted && !low_rank) y = add_kronecker(y, rows, layer.lora);
+  if (adapted && layer.lora.magnitude.defined())
+    y = scale_rows(y, layer.bias, layer.lora.magnitude, row_norms(layer, type));
+  return y.view(shape);
+}
+
+at::Tensor row_norms(const Linear& layer, at::ScalarType type) {
+  const at::NoGradGuard no_grad;
+  const LayerSize size(layer);
+  const at::Tensor& matrix = layer.weight.defined() ? layer.weight : layer.quantized.codes;
+  const auto options = matrix.options().dtype(at::kFloat);
+  const at::Tensor norms = at::empty({size.out}, options);
+  const at::Tensor plain = at::empty({0}, options.dtype(type));  // for its dtype
+  with_weight(matrix, layer.quantized, plain, [&](const at::Tensor& w) {
+    const MemoryScope scope(MemoryCause::kKernelScratch);
+    const int64_t most = std::min(size.out, delta_rows(size.in, layer.lora));
+    const at::Tensor buffer = at::empty({most, size.in}, options);
+    for (int64_t first = 0; first < size.out; first += most) {
+      const int64_t count = std::min(most, size.out - first);
+      const at::Tensor rows = buffer.narrow(0, 0, count).copy_(w.narrow(0, first, count));
+      if (layer.lora.down.defined()) add_delta(rows, first, layer.lora);
+      norms.narrow(0, first, count).copy_(rows.mul_(rows).sum(1));
+    }
+    return 0;
+  });
+  // not 0, which would be divided by
+  return norms.sqrt_().clamp_min_(std::numeric_limits<float>::epsilon());
 }
 
 }  // namespace flux

@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
+
 #include "common/quant/quant.h"
 
 namespace flux {
@@ -19,18 +21,28 @@ struct AdapterDropout {
   bool any() const { return values > 0 || ranks > 0 || modules > 0; }
 };
 
-/// A low-rank addition to a Linear: W + scale * up @ down.
+/// The tensors of an adapter by name, in this order wherever they are walked through.
+inline constexpr std::array<const char*, 4> kAdapterParts{"down", "up", "mix", "magnitude"};
+
+/// An addition to a Linear: W + delta, delta = scale * up @ down.
 ///
-///   down     [rank, in]  float32 or the dtype of the layer; undefined: no adapter
-///   up       [out, rank] as down
-///   scale    multiplier * alpha / rank
-///   dropout  null: none
-///   module   its stream of random numbers
+///   down       [rank, in]  float32 or the dtype of the layer; undefined: no adapter
+///   up         [out, rank] as down
+///   mix        LoKr, delta = scale * kron(mix, up @ down): [A, C] beside up [B, rank] and down [rank, D], with
+///              A * B = out and C * D = in; `up` undefined: delta = scale * kron(mix, down), down [B, D]
+///   magnitude  DoRA, [out, 1] float32: the norm that each row of W + delta is scaled to; for gradients the norm that it
+///              has is a constant. Sources: arXiv:2402.09353, section 4.3; huggingface/peft, tuners/lora/dora.py
+///   scale      multiplier * alpha / rank
+///   dropout    null: none
+///   module     its stream of random numbers
 struct LowRank {
   at::Tensor down, up;
   double scale = 1;
   const AdapterDropout* dropout = nullptr;
   uint64_t module = 0;
+  at::Tensor mix{}, magnitude{};
+
+  std::array<at::Tensor*, 4> parts() { return {&down, &up, &mix, &magnitude}; }
 };
 
 /// One Linear layer. Copies share the tensors.
@@ -46,14 +58,18 @@ struct Linear {
 
 /// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x,
 /// whatever the adapter is stored in. With `up` at zero the result has the bits of the layer
-/// without an adapter. A quantised weight gives the bits that its plain form in the dtype of x would
+/// without an adapter, and with `magnitude` at row_norms() too. A quantised weight gives the bits that its plain form in the dtype of x would
 /// give; that form is made anew in forward and backward, in common/quant/scratch.h, and never kept.
 ///
 ///   x        [..., in], dtype and device of weight; for a quantised one float32|bfloat16
 ///   returns  [..., out]
 ///
-/// Gradients flow to x, weight, bias, down and up, each in its own dtype; only those asked for are
+/// Gradients flow to x, weight, bias and the tensors of the adapter, each in its own dtype; only those asked for are
 /// computed. Throws std::invalid_argument, naming the shapes or dtypes, if they disagree.
 at::Tensor linear(const Linear& layer, const at::Tensor& x);
+
+/// The norms of the rows of W + delta, [out] float32, computed in float32 some rows at a time, of a quantised weight from
+/// its plain form in `type`. Not differentiable. A row of zeros has a norm just above 0.
+at::Tensor row_norms(const Linear& layer, at::ScalarType type);
 
 }  // namespace flux

@@ -40,6 +40,15 @@ FLUX_PACK_OPERATOR(/)
 FLUX_PACK_FUNCTION Pack exp_of(Pack x) {
   return {expf(x.v[0]), expf(x.v[1]), expf(x.v[2]), expf(x.v[3])};
 }
+FLUX_PACK_FUNCTION Pack sqrt_of(Pack x) {
+  return {sqrtf(x.v[0]), sqrtf(x.v[1]), sqrtf(x.v[2]), sqrtf(x.v[3])};
+}
+/// 1, -1, or 0 for zero and NaN.
+FLUX_PACK_FUNCTION Pack sign_of(Pack x) {
+  Pack sign;
+  for (int i = 0; i < kPack; ++i) sign.v[i] = x.v[i] > 0 ? 1.0f : x.v[i] < 0 ? -1.0f : 0.0f;
+  return sign;
+}
 FLUX_PACK_FUNCTION float sum_of(Pack x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 FLUX_PACK_FUNCTION void set(Pack* x, int i, float value) { x->v[i] = value; }
 FLUX_PACK_FUNCTION float get(Pack x, int i) { return x.v[i]; }
@@ -102,6 +111,18 @@ FLUX_PACK_FUNCTION Pack exp_of(Pack x) {
   p = p * r * r + r + 1.0f;
   const PackBits power = (reinterpret_cast<PackBits>(shifted) - 0x4B400000u + 127u) << 23;
   return p * reinterpret_cast<Pack>(power);
+}
+FLUX_PACK_FUNCTION Pack sqrt_of(Pack x) {
+  float v[kPack];
+  memcpy(v, &x, sizeof v);
+  for (int i = 0; i < kPack; ++i) v[i] = sqrtf(v[i]);
+  memcpy(&x, v, sizeof v);
+  return x;
+}
+/// 1, -1, or 0 for zero and NaN.
+FLUX_PACK_FUNCTION Pack sign_of(Pack x) {
+  const Pack zero{}, one = zero + 1.0f;
+  return (x > zero ? one : zero) - (x < zero ? one : zero);
 }
 FLUX_PACK_FUNCTION float sum_of(Pack x) {
   float v[kPack];

@@ -43,6 +43,14 @@ constexpr auto kAlone = [](float value) FLUX_PACK_LAMBDA { return value; };
   FLUX_CLONES void gelu_cpu(const GeluBackward<T>& args, int64_t first, int64_t last) {         \
     const auto a = args;                                                                        \
     for (int64_t row = first; row < last; ++row) gelu_backward_row(a, row, 0, 1);               \
+  }                                                                                             \
+  FLUX_CLONES void loss_cpu(const LossForward<T>& args, int64_t first, int64_t last) {          \
+    const auto a = args;                                                                        \
+    for (int64_t i = first; i < last; ++i) loss_group(a, i, 0, 1, kAlone);                      \
+  }                                                                                             \
+  FLUX_CLONES void loss_cpu(const LossBackward<T>& args, int64_t first, int64_t last) {         \
+    const auto a = args;                                                                        \
+    for (int64_t row = first; row < last; ++row) loss_backward_row(a, row, 0, 1);               \
   }
 FLUX_ROWS_CPU(float)
 FLUX_ROWS_CPU(Bf16Bits)

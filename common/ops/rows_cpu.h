@@ -13,7 +13,9 @@ namespace flux::kernel {
   void gated_cpu(const GatedBackward<T>& args, int64_t first, int64_t last);       \
   void add_groups_cpu(const GroupSums<T>& args, int64_t first, int64_t last);      \
   void gelu_cpu(const GeluForward<T>& args, int64_t first, int64_t last);          \
-  void gelu_cpu(const GeluBackward<T>& args, int64_t first, int64_t last);
+  void gelu_cpu(const GeluBackward<T>& args, int64_t first, int64_t last);         \
+  void loss_cpu(const LossForward<T>& args, int64_t first, int64_t last);          \
+  void loss_cpu(const LossBackward<T>& args, int64_t first, int64_t last);
 FLUX_ROWS_CPU(float)
 FLUX_ROWS_CPU(Bf16Bits)
 #undef FLUX_ROWS_CPU

@@ -47,6 +47,14 @@ template <class T>
 __device__ void work(const GeluBackward<T>& a, int64_t i, int64_t lane) {
   gelu_backward_row(a, i, lane, kWarp);
 }
+template <class T>
+__device__ void work(const LossForward<T>& a, int64_t i, int64_t lane) {
+  loss_group(a, i, lane, kWarp, WarpSum());
+}
+template <class T>
+__device__ void work(const LossBackward<T>& a, int64_t i, int64_t lane) {
+  loss_backward_row(a, i, lane, kWarp);
+}
 
 template <class Args>
 __global__ void warps_kernel(Args args, int64_t count) {
@@ -97,6 +105,14 @@ template <class T>
 cudaError_t gelu_cuda(const GeluBackward<T>& args, cudaStream_t stream) {
   return launch(args, args.shape.num_rows(), stream);
 }
+template <class T>
+cudaError_t loss_cuda(const LossForward<T>& args, cudaStream_t stream) {
+  return launch(args, args.shape.num_groups(), stream);
+}
+template <class T>
+cudaError_t loss_cuda(const LossBackward<T>& args, cudaStream_t stream) {
+  return launch(args, args.shape.num_rows(), stream);
+}
 
 #define FLUX_ROWS_CUDA(T)                                                       \
   template cudaError_t modulate_cuda(const ModulateForward<T>&, cudaStream_t);  \
@@ -105,7 +121,9 @@ cudaError_t gelu_cuda(const GeluBackward<T>& args, cudaStream_t stream) {
   template cudaError_t gated_cuda(const GatedBackward<T>&, cudaStream_t);       \
   template cudaError_t add_groups_cuda(const GroupSums<T>&, cudaStream_t);      \
   template cudaError_t gelu_cuda(const GeluForward<T>&, cudaStream_t);          \
-  template cudaError_t gelu_cuda(const GeluBackward<T>&, cudaStream_t);
+  template cudaError_t gelu_cuda(const GeluBackward<T>&, cudaStream_t);         \
+  template cudaError_t loss_cuda(const LossForward<T>&, cudaStream_t);          \
+  template cudaError_t loss_cuda(const LossBackward<T>&, cudaStream_t);
 FLUX_ROWS_CUDA(float)
 FLUX_ROWS_CUDA(Bf16Bits)
 #undef FLUX_ROWS_CUDA

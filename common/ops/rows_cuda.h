@@ -22,5 +22,9 @@ template <class T>
 cudaError_t gelu_cuda(const GeluForward<T>& args, cudaStream_t stream);
 template <class T>
 cudaError_t gelu_cuda(const GeluBackward<T>& args, cudaStream_t stream);
+template <class T>
+cudaError_t loss_cuda(const LossForward<T>& args, cudaStream_t stream);
+template <class T>
+cudaError_t loss_cuda(const LossBackward<T>& args, cudaStream_t stream);
 
 }  // namespace flux::kernel

@@ -106,4 +106,39 @@ GeluBackward<T> gelu_args(const at::Tensor& grad, const at::Tensor& x, const at:
   return {rows_shape(x), rows_of<const T>(grad), rows_of<const T>(x), rows_of<T>(grad_x)};
 }
 
+/// sums [B, groups].
+template <class T>
+LossForward<T> loss_args(const at::Tensor& prediction,
+                         const at::Tensor& target,
+                         const MaybeTensor& mask,
+                         const at::Tensor& c,
+                         int64_t type,
+                         int64_t group,
+                         const at::Tensor& sums) {
+  return {rows_shape(prediction, group),
+          rows_of<const T>(prediction),
+          rows_of<const float>(target),
+          rows_of<const float>(mask),
+          c.const_data_ptr<float>(),
+          static_cast<LossType>(type),
+          sums.mutable_data_ptr<float>()};
+}
+template <class T>
+LossBackward<T> loss_backward_args(const at::Tensor& grad,
+                                   const at::Tensor& prediction,
+                                   const at::Tensor& target,
+                                   const MaybeTensor& mask,
+                                   const at::Tensor& c,
+                                   int64_t type,
+                                   const at::Tensor& grad_prediction) {
+  return {rows_shape(prediction),
+          grad.const_data_ptr<float>(),
+          rows_of<const T>(prediction),
+          rows_of<const float>(target),
+          rows_of<const float>(mask),
+          c.const_data_ptr<float>(),
+          static_cast<LossType>(type),
+          rows_of<T>(grad_prediction)};
+}
+
 }  // namespace flux::kernel

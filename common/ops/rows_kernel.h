@@ -1,10 +1,11 @@
-// common/ops/rows_kernel.h - index logic and arithmetic of AdaLN modulate, gated residual and GELU, one text for the CPU
-// and the CUDA kernels. No LibTorch.
+// common/ops/rows_kernel.h - index logic and arithmetic of AdaLN modulate, gated residual, GELU and the loss, one text for
+// the CPU and the CUDA kernels. No LibTorch.
 //
 // A row is a token. `lanes` threads share a row (32 on a GPU, 1 on a CPU), each takes the packs lane, lane + lanes, ...,
 // and `sum` adds a number over the threads of the row. Sums over tokens go by groups of rows: a group has one owner, in
 // which a column belongs to one thread, so there is no race and the result does not depend on how many run at once.
 #pragma once
+#include "common/ops/loss_type.h"
 #include "common/ops/pack.h"
 
 namespace flux::kernel {
@@ -263,6 +264,80 @@ FLUX_PACK_FUNCTION void gelu_backward_row(const GeluBackward<T>& a,
   T* grad_x = a.grad_x.at(a.shape, row);
   for_packs(a.shape.width, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
     save(load(grad + i, part) * gelu_slope(load(x + i, part)), grad_x + i, part);
+  });
+}
+
+// --- the loss: of d = prediction - target, summed over groups of rows
+
+/// Written so that small differences do not cancel: sqrt(d^2 + c^2) - c = d^2 / (sqrt(d^2 + c^2) + c).
+FLUX_PACK_FUNCTION Pack loss_of(LossType type, Pack d, float c) {
+  if (type == LossType::kL2) return d * d;
+  if (type == LossType::kL1) return d * sign_of(d) + (d - d);  // NaN stays
+  const Pack square = d * d;
+  const Pack root = sqrt_of(square + c * c);
+  return square / (root + c) * (type == LossType::kHuber ? 2 * c : 2.0f);
+}
+FLUX_PACK_FUNCTION Pack loss_slope(LossType type, Pack d, float c) {
+  if (type == LossType::kL2) return d * 2.0f;
+  if (type == LossType::kL1) return sign_of(d);
+  return d / sqrt_of(d * d + c * c) * (type == LossType::kHuber ? 2 * c : 2.0f);
+}
+
+template <class T>
+struct LossForward {
+  RowsShape shape;
+  Rows<const T> prediction;
+  Rows<const float> target, mask;  // mask null: ones
+  const float* c;                  // [samples]
+  LossType type;
+  float* sums;  // [groups]
+};
+
+template <class T, class Sum>
+FLUX_PACK_FUNCTION void loss_group(
+    const LossForward<T>& a, int64_t index, int64_t lane, int64_t lanes, const Sum& sum) {
+  const float c = a.c[index / a.shape.groups_per_sample()];
+  Pack total = zeros();
+  for_rows_of_group(a.shape, index, [&](int64_t row) FLUX_PACK_LAMBDA {
+    const T* prediction = a.prediction.at(a.shape, row);
+    const float *target = a.target.at(a.shape, row),
+                *mask = a.mask.data ? a.mask.at(a.shape, row) : nullptr;
+    for_packs(a.shape.width, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
+      // what lies beyond the row differs by zero
+      Pack loss = loss_of(a.type, load(prediction + i, part) - load(target + i, part), c);
+      if (mask) loss = loss * load(mask + i, part);
+      total = total + loss;
+    });
+  });
+  const float result = sum(sum_of(total));
+  if (lane == 0) a.sums[index] = result;
+}
+
+template <class T>
+struct LossBackward {
+  RowsShape shape;
+  const float* grad;  // [samples]
+  Rows<const T> prediction;
+  Rows<const float> target, mask;
+  const float* c;
+  LossType type;
+  Rows<T> grad_prediction;
+};
+
+template <class T>
+FLUX_PACK_FUNCTION void loss_backward_row(const LossBackward<T>& a,
+                                          int64_t row,
+                                          int64_t lane,
+                                          int64_t lanes) {
+  const T* prediction = a.prediction.at(a.shape, row);
+  const float *target = a.target.at(a.shape, row),
+              *mask = a.mask.data ? a.mask.at(a.shape, row) : nullptr;
+  const float c = a.c[row / a.shape.tokens], grad = a.grad[row / a.shape.tokens];
+  T* out = a.grad_prediction.at(a.shape, row);
+  for_packs(a.shape.width, lane, lanes, [&](int64_t i, auto part) FLUX_PACK_LAMBDA {
+    Pack slope = loss_slope(a.type, load(prediction + i, part) - load(target + i, part), c) * grad;
+    if (mask) slope = slope * load(mask + i, part);
+    save(slope, out + i, part);
   });
 }
 

@@ -6,7 +6,9 @@
 #include <ATen/ops/pow.h>
 
 #include <numbers>
+#include <optional>
 
+#include "common/ops/loss.h"
 #include "common/tensor/tensor.h"
 #include "common/train/per_sample.h"
 
@@ -23,15 +25,9 @@ at::Tensor model_prediction(Prediction kind,
                             const at::Tensor& noisy,
                             const at::Tensor& sigma) {
   check_shape("noisy", noisy, output.sizes());
+  if (kind == Prediction::kRaw) return output;
   const at::Tensor raw = output.to(at::kFloat);
-  switch (kind) {
-    case Prediction::kRaw:
-      return raw;
-    case Prediction::kAdditive:
-      return raw + noisy.to(at::kFloat);
-    case Prediction::kSigmaScaled:
-      break;
-  }
+  if (kind == Prediction::kAdditive) return raw + noisy.to(at::kFloat);
   return noisy.to(at::kFloat) - per_sample(sigma, output) * raw;
 }
 
@@ -49,31 +45,24 @@ at::Tensor element_loss(const LossOptions& options,
                         const at::Tensor& sigma,
                         const at::Tensor& mask) {
   check_shape("prediction", prediction, target.sizes());
-  const at::Tensor d = prediction.to(at::kFloat) - target.to(at::kFloat);
-  at::Tensor loss;
-  if (options.type == LossType::kL2) {
-    loss = d.square();
-  } else if (options.type == LossType::kL1) {
-    // |d| and its gradient; abs itself does not run on Meta, where plans are made
-    loss = d * d.detach().sgn();
-  } else {
-    const at::Tensor constant = at::full_like(sigma, options.huber_c, at::kFloat);
-    at::Tensor scale = constant;
-    if (options.huber_schedule == HuberSchedule::kExponential)
-      scale = at::pow(constant, sigma.to(at::kFloat));
-    if (options.huber_schedule == HuberSchedule::kSnr)
-      scale = (1 - sigma.to(at::kFloat)).square() * (1 - options.huber_c) + options.huber_c;
-    const at::Tensor c = per_sample(scale * options.huber_scale, d);
-    loss = 2 * ((d.square() + c.square()).sqrt() - c);
-    if (options.type == LossType::kHuber) loss = loss * c;
-  }
-  if (mask.defined()) {
-    check_shape("mask", mask, target.sizes());
-    loss = loss * mask;
-    if (options.renormalise_mask)
-      return loss.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(kSmallestMask);
-  }
-  return loss.flatten(1).mean(1);
+  if (mask.defined()) check_shape("mask", mask, target.sizes());
+  const at::Tensor s = sigma.to(at::kFloat);
+  at::Tensor c = at::full_like(s, options.huber_c);
+  if (options.huber_schedule == HuberSchedule::kExponential) c = at::pow(c, s);
+  if (options.huber_schedule == HuberSchedule::kSnr)
+    c = (1 - s).square() * (1 - options.huber_c) + options.huber_c;
+  const auto rows = [](const at::Tensor& x) {
+    return x.dim() == 3 ? x : x.flatten(1).unsqueeze(1);
+  };
+  const at::Tensor sums =
+      loss_sums(options.type,
+                rows(prediction),
+                rows(target.to(at::kFloat)),
+                c * options.huber_scale,
+                mask.defined() ? std::optional(rows(mask.to(at::kFloat))) : std::nullopt);
+  if (mask.defined() && options.renormalise_mask)
+    return sums / mask.flatten(1).sum(1).clamp_min(kSmallestMask);
+  return sums / static_cast<double>(prediction.numel() / prediction.size(0));
 }
 
 at::Tensor loss_per_sample(const LossOptions& options,

@@ -1,5 +1,6 @@
 // common/train/loss.h - from the model's output to one loss a sample.
 #pragma once
+#include "common/ops/loss_type.h"
 #include "common/tensor/fwd.h"
 #include "common/train/timesteps.h"
 
@@ -9,7 +10,6 @@ namespace flux {
 /// pretrained FLUX's is: the target goes through the same formula as the output (flow_loss()), where sd-scripts compares
 /// the others with the velocity itself.
 enum class Prediction { kRaw, kAdditive, kSigmaScaled };
-enum class LossType { kL2, kL1, kHuber, kSmoothL1 };
 enum class HuberSchedule { kConstant, kExponential, kSnr };
 
 struct LossOptions {
@@ -27,7 +27,7 @@ struct LossOptions {
 ///
 ///   output, noisy  [B, C, H, W] (or any shape that starts with B), float32|bfloat16
 ///   sigma          [B] float32
-///   returns        shape of output, float32
+///   returns        shape of output, float32; raw: output itself
 at::Tensor model_prediction(Prediction kind,
                             const at::Tensor& output,
                             const at::Tensor& noisy,
@@ -45,7 +45,7 @@ at::Tensor loss_weights(WeightingScheme scheme, const at::Tensor& sigma);
 /// The sum is divided by the number of elements, whatever the mask is, as in sd-scripts; with renormalise_mask by the sum
 /// of the mask, so that a sample counts alike whatever its mask's area (an empty mask: loss 0).
 ///
-///   prediction, target  [B, ...] of equal shape
+///   prediction, target  [B, ...] of equal shape; [B, N, W] are not copied
 ///   sigma               [B] float32
 ///   mask                shape of prediction, in [0, 1]; undefined: all ones
 ///   returns             [B] float32, differentiable in prediction

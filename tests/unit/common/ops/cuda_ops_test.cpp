@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "common/ops/linear.h"
+#include "common/ops/loss.h"
 #include "common/ops/qk_norm_rope.h"
 #include "common/optim/adamw.h"
 #include "common/quant/quant.h"
@@ -46,6 +47,26 @@ TEST_F(Cuda, QkNormRopeEqualsItsCpuTwin) {
     const auto cpu = run(at::kCPU), cuda = run(*device_);
     for (size_t i = 0; i < cpu.size(); ++i)
       EXPECT_LT(test::relative_error(cuda[i].cpu(), cpu[i]), limit) << "result " << i;
+  }
+}
+
+TEST_F(Cuda, LossEqualsItsCpuTwin) {
+  at::manual_seed(7);
+  for (const auto type : {LossType::kL2, LossType::kL1, LossType::kHuber, LossType::kSmoothL1}) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const auto x = at::randn({2, 77, 67}).to(dtype), target = at::randn({2, 77, 67}),
+                 mask = at::rand({2, 77, 67}), c = at::tensor({0.1f, 2.0f});
+      const auto run = [&](at::Device device) {
+        const auto leaf = x.to(device).requires_grad_();
+        const auto sums = loss_sums(type, leaf, target.to(device), c.to(device), mask.to(device));
+        sums.sum().backward();
+        return std::vector<at::Tensor>{sums.detach(), leaf.grad()};
+      };
+      const auto cpu = run(at::kCPU), cuda = run(*device_);
+      for (size_t i = 0; i < cpu.size(); ++i)
+        EXPECT_LT(test::relative_error(cuda[i].cpu(), cpu[i]),
+                  i && dtype != at::kFloat ? 3e-3 : 1e-6);
+    }
   }
 }
 
