@@ -82,9 +82,13 @@ std::vector<Sha256Digest> Reproduction::choose(const std::vector<Sha256Digest>& 
     if (variants_.contains(key)) known.push_back(key);
   }
   if (known.size() < num_wanted) {
-    log::warn("{} of {} samples that the data set needs are not in the cache: it has changed",
+    const size_t bad = cache_.manifest().quarantined.size();
+    log::warn("{} of {} samples that the data set needs are not in the cache: {}",
               num_wanted - known.size(),
-              num_wanted);
+              num_wanted,
+              bad == 0
+                  ? "it has changed"
+                  : fmt::format("it has changed, or they are of the bad items left out ({})", bad));
   }
   std::vector<Sha256Digest> chosen;
   std::sample(known.begin(),
