@@ -40,13 +40,16 @@ void AdapterStream::add(int64_t block,
   OfBlock& b = of(block);
   Adapter adapter;
   adapter.layer = &layer;
-  adapter.scale = module.alpha / static_cast<double>(module.rank());
+  adapter.scale = module.scale();
   adapter.initial = module;
-  adapter.down = add_slices(b.layout, module.path + ".down", module.down, optimizer);
-  adapter.up = add_slices(b.layout, module.path + ".up", module.up, optimizer);
+  for (size_t part = 0; part < kAdapterParts.size(); ++part) {
+    const at::Tensor& value = *module.parts()[part];
+    if (!value.defined()) continue;
+    const std::string name = module.path + "." + kAdapterParts[part];
+    adapter.parts.emplace_back(part, add_slices(b.layout, name, value, optimizer));
+    trainables.push_back({name, {}, {}, next_id++});
+  }
   b.adapters.push_back(std::move(adapter));
-  trainables.push_back({module.path + ".down", {}, {}, next_id++});
-  trainables.push_back({module.path + ".up", {}, {}, next_id++});
 }
 
 bool AdapterStream::empty() const {
@@ -67,10 +70,9 @@ void AdapterStream::start() {
     if (b.adapters.empty()) continue;
     if (!options_.device.is_meta()) {
       const at::Tensor record = at::zeros({b.layout.bytes()}, at::kByte);
-      for (const Adapter& a : b.adapters) {
-        b.layout.view(record, a.down.value).copy_(a.initial.down);
-        b.layout.view(record, a.up.value).copy_(a.initial.up);
-      }
+      for (const Adapter& a : b.adapters)
+        for (const auto& [part, slices] : a.parts)
+          b.layout.view(record, slices.value).copy_(*a.initial.parts()[part]);
       store_->write(block,
                     {static_cast<const std::byte*>(record.const_data_ptr()), record.nbytes()});
     }
@@ -104,15 +106,14 @@ void AdapterStream::enter(int64_t block, std::span<Trainable> trainables) {
   if (b.lease.index != block)
     throw std::logic_error(
         fmt::format("adapters of block {} came, of {} were expected", b.lease.index, block));
-  for (size_t i = 0; i < b.adapters.size(); ++i) {
-    const Adapter& a = b.adapters[i];
-    Trainable &down = trainables[2 * i], &up = trainables[2 * i + 1];
-    bind(b, a.down, down);
-    bind(b, a.up, up);
-    LowRank& low_rank = a.layer->lora;
-    low_rank.down = down.value;
-    low_rank.up = up.value;
-    low_rank.scale = a.scale;
+  size_t i = 0;
+  for (const Adapter& a : b.adapters) {
+    for (const auto& [part, slices] : a.parts) {
+      Trainable& trainable = trainables[i++];
+      bind(b, slices, trainable);
+      *a.layer->lora.parts()[part] = trainable.value;
+    }
+    a.layer->lora.scale = a.scale;
   }
 }
 
@@ -123,21 +124,19 @@ void AdapterStream::leave(int64_t block, std::span<Trainable> trainables, bool c
   b.has_gradients = options_.keep_gradients && std::ranges::any_of(trainables, [](const auto& t) {
                       return t.gradient.defined();
                     });
-  for (size_t i = 0; i < trainables.size(); ++i) {
-    Trainable& t = trainables[i];
-    const Adapter& a = b.adapters[i / 2];
-    if (b.has_gradients) {
-      const auto kept = b.layout.view(b.lease.record, i % 2 == 0 ? a.down.gradient : a.up.gradient);
-      t.gradient.defined() ? kept.copy_(t.gradient) : kept.zero_();
+  size_t i = 0;
+  for (const Adapter& a : b.adapters)
+    for (const auto& [part, slices] : a.parts) {
+      Trainable& t = trainables[i++];
+      if (b.has_gradients) {
+        const auto kept = b.layout.view(b.lease.record, slices.gradient);
+        t.gradient.defined() ? kept.copy_(t.gradient) : kept.zero_();
+      }
+      t.value.reset();
+      t.states.clear();
+      t.gradient.reset();
+      a.layer->lora.parts()[part]->reset();
     }
-    t.value.reset();
-    t.states.clear();
-    t.gradient.reset();
-  }
-  for (const Adapter& a : b.adapters) {
-    a.layer->lora.down.reset();
-    a.layer->lora.up.reset();
-  }
   ring_->release(std::exchange(b.lease, {}), changed || b.has_gradients);
 }
 

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "common/engine/block_loop.h"
@@ -33,8 +34,7 @@ class AdapterStream {
  public:
   AdapterStream(int64_t num_blocks, const AdapterStreamOptions& options);
 
-  /// Adds the adapter of `layer`, and its two trainables behind those of earlier adapters of the block, with the next two
-  /// ids.
+  /// Adds the adapter of `layer`, and its trainables behind those of earlier adapters of the block, with the next ids.
   void add(int64_t block,
            const lora::Module& module,
            Linear& layer,
@@ -69,8 +69,8 @@ class AdapterStream {
   struct Adapter {
     Linear* layer = nullptr;
     double scale = 1;
-    lora::Module initial;  // until start()
-    Slices down, up;
+    lora::Module initial;                          // until start()
+    std::vector<std::pair<size_t, Slices>> parts;  // with their places in kAdapterParts
   };
   struct OfBlock {
     RecordLayout layout;

@@ -184,11 +184,15 @@ void ModelBlocks::train(const lora::Adapters& adapters, const AdapterDropout* dr
           home - homes_.data(), module, *layers.at(module.path), optimizer_, trainables, next_id_);
       continue;
     }
-    for (auto& [name, tensor] :
-         {std::pair<const char*, at::Tensor&>{".down", module.down}, {".up", module.up}}) {
+    for (size_t part = 0; part < kAdapterParts.size(); ++part) {
+      at::Tensor& tensor = *module.parts()[part];
+      if (!tensor.defined()) continue;
       tensor = tensor.to(options_.device).requires_grad_(true);
       count_as(tensor, MemoryCause::kWeights);
-      trainables.push_back({module.path + name, tensor, new_states(tensor.detach()), next_id_++});
+      trainables.push_back({module.path + "." + kAdapterParts[part],
+                            tensor,
+                            new_states(tensor.detach()),
+                            next_id_++});
     }
     staying.modules.push_back(std::move(module));
   }
@@ -199,9 +203,33 @@ void ModelBlocks::train(const lora::Adapters& adapters, const AdapterDropout* dr
     layer.module = xxh3_64(as_bytes(module.path));
   }
   if (adapters_ && adapters_->empty()) adapters_.reset();
-  if (!adapters_) return;
-  adapters_->start();
-  adapters_->set_schedule(step_cycle());
+  if (adapters_) {
+    adapters_->start();
+    adapters_->set_schedule(step_cycle());
+  }
+  if (std::ranges::any_of(adapters.modules,
+                          [](const lora::Module& m) { return m.magnitude.defined(); }))
+    set_magnitudes();
+}
+
+/// DoRA starts from the weights, so that streamed ones are read once.
+void ModelBlocks::set_magnitudes() {
+  std::map<int64_t, std::vector<Linear*>> layers;
+  dit::for_each_linear(weights_, [&](const std::string& path, Linear& layer) {
+    const Home* home = home_of(path);
+    layers[home ? home - homes_.data() : -1].push_back(&layer);
+  });
+  std::vector<int64_t> streamed;
+  for (int64_t block = resident_; block < num_blocks_; ++block) streamed.push_back(block);
+  if (!streamed.empty()) ring().set_schedule(streamed);
+  if (adapters_) adapters_->set_schedule(streamed);
+  for (int64_t block = -1; block < num_blocks_; ++block) {
+    if (block >= 0) enter(block);
+    for (const Linear* layer : layers[block]) lora::set_magnitude(*layer, options_.compute);
+    if (block >= 0) leave(block, /*changed=*/true);
+  }
+  if (!streamed.empty()) ring().set_schedule(step_cycle());
+  if (adapters_) adapters_->set_schedule(step_cycle());
 }
 
 int64_t ModelBlocks::first_trained() const {

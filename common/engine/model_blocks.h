@@ -107,6 +107,7 @@ class ModelBlocks final : public Blocks {
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
   void bind(int64_t block);
   void unbind(int64_t block);
+  void set_magnitudes();
   void abandon();
   std::vector<int64_t> step_cycle() const;
   std::vector<size_t> entries_from(int64_t block, bool ascending) const;

@@ -31,8 +31,8 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
 }
 
 lora::Adapters new_adapters(const std::vector<lora::Target>& targets, const TrainerOptions& o) {
-  return o.device.is_meta() ? lora::empty_adapters(targets, o.device)
-                            : lora::make_adapters(targets, o.seed);
+  return o.device.is_meta() ? lora::empty_adapters(targets, o.device, o.form)
+                            : lora::make_adapters(targets, o.seed, o.form);
 }
 
 }  // namespace
@@ -99,10 +99,16 @@ ModelBlocks& Trainer::with_adapters() {
 }
 
 void Trainer::limit_norms(std::span<Trainable> trainables) const {
-  for (size_t i = 0; i + 1 < trainables.size(); i += 2) {
-    const Trainable &down = trainables[i], &up = trainables[i + 1];
-    const std::string path = down.name.substr(0, down.name.rfind('.'));
-    lora::limit_norm({path, down.value, up.value, alphas_.at(path)}, options_.max_weight_norm);
+  for (size_t i = 0; i < trainables.size();) {
+    const std::string& name = trainables[i].name;
+    const std::string path = name.substr(0, name.rfind('.') + 1);
+    lora::Module module{
+        path.substr(0, path.size() - 1), {}, {}, alphas_.at(path.substr(0, path.size() - 1))};
+    for (; i < trainables.size() && trainables[i].name.starts_with(path); ++i)
+      for (size_t part = 0; part < kAdapterParts.size(); ++part)
+        if (trainables[i].name == path + kAdapterParts[part])
+          *module.parts()[part] = trainables[i].value;
+    lora::limit_norm(module, options_.max_weight_norm);
   }
 }
 
@@ -118,11 +124,12 @@ lora::Adapters Trainer::adapters() {
     return false;
   });
   lora::Adapters adapters;
-  for (const lora::Target& target : targets_)
-    adapters.modules.push_back({target.path,
-                                values.at(target.path + ".down"),
-                                values.at(target.path + ".up"),
-                                target.alpha});
+  for (const lora::Target& target : targets_) {
+    lora::Module module{target.path, {}, {}, target.alpha};
+    for (const auto& [part, shape] : lora::part_shapes(target, options_.form))
+      *module.parts()[part] = values.at(target.path + "." + kAdapterParts[part]);
+    adapters.modules.push_back(std::move(module));
+  }
   return adapters;
 }
 

@@ -48,11 +48,12 @@ struct TrainerOptions {
   bool full = false;                       // all weights; else a LoRA
   std::optional<QuantFormat> base{};       // of a LoRA's frozen weights
   lora::Selection selection{};             // of a LoRA's modules
+  lora::Form form{};                       // what each has
   int64_t rank = 16;
   double alpha = 16;             // 0: each module's rank
   lora::PathRules lr_factors{};  // of the learning rate, by module path
   double up_lr_factor = 1;       // of `up`, beside them: LoRA+
-  double max_weight_norm = 0;    // of alpha / rank * up @ down of each module; 0: none
+  double max_weight_norm = 0;    // of each module's delta; 0: none
   AdapterDropout dropout{};      // its seed and pass are set by the trainer
   uint64_t seed = 0;
   OptimizerOptions optimizer = AdamWOptions{};

@@ -55,14 +55,13 @@ struct KroneckerFunction : torch::autograd::Function<KroneckerFunction> {
                      up_cast = up ? up->to(type) : at::Tensor();
     const int64_t n = x.size(0), c = mix.size(1);
     const at::Tensor pieces = x.reshape({n * c, x.size(1) / c});
-    const at::Tensor inner = swapped(product({.a = pieces, .b = down_cast.t()}), n);  // [n * rank, C]
+    const at::Tensor inner =
+        swapped(product({.a = pieces, .b = down_cast.t()}), n);  // [n * rank, C]
     // [n * A, rank]
-    at::Tensor mixed =
-        swapped(product({.a = inner, .b = mix_cast.t(), .scale = scale}), n);
+    at::Tensor mixed = swapped(product({.a = inner, .b = mix_cast.t(), .scale = scale}), n);
     y.add_((up ? product({.a = mixed, .b = up_cast.t()}) : mixed).view(y.sizes()));
     context->mark_dirty({y});
-    context->save_for_backward(
-        {x, inner, up ? mixed : at::Tensor(), mix_cast, down_cast, up_cast});
+    context->save_for_backward({x, inner, up ? mixed : at::Tensor(), mix_cast, down_cast, up_cast});
     context->saved_data["scale"] = scale;
     context->saved_data["type"] = down.scalar_type();
     return y;
@@ -85,8 +84,7 @@ struct KroneckerFunction : torch::autograd::Function<KroneckerFunction> {
         swapped(product({.a = of_mixed, .b = mix, .scale = scale}), n);  // [n * C, rank]
     of_mixed.reset();
     out[3] = product({.a = of_inner.t(), .b = x.reshape({n * c, x.size(1) / c})}).to(type);
-    if (context->needs_input_grad(1))
-      out[1] = product({.a = of_inner, .b = down}).view(x.sizes());
+    if (context->needs_input_grad(1)) out[1] = product({.a = of_inner, .b = down}).view(x.sizes());
     return out;
   }
 };
@@ -167,19 +165,15 @@ void add_delta(const at::Tensor& out, int64_t first, const LowRank& adapter) {
   const at::Tensor down = adapter.down.detach().to(at::kFloat);
   const at::Tensor up = adapter.up.defined() ? adapter.up.detach().to(at::kFloat) : at::Tensor();
   if (!adapter.mix.defined()) {
-    out.add_(
-        product({.a = up.narrow(0, first, out.size(0)), .b = down, .scale = adapter.scale}));
+    out.add_(product({.a = up.narrow(0, first, out.size(0)), .b = down, .scale = adapter.scale}));
     return;
   }
   const at::Tensor mix = adapter.mix.detach().to(at::kFloat);
   const at::Tensor inner = up.defined() ? product({.a = up, .b = down}) : down;  // [B, D]
   const int64_t b = inner.size(0), c = mix.size(1), d = inner.size(1);
   for (int64_t row = 0; row < out.size(0); row += b)
-    out.narrow(0, row, b)
-        .view({b, c, d})
-        .addcmul_(mix.select(0, (first + row) / b).view({1, c, 1}),
-                  inner.view({b, 1, d}),
-                  adapter.scale);
+    out.narrow(0, row, b).view({b, c, d}).addcmul_(
+        mix.select(0, (first + row) / b).view({1, c, 1}), inner.view({b, 1, d}), adapter.scale);
 }
 
 at::Tensor scale_rows(const at::Tensor& y,

@@ -268,7 +268,7 @@ void load_model(Session& session) {
               session.config.describe(),
               lora::ranks_text(session.trainer->targets()),
               session.trainer->targets().size(),
-              lora::num_parameters(session.trainer->targets()));
+              lora::num_parameters(session.trainer->targets(), session.trainer->options().form));
   if (const auto rates = group_learning_rates(options, options.lr.learning_rate); !rates.empty())
     log::info("learning rates: {}", printable(nlohmann::json(rates).dump()));
   cancel::check();

@@ -16,6 +16,15 @@ using lora::Family;
 const Choices<Family> kFamilies{
     {"all", Family::kAll}, {"double", Family::kDouble}, {"single", Family::kSingle}};
 
+const Choices<lora::Algorithm> kAlgorithms{{"lora", lora::Algorithm::kLora},
+                                           {"lokr", lora::Algorithm::kLokr}};
+
+/// Whether sd-scripts would train it with the network of LyCORIS.
+bool uses_lycoris(const Options& o) {
+  return o.lora_form.dora || o.lora_form.algorithm != lora::Algorithm::kLora;
+}
+bool is_lokr(const Options& o) { return o.lora_form.algorithm == lora::Algorithm::kLokr; }
+
 std::string word(Family family) {
   for (const auto& [text, choice] : kFamilies)
     if (choice == family) return text;
@@ -47,6 +56,21 @@ bool has_several_ranks(const Options& o) {
 }  // namespace
 
 void add_lora_flags(Options& o, Tool& tool) {
+  tool.flag(
+      "network-algo",
+      o.lora_form.algorithm,
+      kAlgorithms,
+      "what a LoRA adds to a weight: the product of two matrices of --rank, or (LoKr) a small "
+      "matrix times, by "
+      "Kronecker, a large one of --rank, whole where the rank is not below half its larger side");
+  tool.flag("lokr-factor",
+            "N",
+            "largest size of LoKr's small matrix; -1: that of the most even split",
+            "-1",
+            [&o](const std::string& text) { o.lora_form.factor = lora::lokr_factor(text); });
+  tool.flag("dora",
+            o.lora_form.dora,
+            "of the LoRA: rows of adapted weights are scaled to norms, which are trained too");
   tool.flag("train-blocks", o.lora.blocks, kFamilies, "of the LoRA: kinds of blocks");
   blocks_flag(tool,
               "train-double-blocks",
@@ -108,7 +132,10 @@ void add_lora_flags(Options& o, Tool& tool) {
 
 void check_lora(const Options& o, const Tool& tool) {
   if (o.method == Method::kFull) {
-    for (const char* name : {"train-blocks",
+    for (const char* name : {"network-algo",
+                             "lokr-factor",
+                             "dora",
+                             "train-blocks",
                              "train-double-blocks",
                              "train-single-blocks",
                              "module-ranks",
@@ -122,6 +149,16 @@ void check_lora(const Options& o, const Tool& tool) {
       if (tool.given(name))
         throw UsageError(fmt::format("--{} has no effect with --method full", name),
                          "leave it out");
+  }
+  if (is_lokr(o)) {
+    // it has no ranks between two matrices, and its second one may not be there
+    for (const char* name : {"network-dropout", "rank-dropout", "loraplus-lr-ratio"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect with --network-algo lokr", name),
+                         "leave it out; --module-dropout and --lr-of do");
+  } else if (tool.given("lokr-factor")) {
+    throw UsageError("--lokr-factor has no effect with --network-algo lora",
+                     "give --network-algo lokr");
   }
   for (const auto& [name, blocks, family] :
        {std::tuple{"train-double-blocks", &o.lora.double_blocks, Family::kDouble},
@@ -138,6 +175,11 @@ void check_lora(const Options& o, const Tool& tool) {
 void add_lora_deciding(const Options& o, nlohmann::json& out) {
   // modules have alphas of their own if none is given and ranks differ
   if (has_several_ranks(o)) out["alpha"] = o.alpha;
+  if (is_lokr(o)) {
+    out["network-algo"] = "lokr";
+    out["lokr-factor"] = o.lora_form.factor;
+  }
+  if (o.lora_form.dora) out["dora"] = true;
   out["train-blocks"] = word(o.lora.blocks);
   if (trains(o, Family::kDouble)) out["train-double-blocks"] = o.lora.double_blocks;
   if (trains(o, Family::kSingle)) out["train-single-blocks"] = o.lora.single_blocks;
@@ -153,6 +195,7 @@ void add_lora_deciding(const Options& o, nlohmann::json& out) {
 
 void set_lora(const Options& o, engine::TrainerOptions& t) {
   t.selection = o.lora;
+  t.form = o.lora_form;
   t.rank = o.rank;
   t.alpha = o.alpha;
   if (!o.lr_of.rules().empty()) t.lr_factors = o.lr_of.scaled(1 / o.lr.learning_rate);
@@ -161,9 +204,21 @@ void set_lora(const Options& o, engine::TrainerOptions& t) {
   t.dropout = {.values = o.network_dropout, .ranks = o.rank_dropout, .modules = o.module_dropout};
 }
 
+std::string network_module(const Options& o) {
+  return uses_lycoris(o) ? "lycoris.kohya" : "networks.lora_flux";
+}
+
 std::string network_args(const Options& o) {
   nlohmann::json out = nlohmann::json::object();
   const lora::Selection& s = o.lora;
+  if (uses_lycoris(o)) {
+    out["algo"] = is_lokr(o) ? "lokr" : "lora";
+    if (is_lokr(o)) out["factor"] = std::to_string(o.lora_form.factor);
+    if (o.lora_form.dora) {
+      out["dora_wd"] = "True";
+      out["wd_on_output"] = "True";
+    }
+  }
   if (s.blocks != Family::kAll) out["train_blocks"] = word(s.blocks);
   if (s.double_blocks != "all") out["train_double_block_indices"] = s.double_blocks;
   if (s.single_blocks != "all") out["train_single_block_indices"] = s.single_blocks;
@@ -189,7 +244,8 @@ std::string network_args(const Options& o) {
 
 std::map<std::string, double> group_learning_rates(const Options& o, double learning_rate) {
   std::map<std::string, double> out;
-  if (o.method != Method::kLora || (o.lr_of.rules().empty() && o.loraplus_lr_ratio == 1)) return out;
+  if (o.method != Method::kLora || (o.lr_of.rules().empty() && o.loraplus_lr_ratio == 1))
+    return out;
   const auto add = [&](const std::string& name, double rate) {
     out[name] = rate;
     if (o.loraplus_lr_ratio != 1) out[name + " up"] = rate * o.loraplus_lr_ratio;

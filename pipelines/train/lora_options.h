@@ -17,6 +17,8 @@ void add_lora_deciding(const Options& options, nlohmann::json& out);
 /// Sets what the trainer is told of them.
 void set_lora(const Options& options, engine::TrainerOptions& trainer);
 
+/// sd-scripts' network_module: "networks.lora_flux", or "lycoris.kohya" for LoKr and DoRA.
+std::string network_module(const Options& options);
 /// sd-scripts' network_args, a JSON object of strings, in its words.
 std::string network_args(const Options& options);
 

@@ -47,7 +47,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_v2", "False"},
       {"ss_base_model_version", "flux1"},
       {"ss_model_type", "flux"},
-      {"ss_network_module", "networks.lora_flux"},
+      {"ss_network_module", network_module(o)},
       {"ss_network_dim", std::to_string(o.rank)},
       {"ss_network_alpha", python_float(o.effective_alpha())},
       {"ss_network_dropout", o.network_dropout > 0 ? python_float(o.network_dropout) : "None"},

@@ -5,6 +5,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/engine/choices.h"
 #include "common/models/lora/selection.h"
@@ -56,6 +57,7 @@ struct Options {
   int64_t rank = 16;
   double alpha = 0;       // 0: as rank
   lora::Selection lora;   // which modules, and ranks of their own
+  lora::Form lora_form;   // what each is made of
   lora::PathRules lr_of;  // learning rates of their own
   double loraplus_lr_ratio = 1;
   double scale_weight_norms = 0;                                     // 0: off
@@ -99,6 +101,8 @@ struct Options {
   std::filesystem::path scratch;  // empty: the run folder
   PlanOutput plan = PlanOutput::kNone;
   int64_t plan_width = 0, plan_height = 0, plan_t5_length = 512;  // of --plan: pixels, tokens
+
+  std::vector<std::string> import_sd_scripts;  // a command line of sd-scripts, and nothing is trained
 
   int64_t reader_threads = 2;
   bool rehash = false;

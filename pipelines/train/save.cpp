@@ -103,10 +103,9 @@ std::vector<Trained> all_trained(const Session& session) {
       out.push_back({name, session.compute, shape});
     return out;
   }
-  for (const lora::Target& target : session.trainer->targets()) {
-    out.push_back({target.path + ".down", at::kFloat, {target.rank, target.in}});
-    out.push_back({target.path + ".up", at::kFloat, {target.out, target.rank}});
-  }
+  for (const lora::Target& target : session.trainer->targets())
+    for (const auto& [part, shape] : lora::part_shapes(target, session.trainer->options().form))
+      out.push_back({target.path + "." + kAdapterParts[part], at::kFloat, shape});
   return out;
 }
 

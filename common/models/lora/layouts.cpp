@@ -2,6 +2,7 @@
 // into one.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 
@@ -60,12 +61,13 @@ std::map<std::string, Place> module_names(const dit::Config& config) {
 /// One module of a file.
 struct Part {
   Place place;
-  at::Tensor down, up;
+  at::Tensor down, up, mix, mix_a, mix_b, magnitude;
+  bool whole = false;  // LoKr's large matrix, in `down`
   std::optional<double> alpha;
   double scale = 1;  // alpha / rank
 };
 
-enum class Role { kDown, kUp, kAlpha };
+enum class Role { kDown, kUp, kAlpha, kWhole, kMix, kMixA, kMixB, kMagnitude };
 struct Suffix {
   std::string_view text;
   Role role;
@@ -78,6 +80,13 @@ constexpr Suffix kSuffixes[] = {
     {".lora_A.default.weight", Role::kDown},
     {".lora_B.default.weight", Role::kUp},
     {".alpha", Role::kAlpha},
+    {".lokr_w1", Role::kMix},
+    {".lokr_w1_a", Role::kMixA},
+    {".lokr_w1_b", Role::kMixB},
+    {".lokr_w2", Role::kWhole},
+    {".lokr_w2_a", Role::kUp},
+    {".lokr_w2_b", Role::kDown},
+    {".dora_scale", Role::kMagnitude},
 };
 
 /// Why a tensor name that no module has is refused.
@@ -86,11 +95,10 @@ std::string reason(std::string_view name) {
     std::string_view mark, reason;
   };
   constexpr Kind kKinds[] = {
-      {"lokr_", "LyCORIS (LoKr) is not supported"},
+      {"lokr_t", "LyCORIS (LoKr of convolutions) is not supported"},
       {"hada_", "LyCORIS (LoHa) is not supported"},
       {"oft_", "OFT is not supported"},
-      {"dora_scale", "DoRA is not supported"},
-      {"lora_magnitude_vector", "DoRA is not supported"},
+      {"lora_magnitude_vector", "DoRA of PEFT is not supported"},
       {".diff", "full differences of weights are not supported"},
       {".lora_B.bias", "adapters with a bias (control LoRA) are not supported"},
       {"_norm.scale", "replaced norms (control LoRA) are not supported"},
@@ -106,6 +114,36 @@ std::string reason(std::string_view name) {
 
 [[noreturn]] void refuse(std::string_view name, const std::string& why) {
   throw InputError("LoRA tensor " + printable(name) + ": " + why);
+}
+
+at::Tensor& slot_of(Part& part, Role role) {
+  switch (role) {
+    case Role::kUp:
+      return part.up;
+    case Role::kMix:
+      return part.mix;
+    case Role::kMixA:
+      return part.mix_a;
+    case Role::kMixB:
+      return part.mix_b;
+    case Role::kMagnitude:
+      return part.magnitude;
+    default:
+      return part.down;
+  }
+}
+
+/// LoKr's small matrix in two pieces becomes one, and its rank, which alpha is divided by, goes into the scale.
+void join_mix(const std::string& module, Part& part) {
+  if (!part.mix_a.defined() && !part.mix_b.defined()) return;
+  if (part.mix.defined() || !part.mix_a.defined() || !part.mix_b.defined() ||
+      part.mix_a.size(1) != part.mix_b.size(0))
+    refuse(module, "lokr_w1, lokr_w1_a and lokr_w1_b do not fit together");
+  part.mix = at::mm(part.mix_a.to(at::kFloat), part.mix_b.to(at::kFloat));
+  if (part.whole && part.alpha) {
+    // no other place has the rank
+    part.mix.mul_(*part.alpha / static_cast<double>(part.mix_a.size(1)));
+  }
 }
 
 std::map<std::string, Part> read_parts(const TensorMap& tensors, const dit::Config& config) {
@@ -127,23 +165,35 @@ std::map<std::string, Part> read_parts(const TensorMap& tensors, const dit::Conf
       part.alpha = tensor.to(at::kDouble).item<double>();
       continue;
     }
-    auto& slot = suffix->role == Role::kDown ? part.down : part.up;
+    auto& slot = slot_of(part, suffix->role);
     if (slot.defined()) refuse(name, "a second pair for the same layer");
+    if (suffix->role == Role::kWhole) part.whole = true;
     if (tensor.dim() != 2 || !tensor.is_floating_point())
       refuse(name, "shape " + shape_text(tensor) + " is no matrix of floats");
     slot = tensor;
   }
-  for (const auto& [module, part] : parts) {
-    if (!part.down.defined() || !part.up.defined())
-      refuse(module, "half of the pair down, up is missing");
+  for (auto& [module, part] : parts) {
     const auto& place = part.place;
-    if (part.down.size(1) != place.in || part.up.size(0) != place.rows ||
-        part.up.size(1) != part.down.size(0) || part.down.size(0) == 0)
+    join_mix(module, part);
+    const bool lokr = part.mix.defined();
+    if (!part.down.defined() || part.up.defined() == part.whole || (part.whole && !lokr))
+      refuse(module, "half of the pair down, up is missing");
+    const at::Tensor& last = part.whole ? part.down : part.up;
+    if (part.down.size(1) * (lokr ? part.mix.size(1) : 1) != place.in ||
+        last.size(0) * (lokr ? part.mix.size(0) : 1) != place.rows ||
+        (!part.whole && part.up.size(1) != part.down.size(0)) || part.down.size(0) == 0)
       refuse(module,
              fmt::format("down {} and up {} do not fit a layer {}",
                          shape_text(part.down),
-                         shape_text(part.up),
+                         shape_text(last),
                          shape_text(std::vector<int64_t>{place.rows, place.in})));
+    if (part.magnitude.defined() &&
+        (part.magnitude.size(0) != place.rows || part.magnitude.size(1) != 1))
+      refuse(
+          module + ".dora_scale",
+          fmt::format("shape {}, expected {} (norms of rows; those of columns are not supported)",
+                      shape_text(part.magnitude),
+                      shape_text(std::vector<int64_t>{place.rows, 1})));
   }
   return parts;
 }
@@ -212,14 +262,23 @@ Module fuse(const Target& target, std::vector<Part> parts) {
   for (auto& part : parts) {
     if (part.place.first_row < covered) refuse(target.path, "two pairs for the same rows");
     covered = part.place.first_row + part.place.rows;
-    if (part.place.swap_halves) part.up = swap_halves(part.up);
-    if (!one_scale) part.up = part.up.to(at::kFloat) * part.scale;
+    if (part.place.swap_halves) {
+      if (part.mix.defined() || part.magnitude.defined())
+        refuse(target.path, "LoKr and DoRA in diffusers' order of rows are not supported");
+      part.up = swap_halves(part.up);
+    }
+    if (!one_scale && part.up.defined()) part.up = part.up.to(at::kFloat) * part.scale;
     downs.push_back(part.down);
     rank += part.down.size(0);
   }
   const double scale = one_scale ? parts[0].scale : 1;
   Module module{target.path, parts[0].down, parts[0].up, scale * static_cast<double>(rank)};
+  module.mix = parts[0].mix;
+  module.magnitude = parts[0].magnitude;
   if (parts.size() > 1 || parts[0].place.rows != target.out) {
+    for (const Part& part : parts)
+      if (part.mix.defined() || part.magnitude.defined())
+        refuse(target.path, "LoKr and DoRA of a part of the layer are not supported");
     module.down = at::cat(downs, 0);
     module.up = at::zeros({target.out, rank}, parts[0].up.options());
     int64_t column = 0;
@@ -239,8 +298,19 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype) {
   TensorMap out;
   for (const auto& module : adapters.modules) {
     const auto name = "lora_unet_" + underscored(module.path);
-    out[name + ".lora_down.weight"] = module.down.detach().to(dtype);
-    out[name + ".lora_up.weight"] = module.up.detach().to(dtype);
+    const auto add = [&](const char* suffix, const at::Tensor& tensor) {
+      out[name + suffix] = tensor.detach().to(dtype);
+    };
+    const bool lokr = module.mix.defined();
+    if (lokr) add(".lokr_w1", module.mix);
+    if (module.up.defined()) {
+      add(lokr ? ".lokr_w2_b" : ".lora_down.weight", module.down);
+      add(lokr ? ".lokr_w2_a" : ".lora_up.weight", module.up);
+    } else {
+      add(".lokr_w2", module.down);
+    }
+    if (module.magnitude.defined())
+      out[name + ".dora_scale"] = module.magnitude.detach().to(at::kFloat);
     // alpha has the dtype of the rest, as sd-scripts saves it, unless that would change it
     const auto alpha = at::full({}, module.alpha, at::kFloat);
     const bool exact = alpha.to(dtype).item<float>() == alpha.item<float>();

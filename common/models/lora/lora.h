@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -14,13 +15,19 @@
 
 namespace flux::lora {
 
-/// One adapted Linear: W + multiplier * alpha / rank * up @ down.
+/// One adapted Linear; the tensors as at LowRank.
 struct Module {
   std::string path;  // BFL module path
-  at::Tensor down;   // [rank, in]
-  at::Tensor up;     // [out, rank]
+  at::Tensor down, up;
   double alpha = 1;
+  at::Tensor mix{}, magnitude{};
+
   int64_t rank() const { return down.size(0); }
+  /// alpha / rank; 1 where LoKr's matrices have no rank, as in LyCORIS.
+  double scale() const;
+  /// By place in kAdapterParts.
+  std::array<at::Tensor*, 4> parts() { return {&down, &up, &mix, &magnitude}; }
+  std::array<const at::Tensor*, 4> parts() const { return {&down, &up, &mix, &magnitude}; }
 };
 
 /// An adapter file or a LoRA in training. Modules are in the order of all_targets().
@@ -29,25 +36,32 @@ struct Adapters {
   int64_t num_parameters() const;
 };
 
-/// New adapters in float32: down uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), from a stream
+/// New adapters in float32: down and mix uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), from streams
 /// keyed by seed and module path, so that a module's start does not depend on which others are
-/// trained; up zero.
-Adapters make_adapters(const std::vector<Target>& targets, uint64_t seed);
+/// trained; up zero, and down where there is no up. Magnitudes are one until set_magnitude().
+Adapters make_adapters(const std::vector<Target>& targets, uint64_t seed, const Form& form = {});
 
 /// The same shapes without values, on `device`: for plans on Meta.
-Adapters empty_adapters(const std::vector<Target>& targets, at::Device device);
+Adapters empty_adapters(const std::vector<Target>& targets,
+                        at::Device device,
+                        const Form& form = {});
+
+/// DoRA's start: the magnitudes of the layer's adapter, if it has some, are the norms of the rows of its weight, so that the
+/// layer does what it did. `type`: of the products.
+void set_magnitude(const Linear& layer, at::ScalarType type);
 
 /// Puts the adapters into the Linears of `weights` (the tensors are shared, so training them trains
-/// what is attached). Throws InputError, naming the module and both shapes, if one does not fit.
+/// what is attached). Throws InputError, naming the module and both shapes, if one does not fit;
+/// std::invalid_argument for magnitudes with another multiplier than 1, which merge() knows.
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 void detach(dit::Weights& weights);
 
-/// W <- W + multiplier * alpha / rank * up @ down for every adapted Linear, computed in float32 and
-/// rounded once to the dtype of W. New tensors: those of `weights` that others share stay as they
+/// W <- W + multiplier * delta for every adapted Linear, with magnitudes W + multiplier * (scaled W + delta - W), computed in
+/// float32 and rounded once to the dtype of W. New tensors: those of `weights` that others share stay as they
 /// were.
 void merge(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 
-/// Scales down and up by one factor so that the Frobenius norm of alpha / rank * up @ down is at most `max_norm`; one below
+/// Scales down, up and mix by one factor so that the Frobenius norm of delta is at most `max_norm`; one below
 /// it keeps its bits. In place; on Meta it allocates what it does elsewhere. Source: kohya-ss/sd-scripts,
 /// apply_max_norm_regularization.
 void limit_norm(const Module& module, double max_norm);
@@ -55,12 +69,15 @@ void limit_norm(const Module& module, double max_norm);
 using Metadata = std::map<std::string, std::string>;
 
 /// The tensors of sd-scripts' layout: lora_unet_{path with underscores}.lora_down.weight,
-/// .lora_up.weight, .alpha (0-dim), all in `dtype`.
+/// .lora_up.weight, .alpha (0-dim), all in `dtype`. Of LoKr those of LyCORIS: .lokr_w1 is mix, .lokr_w2_a up, .lokr_w2_b
+/// down, or .lokr_w2 down where there is no up. Magnitudes are .dora_scale [out, 1], in float32: a bfloat16 one is as far off
+/// as training moves it.
 TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 
 /// Adapters from the tensors of a file, whichever of these layouts it has (recognised by its
 /// names):
-///   sd-scripts      lora_unet_* with .lora_down.weight, .lora_up.weight, .alpha
+///   sd-scripts      lora_unet_* with .lora_down.weight, .lora_up.weight, .alpha; LyCORIS' LoKr
+///                   with .lokr_w1 or _a and _b, .lokr_w2 or _a and _b; .dora_scale [out, 1]
 ///   BFL paths       diffusion_model.* or base_model.model.* with .lora_down/.lora_up or
 ///                   .lora_A/.lora_B
 ///   diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v (and the MLP half
@@ -69,7 +86,7 @@ TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 ///                   lora_alpha / r of the metadata `lora_adapter_metadata` (with its patterns),
 ///                   folded into the ups if it differs between parts
 /// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a
-/// wrong shape, a half pair, or a kind not supported (LyCORIS, DoRA, full differences, biases,
+/// wrong shape, a half pair, or a kind not supported (other LyCORIS, DoRA of PEFT or of columns, full differences, biases,
 /// XLabs processors, adapters of text encoders). Source: huggingface/diffusers,
 /// loaders/lora_conversion_utils.py.
 Adapters from_tensors(const TensorMap& tensors,

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <charconv>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <regex>
 #include <set>
 #include <string_view>
@@ -243,9 +245,46 @@ std::vector<Target> select_targets(const dit::Config& config,
   return out;
 }
 
-int64_t num_parameters(const std::vector<Target>& targets) {
+std::pair<int64_t, int64_t> factorized(int64_t size, int64_t factor) {
+  if (factor > 0 && size % factor == 0 && size >= factor * factor) return {factor, size / factor};
+  if (factor < 0) factor = size;
+  int64_t small = 1;
+  for (int64_t next = 2; next <= factor && next * next <= size; ++next)
+    if (size % next == 0) small = next;
+  return {small, size / small};
+}
+
+int64_t lokr_factor(const std::string& text) {
+  const auto value = number<int64_t>(text);
+  if (!value || (*value != -1 && (*value < 2 || *value > 4096)))
+    throw UsageError("'" + printable(text) + "' is not -1 or in [2, 4096]");
+  return *value;
+}
+
+std::vector<PartShape> part_shapes(const Target& target, const Form& form) {
+  enum : size_t { kDown, kUp, kMix, kMagnitude };
+  const int64_t rank = target.rank;
+  std::vector<PartShape> out;
+  if (form.algorithm == Algorithm::kLora) {
+    out = {{kDown, {rank, target.in}}, {kUp, {target.out, rank}}};
+  } else {
+    const auto [a, b] = factorized(target.out, form.factor);
+    const auto [c, d] = factorized(target.in, form.factor);
+    if (2 * rank < std::max(b, d))
+      out = {{kDown, {rank, d}}, {kUp, {b, rank}}};
+    else
+      out = {{kDown, {b, d}}};
+    out.push_back({kMix, {a, c}});
+  }
+  if (form.dora) out.push_back({kMagnitude, {target.out, 1}});
+  return out;
+}
+
+int64_t num_parameters(const std::vector<Target>& targets, const Form& form) {
   int64_t sum = 0;
-  for (const Target& target : targets) sum += (target.in + target.out) * target.rank;
+  for (const Target& target : targets)
+    for (const PartShape& part : part_shapes(target, form))
+      sum += std::accumulate(part.shape.begin(), part.shape.end(), int64_t{1}, std::multiplies<>());
   return sum;
 }
 

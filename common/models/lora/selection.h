@@ -20,6 +20,32 @@ struct Target {
   double alpha = 0;
 };
 
+enum class Algorithm { kLora, kLokr };
+
+/// What adapters are made of.
+struct Form {
+  Algorithm algorithm = Algorithm::kLora;
+  int64_t factor =
+      -1;  // LoKr: the largest size of the small matrix; -1: that of the most even split
+  bool dora = false;
+};
+
+/// `size` as small * large of LoKr with small <= factor: as even as can be, and with factor * large where that is whole and
+/// factor the smaller one. Source: KohakuBlueleaf/LyCORIS, functional/general.py, factorization.
+std::pair<int64_t, int64_t> factorized(int64_t size, int64_t factor);
+
+/// LoKr's factor, -1 or from 2 to 4096. Throws UsageError.
+int64_t lokr_factor(const std::string& text);
+
+/// A tensor of an adapter: its place in kAdapterParts, and its shape.
+struct PartShape {
+  size_t part = 0;
+  std::vector<int64_t> shape;
+};
+/// Those that an adapter of `target` has, in that order. LoKr's large matrix is whole where the rank is not below half of
+/// its larger side, as in LyCORIS.
+std::vector<PartShape> part_shapes(const Target& target, const Form& form);
+
 /// Numbers by module path: "REGEX=NUMBER,...", each a regular expression (ECMAScript) that is looked for anywhere in the
 /// path. The first that is found counts.
 class PathRules {
@@ -86,7 +112,7 @@ std::vector<Target> select_targets(const dit::Config& config,
                                    double alpha);
 
 /// Trained numbers of their adapters.
-int64_t num_parameters(const std::vector<Target>& targets);
+int64_t num_parameters(const std::vector<Target>& targets, const Form& form = {});
 /// "rank 16" or "ranks 4 to 32".
 std::string ranks_text(const std::vector<Target>& targets);
 

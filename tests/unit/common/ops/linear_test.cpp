@@ -136,8 +136,7 @@ TEST(AdapterDropout, GradientsAreThoseOfWhatIsLeft) {
   adapted.lora.dropout = &dropout;
   adapted.lora.module = 7;
   // the mask, through a layer whose product is one everywhere
-  const Linear probe{
-      at::zeros({4, 20}), {}, {at::full({4, 20}, 0.05), at::eye(4), 1, &dropout, 7}};
+  const Linear probe{at::zeros({4, 20}), {}, {at::full({4, 20}, 0.05), at::eye(4), 1, &dropout, 7}};
   const at::Tensor mask = linear(probe, at::ones({2, 7, 20}));
   EXPECT_GT(mask.eq(0).sum().item<int64_t>(), 0);
   const auto out = linear(adapted, t.x);
@@ -153,6 +152,133 @@ TEST(AdapterDropout, GradientsAreThoseOfWhatIsLeft) {
   EXPECT_LT(test::relative_error(t.x.grad(), d.x.grad()), 1e-6);
   EXPECT_LT(test::relative_error(t.down.grad(), d.down.grad()), 1e-6);
   EXPECT_LT(test::relative_error(t.up.grad(), d.up.grad()), 1e-6);
+}
+
+/// The weight of an adapted layer by the plain formula; the norm is a constant for gradients.
+at::Tensor adapted_weight(const at::Tensor& weight, const LowRank& a) {
+  const at::Tensor inner = a.up.defined() ? a.up.matmul(a.down) : a.down;
+  at::Tensor w = weight + a.scale * (a.mix.defined() ? at::kron(a.mix, inner) : inner);
+  if (a.magnitude.defined()) w = w * (a.magnitude / w.detach().norm(2, {1}, true));
+  return w;
+}
+
+struct AdapterCase {
+  const char* name;
+  LowRank adapter;
+};
+
+/// LoRA and LoKr with a large matrix of rank 3 and a whole one, each with and without magnitudes, for a weight [12, 20].
+std::vector<AdapterCase> adapter_cases() {
+  at::manual_seed(11);
+  const auto leaf = [](at::IntArrayRef shape) { return at::randn(shape).requires_grad_(); };
+  std::vector<AdapterCase> out;
+  for (const bool dora : {false, true}) {
+    LowRank lora{leaf({4, 20}), leaf({12, 4}), 0.75};
+    LowRank lokr{.down = leaf({3, 10}), .up = leaf({4, 3}), .scale = 1.5, .mix = leaf({3, 2})};
+    LowRank whole{.down = leaf({6, 5}), .up = at::Tensor(), .scale = 1, .mix = leaf({2, 4})};
+    if (dora)
+      for (LowRank* a : {&lora, &lokr, &whole})
+        a->magnitude = (at::rand({12, 1}) + 3).requires_grad_();
+    if (dora) out.push_back({"dora", lora});
+    out.push_back({dora ? "lokr, dora" : "lokr", lokr});
+    out.push_back({dora ? "whole lokr, dora" : "whole lokr", whole});
+  }
+  return out;
+}
+
+TEST(Adapters, EqualThePlainFormulaAndItsGradients) {
+  for (auto [name, adapter] : adapter_cases()) {
+    for (const bool with_bias : {true, false}) {
+      SCOPED_TRACE(testing::Message() << name << (with_bias ? "" : " without bias"));
+      auto t = make(at::kFloat);
+      if (!with_bias) t.bias = at::Tensor();
+      for (at::Tensor* part : adapter.parts())
+        if (part->defined()) part->mutable_grad() = at::Tensor();
+      const auto wide = [](const at::Tensor& v) {
+        return v.defined() ? v.detach().to(at::kDouble).requires_grad_() : v;
+      };
+      LowRank a = adapter;
+      for (at::Tensor* part : a.parts()) *part = wide(*part);
+      const Tensors d{wide(t.x), wide(t.weight), wide(t.bias), {}, {}, t.w.to(at::kDouble)};
+      auto expected = d.x.matmul(adapted_weight(d.weight, a).t());
+      if (with_bias) expected = expected + d.bias;
+      (expected * d.w).sum().backward();
+      const auto got = linear({t.weight, t.bias, adapter}, t.x);
+      (got * t.w).sum().backward();
+      EXPECT_LT(test::relative_error(got, expected), 1e-6);
+      EXPECT_LT(test::relative_error(t.x.grad(), d.x.grad()), 1e-6);
+      if (with_bias) {
+        EXPECT_LT(test::relative_error(t.bias.grad(), d.bias.grad()), 1e-6);
+      }
+      for (size_t i = 0; i < kAdapterParts.size(); ++i)
+        if (adapter.parts()[i]->defined()) {
+          EXPECT_LT(test::relative_error(adapter.parts()[i]->grad(), a.parts()[i]->grad()), 2e-6)
+              << kAdapterParts[i];
+        }
+    }
+  }
+}
+
+TEST(Adapters, AreFloat32BesideABfloat16LayerAndAQuantisedOne) {
+  for (auto [name, adapter] : adapter_cases()) {
+    SCOPED_TRACE(name);
+    auto t = make(at::kBFloat16);
+    const auto weight = t.weight.detach();
+    const auto out = linear({weight, t.bias.detach(), adapter}, t.x);
+    EXPECT_EQ(out.scalar_type(), at::kBFloat16);
+    (out * t.w).sum().backward();
+    for (const at::Tensor* part : adapter.parts())
+      if (part->defined()) {
+        EXPECT_EQ(part->grad().scalar_type(), at::kFloat);
+      }
+    LowRank a = adapter;
+    for (at::Tensor* part : a.parts())
+      if (part->defined()) *part = part->detach().to(at::kDouble);
+    const auto expected =
+        t.x.detach().to(at::kDouble).matmul(adapted_weight(weight.to(at::kDouble), a).t()) +
+        t.bias.detach().to(at::kDouble);
+    EXPECT_LT(test::relative_error(out, expected), 0.01);
+    const auto codes = quantize(weight, QuantFormat::kFp8);
+    const auto plain = dequantize(codes, at::kBFloat16);
+    Linear quantised{{}, t.bias.detach(), adapter, codes};
+    EXPECT_TRUE(at::equal(linear(quantised, t.x), linear({plain, t.bias.detach(), adapter}, t.x)));
+  }
+}
+
+TEST(Adapters, ChangeNoBitAtTheStart) {
+  for (const auto type : {at::kFloat, at::kBFloat16})
+    for (auto [name, adapter] : adapter_cases()) {
+      SCOPED_TRACE(name);
+      const at::NoGradGuard no_grad;
+      const auto t = make(type);
+      (adapter.up.defined() ? adapter.up : adapter.down).zero_();
+      Linear adapted{t.weight, t.bias, adapter};
+      if (adapter.magnitude.defined())
+        adapted.lora.magnitude.copy_(row_norms(adapted, type).view({-1, 1}));
+      EXPECT_TRUE(at::equal(linear(adapted, t.x), linear({t.weight, t.bias, {}}, t.x)));
+    }
+}
+
+TEST(Adapters, RowNormsComeInParts) {
+  // 4 Mi elements a part: two of them
+  const at::Tensor weight = at::randn({600, 8000}), down = at::randn({2, 8000}),
+                   up = at::randn({600, 2});
+  const auto norms = row_norms({weight, {}, {down, up, 0.5}}, at::kFloat);
+  const auto expected =
+      (weight.to(at::kDouble) + 0.5 * up.to(at::kDouble).mm(down.to(at::kDouble))).norm(2, {1});
+  EXPECT_LT(test::relative_error(norms, expected), 1e-6);
+}
+
+TEST(Adapters, NameWhatDoesNotFit) {
+  const auto t = make(at::kFloat);
+  for (auto [name, adapter] : adapter_cases()) {
+    LowRank wrong = adapter;
+    if (wrong.mix.defined())
+      wrong.mix = at::zeros({5, 2});
+    else
+      wrong.magnitude = at::zeros({12});
+    EXPECT_THROW(linear({t.weight, t.bias, wrong}, t.x), std::invalid_argument) << name;
+  }
 }
 
 }  // namespace

@@ -132,6 +132,116 @@ TEST(LoraOptions, GroupsOfLearningRatesAreInTheMetrics) {
             (nlohmann::json{{"other", 1e-3}, {"other up", 2e-3}, {"qkv", 5e-4}, {"qkv up", 1e-3}}));
 }
 
+const std::vector<std::vector<std::string>> kForms{
+    {"--dora"},
+    {"--network-algo", "lokr", "--lokr-factor", "4"},
+    {"--network-algo", "lokr", "--dora", "--module-dropout", "0.1", "--scale-weight-norms", "0.5"},
+    {"--dora",
+     "--network-dropout",
+     "0.2",
+     "--rank-dropout",
+     "0.1",
+     "--loraplus-lr-ratio",
+     "4",
+     "--alpha",
+     "2"}};
+
+TEST(LoraOptions, LokrAndDoraTrainWhatTheySay) {
+  const auto first_loss = [](const std::vector<std::string>& flags) {
+    const Scene scene(flags);
+    return std::pair{*run(scene.options).loss_first, scene.saved()};
+  };
+  const auto [base_loss, base] = first_loss({});
+  const auto [dora_loss, dora] = first_loss({"--dora"});
+  EXPECT_EQ(dora_loss, base_loss);  // of the base, to the bit
+  EXPECT_EQ(dora.at("lora.single_blocks.0.linear1.magnitude").sizes(),
+            (at::IntArrayRef{base.at(kSingleUp).size(0), 1}));
+  // magnitudes start at the norms of the weights and move
+  Scene still({"--dora", "--learning-rate", "1e-12", "--weight-decay", "0"});
+  run(still.options);
+  const auto weights = read_weights(still.options.model).tensors;
+  const auto start = still.saved();
+  for (const char* layer : {"single_blocks.0.linear1", "double_blocks.0.img_attn.qkv"}) {
+    const std::string name = std::string("lora.") + layer + ".magnitude";
+    const auto norms = weights.at(std::string(layer) + ".weight").to(at::kFloat).norm(2, {1}, true);
+    EXPECT_TRUE(start.at(name).allclose(norms, 1e-5, 1e-7)) << name;
+    EXPECT_FALSE(dora.at(name).allclose(norms, 1e-5, 1e-7)) << name;
+  }
+  const auto [lokr_loss, lokr] = first_loss({"--network-algo", "lokr", "--lokr-factor", "4"});
+  EXPECT_EQ(lokr_loss, base_loss);
+  EXPECT_EQ(lokr.at("lora.single_blocks.0.linear1.mix").size(1), 4);
+  EXPECT_GT(lokr.at(kSingleUp).abs().max().item<float>(), 0);
+  EXPECT_NE(trained({"--network-algo", "lokr", "--lokr-factor", "2"})
+                .at("lora.single_blocks.0.linear1.mix")
+                .numel(),
+            lokr.at("lora.single_blocks.0.linear1.mix").numel());
+}
+
+TEST(LoraOptions, LokrAndDoraLearn) {
+  for (auto flags : kForms) {
+    flags.insert(flags.end(), {"--max-steps", "40", "--learning-rate", "3e-3"});
+    Scene scene(flags);
+    const Report report = run(scene.options);
+    EXPECT_TRUE(std::isfinite(*report.loss_last)) << flags[0];
+  }
+}
+
+TEST(LoraOptions, LokrAndDoraAreTheSameWhereverWeightsAreAndResume) {
+  for (auto flags : kForms)
+    for (const std::string accumulation : {"1", "2"})
+      for (const std::string base : {"bf16", "nf4"}) {
+        flags.insert(flags.end(),
+                     {"--gradient-accumulation", accumulation, "--base-precision", base});
+        SCOPED_TRACE(testing::Message() << flags[0] << ' ' << flags.size());
+        Scene all(flags), streamed(flags), adapters(flags), halves(flags);
+        all.options.kept_graphs = 0;
+        for (Scene* scene : {&streamed, &adapters, &halves}) {
+          scene->options.resident_blocks = scene == &halves ? 1 : 0;
+          scene->options.kept_graphs = 0;
+          scene->options.block_inputs = engine::InputPlace::kDisk;
+          scene->options.stream_adapters = scene != &streamed;
+        }
+        run(all.options);
+        halves.options.max_steps = 2;
+        run(halves.options);
+        halves.options.max_steps = 4;
+        halves.options.resume = true;
+        for (Scene* scene : {&streamed, &adapters, &halves}) {
+          run(scene->options);
+          for (const char* name : {"lora.safetensors", "state.safetensors"})
+            EXPECT_TRUE(scene->saved_bytes(name) == all.saved_bytes(name)) << name;
+        }
+        flags.resize(flags.size() - 4);
+      }
+}
+
+TEST(LoraOptions, LokrAndDoraSaveAsLycorisDoes) {
+  Scene scene({"--network-algo", "lokr", "--lokr-factor", "4", "--dora"});
+  run(scene.options);
+  const auto file = read_weights(scene.options.out / "step-000004/lora.safetensors");
+  EXPECT_TRUE(file.tensors.contains("lora_unet_single_blocks_0_linear1.lokr_w1"));
+  EXPECT_EQ(file.tensors.at("lora_unet_single_blocks_0_linear1.dora_scale").scalar_type(),
+            at::kFloat);
+  EXPECT_EQ(file.metadata.at("ss_network_module"), "lycoris.kohya");
+  EXPECT_EQ(nlohmann::json::parse(file.metadata.at("ss_network_args")),
+            (nlohmann::json{
+                {"algo", "lokr"}, {"factor", "4"}, {"dora_wd", "True"}, {"wd_on_output", "True"}}));
+}
+
+TEST(LoraOptions, LokrRefusesWhatItHasNot) {
+  for (const char* flag : {"--network-dropout", "--rank-dropout"})
+    EXPECT_THAT(refused({"--network-algo", "lokr", flag, "0.1"}),
+                AllOf(HasSubstr(flag), HasSubstr("no effect with --network-algo lokr")));
+  EXPECT_THAT(refused({"--network-algo", "lokr", "--loraplus-lr-ratio", "2"}),
+              HasSubstr("--loraplus-lr-ratio has no effect"));
+  EXPECT_THAT(refused({"--lokr-factor", "4"}), HasSubstr("--lokr-factor has no effect"));
+  for (const char* value : {"0", "1", "-2", "x", "5000"})
+    EXPECT_THAT(refused({"--network-algo", "lokr", "--lokr-factor", value}),
+                AllOf(HasSubstr("--lokr-factor"), HasSubstr("[2, 4096]")));
+  EXPECT_THAT(refused({"--method", "full", "--dora"}), HasSubstr("--dora has no effect"));
+  EXPECT_THAT(refused({"--method", "full", "--network-algo", "lokr"}), HasSubstr("--network-algo"));
+}
+
 TEST(LoraOptions, NormsAreLimited) {
   const auto norms = [](const TensorMap& tensors) {
     std::vector<double> out;
@@ -227,6 +337,9 @@ TEST(LoraOptions, ResumeRefusesAnotherValueOfEach) {
            {"--scale-weight-norms", [](O& o) { o.scale_weight_norms = 2; }},
            {"--network-dropout", [](O& o) { o.network_dropout = 0.1; }},
            {"--rank-dropout", [](O& o) { o.rank_dropout = 0.1; }},
+           {"--dora", [](O& o) { o.lora_form.dora = true; }},
+           {"--network-algo",
+            [](O& o) { o.lora_form.algorithm = lora::Algorithm::kLokr, o.lora_form.factor = 4; }},
            {"--module-dropout", [](O& o) { o.module_dropout = 0.2; }}})
     EXPECT_THAT(with(change), AllOf(HasSubstr(flag + " is"), HasSubstr("was made with"))) << flag;
 }

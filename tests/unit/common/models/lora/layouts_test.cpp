@@ -92,6 +92,32 @@ TEST(FromTensors, ReadsBflPaths) {
   }
 }
 
+TEST(FromTensors, ReadsEveryFormOfLokr) {
+  const std::string name = "lora_unet_double_blocks_1_txt_attn_proj.lokr_";
+  const auto alpha = at::full({}, 3.0);
+  const auto delta = [](const Adapters& adapters) {
+    const Module& m = adapters.modules.at(0);
+    return at::kron(m.mix, m.up.defined() ? m.up.mm(m.down) : m.down) * m.scale();
+  };
+  const auto w1a = at::randn({8, 2}), w1b = at::randn({2, 4}), w2a = at::randn({16, 2}),
+             w2b = at::randn({2, 32});
+  const auto w1 = w1a.mm(w1b), w2 = w2a.mm(w2b);
+  const auto read = [&](const TensorMap& parts) {
+    TensorMap tensors{{"lora_unet_double_blocks_1_txt_attn_proj.alpha", alpha}};
+    for (const auto& [part, tensor] : parts) tensors[name + part] = tensor;
+    return delta(from_tensors(tensors, {}, config()));
+  };
+  const auto expected = at::kron(w1, w2);
+  // scale alpha / rank, but for two whole matrices, as LyCORIS has it
+  EXPECT_TRUE(read({{"w1", w1}, {"w2", w2}}).allclose(expected, 1e-4, 1e-5));
+  EXPECT_TRUE(
+      read({{"w1", w1}, {"w2_a", w2a}, {"w2_b", w2b}}).allclose(expected * 1.5, 1e-4, 1e-5));
+  EXPECT_TRUE(
+      read({{"w1_a", w1a}, {"w1_b", w1b}, {"w2", w2}}).allclose(expected * 1.5, 1e-4, 1e-5));
+  EXPECT_TRUE(read({{"w1_a", w1a}, {"w1_b", w1b}, {"w2_a", w2a}, {"w2_b", w2b}})
+                  .allclose(expected * 1.5, 1e-4, 1e-5));
+}
+
 TEST(FromTensors, RefusesByName) {
   const auto refusal = [](const TensorMap& tensors, const Metadata& metadata = {}) -> std::string {
     try {
@@ -111,8 +137,16 @@ TEST(FromTensors, RefusesByName) {
   EXPECT_EQ(refusal(good), "accepted");
   EXPECT_THAT(with("lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight"),
               HasSubstr("no layer of this name"));
-  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"), HasSubstr("LoKr"));
-  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.dora_scale"), HasSubstr("DoRA"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"),
+              HasSubstr("do not fit a layer"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_w2"), HasSubstr("a second pair"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1_a"), HasSubstr("lokr_w1_b"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.lokr_t2"), HasSubstr("convolutions"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a"), HasSubstr("LoHa"));
+  EXPECT_THAT(with("lora_unet_double_blocks_0_img_attn_qkv.dora_scale"),
+              HasSubstr("norms of rows"));
+  EXPECT_THAT(with("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector"),
+              HasSubstr("DoRA of PEFT"));
   EXPECT_THAT(with("diffusion_model.double_blocks.0.img_attn.qkv.diff_b"),
               HasSubstr("full differences"));
   EXPECT_THAT(with("double_blocks.0.img_attn.qkv.lora_B.bias"), HasSubstr("control LoRA"));

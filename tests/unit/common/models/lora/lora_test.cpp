@@ -171,5 +171,133 @@ TEST(Attach, NamesAModuleThatDoesNotFit) {
   EXPECT_THAT(refusal(adapters("kohya", m.config)), testing::HasSubstr("single_blocks.2"));
 }
 
+std::vector<Form> forms() {
+  return {{.dora = true},
+          {.algorithm = Algorithm::kLokr, .factor = 8},
+          {.algorithm = Algorithm::kLokr, .dora = true}};
+}
+
+TEST(Factorized, IsThatOfLycoris) {
+  const auto expect = [](int64_t size, int64_t factor, int64_t small, int64_t large) {
+    EXPECT_EQ(factorized(size, factor), (std::pair{small, large})) << size << ' ' << factor;
+  };
+  // by lycoris.functional.factorization
+  expect(3072, -1, 48, 64);
+  expect(9216, -1, 96, 96);
+  expect(12288, -1, 96, 128);
+  expect(3072, 8, 8, 384);
+  expect(3072, 10, 8, 384);
+  expect(3072, 5, 4, 768);
+  expect(127, -1, 1, 127);
+  expect(12, 4, 3, 4);  // 4 is not below the other one
+}
+
+TEST(Forms, HaveTheirPartsAndTheBitsOfTheBaseAtTheStart) {
+  for (const auto type : {at::kFloat, at::kBFloat16})
+    for (const Form& form : forms()) {
+      auto m = model(type);
+      const auto base = run(m);
+      const auto targets = with_rank(all_targets(m.config), 4, 2);
+      const auto set = make_adapters(targets, 1, form);
+      EXPECT_EQ(set.num_parameters(), num_parameters(targets, form));
+      attach(set, m.weights);
+      dit::for_each_linear(m.weights,
+                           [&](const std::string&, Linear& layer) { set_magnitude(layer, type); });
+      EXPECT_TRUE(at::equal(run(m), base));
+    }
+}
+
+TEST(Forms, ComeBackFromTheirFilesAndMergeAsTheyAct) {
+  for (const Form& form : forms()) {
+    auto attached = model(), merged = model();
+    auto set = make_adapters(with_rank(default_targets(attached.config), 8, 2), 1, form);
+    bool whole = false, ranked = false;
+    at::manual_seed(2);
+    attach(set, attached.weights);
+    dit::for_each_linear(attached.weights, [&](const std::string&, Linear& layer) {
+      set_magnitude(layer, at::kFloat);
+    });
+    for (auto& module : set.modules) {
+      (module.up.defined() ? module.up : module.down).normal_(0, 0.02);
+      (module.up.defined() ? ranked : whole) = true;
+      if (module.magnitude.defined()) module.magnitude.mul_(at::rand_like(module.magnitude) + 0.5);
+    }
+    EXPECT_EQ(whole && ranked, form.algorithm == Algorithm::kLokr && form.factor > 0);
+    const auto file = to_kohya(set, at::kFloat);
+    const auto again = from_tensors(file, {}, attached.config);
+    ASSERT_EQ(again.modules.size(), set.modules.size());
+    for (size_t i = 0; i < set.modules.size(); ++i) {
+      EXPECT_EQ(again.modules[i].scale(), set.modules[i].scale());
+      for (size_t part = 0; part < kAdapterParts.size(); ++part) {
+        const at::Tensor &a = *again.modules[i].parts()[part], &b = *set.modules[i].parts()[part];
+        ASSERT_EQ(a.defined(), b.defined());
+        if (a.defined()) {
+          EXPECT_TRUE(at::equal(a, b)) << kAdapterParts[part];
+        }
+      }
+    }
+    merge(again, merged.weights);
+    EXPECT_LT(test::relative_error(run(merged), run(attached)), kRelative);
+    if (form.dora) {
+      EXPECT_THROW(attach(set, attached.weights, 0.5), std::invalid_argument);
+    }
+  }
+}
+
+TEST(Forms, AreNamedAsLycorisNamesThem) {
+  const auto config = model().config;
+  const auto names = [&](const Form& form, int64_t rank) {
+    const auto targets = with_rank({default_targets(config)[1]}, rank, 1);
+    std::set<std::string> out;
+    for (const auto& [name, tensor] : to_kohya(make_adapters(targets, 1, form), at::kBFloat16)) {
+      const bool magnitude = name.ends_with("dora_scale");
+      EXPECT_EQ(tensor.scalar_type(), magnitude ? at::kFloat : at::kBFloat16) << name;
+      if (magnitude) {
+        EXPECT_EQ(tensor.sizes().vec(), (std::vector<int64_t>{targets[0].out, 1}));
+      }
+      out.insert(name.substr(name.find('.')));
+    }
+    return out;
+  };
+  using Set = std::set<std::string>;
+  EXPECT_EQ(names({.dora = true}, 4),
+            (Set{".alpha", ".dora_scale", ".lora_down.weight", ".lora_up.weight"}));
+  EXPECT_EQ(names({.algorithm = Algorithm::kLokr, .factor = 4}, 2),
+            (Set{".alpha", ".lokr_w1", ".lokr_w2_a", ".lokr_w2_b"}));
+  EXPECT_EQ(names({.algorithm = Algorithm::kLokr, .factor = 4}, 4096),
+            (Set{".alpha", ".lokr_w1", ".lokr_w2"}));
+}
+
+TEST(Forms, MergeAtAStrengthGoesThatFarFromTheBase) {
+  auto base = model(), full = model(), half = model();
+  auto set = make_adapters(with_rank({default_targets(base.config)[1]}, 4, 4), 1, {.dora = true});
+  set.modules[0].up.fill_(0.01);
+  merge(set, full.weights);
+  merge(set, half.weights, 0.5);
+  const auto of = [&](dit::Model& m) {
+    return dit::named_tensors(m.weights).at(set.modules[0].path + ".weight");
+  };
+  EXPECT_GT((of(full) - of(base)).abs().max().item<float>(), 0);
+  EXPECT_TRUE((of(half) - of(base)).mul(2).allclose(of(full) - of(base), 1e-4, 1e-6));
+}
+
+TEST(LimitNorm, HoldsForKroneckerProducts) {
+  for (const bool whole : {false, true}) {
+    Module module{"x", at::randn({whole ? 6 : 3, 10}), whole ? at::Tensor() : at::randn({6, 3}), 6};
+    module.mix = at::randn({2, 4});
+    const auto delta = [&] {
+      return at::kron(module.mix, whole ? module.down : module.up.mm(module.down)) * module.scale();
+    };
+    const auto before = delta();
+    EXPECT_GT(before.norm().item<double>(), 1);
+    limit_norm(module, 0.5);
+    EXPECT_NEAR(delta().norm().item<double>(), 0.5, 1e-5);
+    EXPECT_TRUE(delta().allclose(before * (0.5 / before.norm())));
+    const auto copy = module.mix.clone();
+    limit_norm(module, 1);
+    EXPECT_TRUE(at::equal(module.mix, copy));
+  }
+}
+
 }  // namespace
 }  // namespace flux::lora
