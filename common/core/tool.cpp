@@ -11,6 +11,7 @@
 #include <map>
 #include <new>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <toml.hpp>
 
 #include "common/core/cancel.h"
@@ -30,7 +31,27 @@ struct Flag {
   bool is_switch = false, is_list = false;
   std::function<void(const std::string&)> set;
   std::string implicit{};  // the value of the flag alone; empty: it needs one
+  bool is_number = false;
+
+  /// "--plan[=table|json]".
+  std::string head() const {
+    std::string out = "--" + name;
+    if (!implicit.empty()) return out + "[=" + metavar + "]";
+    return is_switch ? out : out + " " + metavar;
+  }
 };
+
+/// What was given of a flag, as on a command line, and where.
+struct Given {
+  std::vector<std::string> texts;
+  std::string from;
+};
+
+/// What a file may not hold: it speaks of the command line itself.
+bool only_typed(const Flag& flag) {
+  return flag.name == "config" || flag.name == "help" || flag.name == "version" ||
+         flag.name == "print-config";
+}
 
 std::string normal_key(std::string key) {
   std::replace(key.begin(), key.end(), '_', '-');
@@ -78,8 +99,11 @@ struct Tool::State {
   std::vector<Flag> flags;
   std::vector<std::string>* positional = nullptr;
   std::string positional_metavar, positional_help;
-  std::map<std::string, bool> given;
-  bool json = false, help = false, version = false;
+  std::map<std::string, Given> given;
+  std::string rest_name;
+  std::vector<std::string>* rest = nullptr;
+  std::function<nlohmann::json()> resolved;
+  bool json = false, help = false, version = false, print = false;
   std::filesystem::path config;
   std::string log_level = "info";
 
@@ -100,16 +124,20 @@ struct Tool::State {
                       near ? fmt::format("did you mean --{}? --help lists all flags", *near)
                            : "--help lists all flags");
   }
-  void apply(const Flag& flag, const std::string& text) {
+  void apply(const Flag& flag, const std::string& text, const std::string& from) {
     try {
       flag.set(text);
     } catch (const UsageError& error) {
       throw UsageError(fmt::format("--{}: {}", flag.name, error.what()));
     }
-    given[flag.name] = true;
+    Given& known = given[flag.name];
+    known.texts.push_back(text);
+    known.from = from;
   }
   void read_config();
   void print_help() const;
+  void print_markdown() const;
+  void print_config() const;
 };
 
 // One value of a TOML file as it would stand on a command line.
@@ -138,16 +166,37 @@ void Tool::State::read_config() {
   } catch (const std::exception& error) {
     throw UsageError(fmt::format("{}: not TOML: {}", show(config), toml_reason(error.what())));
   }
+  const std::string from = show(config);
+  std::set<std::string> seen;
   for (const auto& [key, value] : document.as_table()) {
     const std::string wanted = normal_key(key);
+    if (!seen.insert(wanted).second)
+      throw UsageError(
+          fmt::format("{}: {} is given twice, with '-' and with '_'", from, printable(key)),
+          "give it once");
+    if (wanted == "arguments" && positional && value.is_array()) {
+      if (!positional->empty()) continue;  // the command line wins
+      for (const auto& element : value.as_array())
+        positional->push_back(toml_text(element, key, config));
+      continue;
+    }
     const Flag* flag = find(wanted);
-    const bool only_typed = wanted == "config" || wanted == "help" || wanted == "version";
-    if (!flag || only_typed) throw unknown("key in " + show(config), key);
+    if (!flag && value.is_table())
+      throw UsageError(
+          fmt::format(
+              "{}: the section [{}]: options stand in no section here", from, printable(key)),
+          "write them at the top of the file: learning-rate = 0.0001");
+    if (!flag) throw unknown("key in " + from, key);
+    if (only_typed(*flag) || wanted == rest_name)
+      throw UsageError(
+          fmt::format("{}: {} belongs on the command line, not in this file", from, printable(key)),
+          "remove it from the file");
     if (given.contains(wanted)) continue;  // the command line wins
     if (value.is_array() && flag->is_list) {
-      for (const auto& element : value.as_array()) apply(*flag, toml_text(element, key, config));
+      for (const auto& element : value.as_array())
+        apply(*flag, toml_text(element, key, config), from);
     } else {
-      apply(*flag, toml_text(value, key, config));
+      apply(*flag, toml_text(value, key, config), from);
     }
   }
 }
@@ -164,11 +213,7 @@ void Tool::State::print_help() const {
     if (flag.group != shown_group)
       out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
     shown_group = flag.group;
-    std::string head = "  --" + flag.name;
-    if (!flag.implicit.empty())
-      head += "[=" + flag.metavar + "]";
-    else if (!flag.is_switch)
-      head += " " + flag.metavar;
+    std::string head = "  " + flag.head();
     if (head.size() < 30) {
       head.resize(32, ' ');
     } else {
@@ -181,6 +226,90 @@ void Tool::State::print_help() const {
   }
   if (!example.empty()) out += fmt::format("\nexample:\n  {}\n", example);
   std::fputs(out.c_str(), stdout);
+}
+
+// What a table of Markdown would take for its own.
+static std::string cell(const std::string& text) {
+  std::string out;
+  for (const char c : text) out += c == '|' ? std::string("\\|") : std::string(1, c);
+  return out;
+}
+
+void Tool::State::print_markdown() const {
+  std::string out = fmt::format("## {}\n\n{}\n\n", name, sentence);
+  if (positional)
+    out += fmt::format("`{} [flags] {}`: {}\n\n", name, positional_metavar, positional_help);
+  std::string shown_group = "-";
+  for (const Flag& flag : flags) {
+    if (flag.group != shown_group)
+      out += fmt::format("{}**{}**\n\n| option | default | |\n|---|---|---|\n",
+                         shown_group == "-" ? "" : "\n",
+                         flag.group.empty() ? "flags" : flag.group);
+    shown_group = flag.group;
+    out += fmt::format("| `{}` | {} | {} |\n",
+                       cell(flag.head()),
+                       flag.is_switch ? "off" : cell(flag.default_text),
+                       cell(flag.help));
+  }
+  if (!example.empty()) out += fmt::format("\n    {}\n", example);
+  std::fputs((out + "\n").c_str(), stdout);
+}
+
+// One value as it stands in TOML; nothing if it cannot.
+static std::optional<std::string> toml_value(const Flag& flag, const std::string& text) {
+  if (flag.is_switch) return text;
+  if (flag.is_number && nlohmann::json::accept(text))
+    return text;  // 007 is a number on a command line only
+  return toml_string(text);
+}
+
+void Tool::State::print_config() const {
+  const nlohmann::json values = resolved ? resolved() : nlohmann::json::object();
+  std::string out = fmt::format("# {} --config FILE.toml\n", name);
+  std::string shown_group = "-";
+  const auto line =
+      [&](const std::string& key, const std::vector<std::optional<std::string>>& texts, bool list) {
+        std::string joined;
+        for (const auto& text : texts) {
+          if (!text) return fmt::format("# {}: given, but not UTF-8, which TOML needs", key);
+          joined += (joined.empty() ? "" : ", ") + *text;
+        }
+        return fmt::format("{} = {}", key, list ? "[" + joined + "]" : joined);
+      };
+  if (positional && !positional->empty()) {
+    std::vector<std::optional<std::string>> texts;
+    for (const std::string& text : *positional) texts.push_back(toml_string(text));
+    out += line("arguments", texts, true) + "\n";
+  }
+  for (const Flag& flag : flags) {
+    if (only_typed(flag) || flag.name == rest_name) continue;
+    if (flag.group != shown_group)
+      out += fmt::format("\n# {}\n", flag.group.empty() ? "flags" : flag.group);
+    shown_group = flag.group;
+    if (const auto known = given.find(flag.name); known != given.end()) {
+      std::vector<std::optional<std::string>> texts;
+      for (const std::string& text : known->second.texts) texts.push_back(toml_value(flag, text));
+      out += fmt::format("{}  # {}\n", line(flag.name, texts, flag.is_list), known->second.from);
+    } else if (values.contains(flag.name)) {
+      const nlohmann::json& value = values[flag.name];
+      const auto text = value.is_string() ? toml_string(value.get<std::string>()) : value.dump();
+      out += fmt::format("{}  # default\n", line(flag.name, {text}, false));
+    } else if (flag.is_switch) {
+      out += fmt::format("# {} = false\n", flag.name);
+    } else {
+      out += fmt::format(
+          "# {}: {}\n", flag.name, flag.default_text.empty() ? "not given" : flag.default_text);
+    }
+  }
+  std::fputs(out.c_str(), stdout);
+}
+
+std::optional<std::string> toml_string(const std::string& text) {
+  if (first_invalid_utf8(text)) return std::nullopt;
+  std::string out;
+  for (const char c : nlohmann::json(text).dump())
+    out += c == '\x7f' ? std::string("\\u007F") : std::string(1, c);
+  return out;
 }
 
 void refuse_choice(const std::string& text, const std::string& names) {
@@ -290,6 +419,7 @@ void Tool::flag(std::string_view name,
   flag(name, metavar, help, std::to_string(value), [&value, low, high](const std::string& text) {
     value = parse_number<int64_t>(text, low, high, "a whole number");
   });
+  state_->flags.back().is_number = true;
 }
 
 void Tool::flag(std::string_view name,
@@ -305,6 +435,7 @@ void Tool::flag(std::string_view name,
        [&value, low, high](const std::string& text) {
          value = parse_number<int64_t>(text, low, high, "a whole number");
        });
+  state_->flags.back().is_number = true;
 }
 
 void Tool::flag(std::string_view name,
@@ -316,6 +447,7 @@ void Tool::flag(std::string_view name,
   flag(name, metavar, help, fmt::format("{}", value), [&value, low, high](const std::string& text) {
     value = parse_number<double>(text, low, high, "a number");
   });
+  state_->flags.back().is_number = true;
 }
 
 void Tool::flag(std::string_view name,
@@ -331,6 +463,20 @@ void Tool::flag(std::string_view name,
        [&value, low, high](const std::string& text) {
          value = parse_number<double>(text, low, high, "a number");
        });
+  state_->flags.back().is_number = true;
+}
+
+void Tool::rest_flag(std::string_view name,
+                     std::vector<std::string>& values,
+                     std::string_view metavar,
+                     std::string_view help) {
+  flag(name, values, metavar, help);
+  state_->rest_name = name;
+  state_->rest = &values;
+}
+
+void Tool::resolved(std::function<nlohmann::json()> values) {
+  state_->resolved = std::move(values);
 }
 
 void Tool::arguments(std::vector<std::string>& values,
@@ -344,6 +490,7 @@ void Tool::arguments(std::vector<std::string>& values,
 bool Tool::parse() {
   group("common");
   flag("config", state_->config, "FILE.toml", "read flags from this file; the command line wins");
+  flag("print-config", state_->print, "print all options as a file for --config, and exit");
   flag("json", state_->json, "print the summary as one JSON object");
   flag("log-level",
        state_->log_level,
@@ -351,14 +498,27 @@ bool Tool::parse() {
            {"info", "info"}, {"debug", "debug"}, {"warn", "warn"}, {"error", "error"}},
        "least important messages to show on stderr");
   flag("version", state_->version, "print versions and exit");
-  flag("help", state_->help, "print this and exit");
+  flag("help", state_->help, "print this and exit; --help=markdown: as tables");
 
+  if (state_->rest) {
+    auto& arguments = state_->arguments;
+    const auto at = std::ranges::find(arguments, "--" + state_->rest_name);
+    if (at != arguments.end()) {
+      state_->rest->assign(at + 1, arguments.end());
+      state_->given[state_->rest_name] = {*state_->rest, "command line"};
+      arguments.erase(at, arguments.end());
+    }
+  }
   // whatever else is on the line, even if it is wrong: help is what its writer needs
   const auto asks_for = [&](std::string_view word) {
     return std::ranges::find(state_->arguments, word) != state_->arguments.end();
   };
   if (asks_for("--help")) {
     state_->print_help();
+    return false;
+  }
+  if (asks_for("--help=markdown")) {
+    state_->print_markdown();
     return false;
   }
   if (asks_for("--version")) {
@@ -381,6 +541,7 @@ bool Tool::parse() {
     }
   }
   using Style = po::command_line_style::style_t;
+  const std::string kTyped = "command line";
   constexpr int kStyle = Style::allow_long | Style::long_allow_adjacent | Style::long_allow_next;
   std::vector<po::option> options;
   try {
@@ -414,10 +575,11 @@ bool Tool::parse() {
       throw UsageError(fmt::format("--{} is given twice", flag.name), "give it once");
     }
     if (flag.is_switch) {
-      state_->apply(flag, "true");
+      state_->apply(flag, "true", kTyped);
     } else {
-      if (option.value.empty() && !flag.implicit.empty()) state_->apply(flag, flag.implicit);
-      for (const std::string& text : option.value) state_->apply(flag, text);
+      if (option.value.empty() && !flag.implicit.empty())
+        state_->apply(flag, flag.implicit, kTyped);
+      for (const std::string& text : option.value) state_->apply(flag, text, kTyped);
     }
   }
   if (!state_->config.empty()) state_->read_config();
@@ -426,7 +588,9 @@ bool Tool::parse() {
                                                  {"warn", log::Level::kWarn},
                                                  {"error", log::Level::kError}};
   log::start(state_->name, levels.at(state_->log_level));
-  return true;
+  if (!state_->print) return true;
+  state_->print_config();
+  return false;
 }
 
 bool Tool::given(std::string_view name) const { return state_->given.contains(std::string(name)); }
@@ -507,6 +671,15 @@ int run_tool(const char* name,
   log::start(name, log::Level::kInfo);
   report_lost_mappings(name);
   const std::string word = argc > 1 ? argv[1] : "";
+  if (word == "--help=markdown") {
+    std::fputs(fmt::format("# {}\n\n{}\n\n", name, about).c_str(), stdout);
+    int code = 0;
+    for (const Verb& verb : verbs) {
+      Tool tool(fmt::format("{} {}", name, verb.name), {word});
+      code = std::max(code, guarded(tool, verb.body));
+    }
+    return code;
+  }
   if (word == "--version") {
     std::fputs(version_text(name).c_str(), stdout);
     return 0;
@@ -527,9 +700,11 @@ int run_tool(const char* name,
   }
   std::vector<std::string> names;
   for (const Verb& verb : verbs) names.push_back(verb.name);
-  log::error("{}\n  hint: the verbs are {}",
+  const auto near = word.empty() ? std::nullopt : nearest_name(word, names);
+  log::error("{}\n  hint: {}the verbs are {}",
              word.empty() ? std::string("no verb given")
                           : fmt::format("unknown verb '{}'", printable(word)),
+             near ? fmt::format("did you mean {}? ", *near) : std::string(),
              join_some(names, names.size()));
   return static_cast<int>(ExitCode::kUsage);
 }

@@ -21,8 +21,8 @@ template <class E>
 using Choices = std::vector<std::pair<std::string, E>>;
 
 /// The command line of one program. Values come from the variable's initialiser, then --config
-/// FILE.toml (keys are the flags' names; '_' and '-' are the same there), then the command line.
-/// Unknown keys are errors in both.
+/// FILE.toml (keys are the flags' names; '_' and '-' are the same there; "arguments" is what are no flags), then the
+/// command line. Unknown keys are errors in both.
 class Tool {
  public:
   Tool(std::string name, std::vector<std::string> arguments);
@@ -108,10 +108,18 @@ class Tool {
                std::string_view implicit,
                std::string_view help,
                std::function<void(const std::string&)> set);
+  /// Everything after it belongs to it, also what looks like a flag: "--import-sd-scripts ARGS...".
+  void rest_flag(std::string_view name,
+                 std::vector<std::string>& values,
+                 std::string_view metavar,
+                 std::string_view help);
   /// Arguments that are not flags. Without this call, one is a UsageError.
   void arguments(std::vector<std::string>& values, std::string_view metavar, std::string_view help);
+  /// For --print-config: checks the options (UsageError) and returns, by flag name, the value of each that takes
+  /// effect. Without it --print-config shows defaults as comments.
+  void resolved(std::function<nlohmann::json()> values);
 
-  /// Reads --config and the command line. False: --help or --version was printed, and there is
+  /// Reads --config and the command line. False: --help, --version or --print-config was answered, and there is
   /// nothing to do.
   bool parse();
   /// Whether the user gave the flag, in the file or on the command line. After parse().
@@ -143,6 +151,9 @@ int run_tool(const char* name,
              char** argv,
              std::string_view about,
              const std::vector<Verb>& verbs);
+
+/// Text as a TOML string. Nothing if it is not UTF-8, which cannot stand in TOML.
+std::optional<std::string> toml_string(const std::string& text);
 
 /// "flux-stages 0.1.0 (commit ...)" and the versions of the libraries linked in. Parts that use
 /// LibTorch or HDF5 add theirs through add_version_line at static initialisation.

@@ -20,7 +20,8 @@ struct Options {
   Dtype dtype = Dtype::kBf16;
   std::optional<Dtype> kept;
   std::filesystem::path out;
-  std::vector<std::string> many;
+  std::vector<std::string> many, arguments, import;
+  int64_t bytes = 0;
 };
 
 struct Parsed {
@@ -30,7 +31,7 @@ struct Parsed {
 
 Parsed parse(std::vector<std::string> arguments, std::vector<std::string>* given = nullptr) {
   Parsed parsed;
-  Tool tool("flux-test", std::move(arguments));
+  Tool tool("flux-test", arguments);
   tool.about("a program for tests", "flux-test --steps 3");
   Options& o = parsed.options;
   tool.flag("model", o.model, "NAME", "a name");
@@ -46,6 +47,10 @@ Parsed parse(std::vector<std::string> arguments, std::vector<std::string>* given
             "as the model");
   tool.flag("out", o.out, "DIR", "where to");
   tool.flag("many", o.many, "X", "several");
+  tool.bytes_flag("size", o.bytes, "how large");
+  tool.rest_flag("import", o.import, "ARGS...", "all that follows");
+  if (std::ranges::find(arguments, "stray") == arguments.end())
+    tool.arguments(o.arguments, "X...", "more");
   parsed.go_on = tool.parse();
   if (given) {
     for (const char* name : {"model", "max-steps", "rate", "fast"}) {
@@ -156,10 +161,110 @@ TEST(Tool, HelpsWhateverElseIsOnTheLine) {
   EXPECT_FALSE(parse({"--max-setps", "3", "--help"}).go_on);
   EXPECT_NE(testing::internal::GetCapturedStdout().find("--max-steps"), std::string::npos);
   const test::TemporaryFolder folder;
-  for (const char* key : {"help", "version", "config"}) {
+  for (const char* key : {"help", "version", "config", "print-config", "print_config", "import"}) {
     const auto file = folder.write("a.toml", std::string(key) + " = true\n");
-    EXPECT_NE(usage_error({"--config", file.string()}).find("unknown key in"), std::string::npos);
+    EXPECT_NE(usage_error({"--config", file.string()}).find("belongs on the command line"),
+              std::string::npos);
   }
+}
+
+TEST(Tool, RefusesSectionsAndKeysGivenTwiceInAConfigFile) {
+  const test::TemporaryFolder folder;
+  const auto error = [&](const char* text) {
+    return usage_error({"--config", folder.write("a.toml", text).string()});
+  };
+  EXPECT_NE(error("[training]\nrate = 1").find("the section [training]"), std::string::npos);
+  EXPECT_NE(error("[rate]\nx = 1").find("must be a string"), std::string::npos);
+  EXPECT_NE(error("max-steps = 1\nmax_steps = 2").find("given twice, with '-' and with '_'"),
+            std::string::npos);
+}
+
+std::string printed(std::vector<std::string> arguments) {
+  testing::internal::CaptureStdout();
+  const bool go_on = parse(std::move(arguments)).go_on;
+  const std::string out = testing::internal::GetCapturedStdout();
+  EXPECT_FALSE(go_on);
+  return out;
+}
+
+TEST(Tool, PrintsAConfigThatReadsBackToTheSameRun) {
+  const test::TemporaryFolder folder;
+  const std::vector<std::string> given{"--model",
+                                       "a \"b\" \\ # \n\x01\x7f é",
+                                       "--max-steps",
+                                       "007",
+                                       "--rate",
+                                       "0.125",
+                                       "--fast",
+                                       "--dtype",
+                                       "f32",
+                                       "--many",
+                                       "x, \"y\"",
+                                       "--many",
+                                       "",
+                                       "--size",
+                                       "1.5GiB",
+                                       "--out",
+                                       "it's",
+                                       "one",
+                                       "two three"};
+  auto asked = given;
+  asked.push_back("--print-config");
+  const std::string file = printed(asked);
+  EXPECT_NE(file.find("rate = 0.125  # command line\n"), std::string::npos) << file;
+  EXPECT_NE(file.find("fast = true  # command line\n"), std::string::npos) << file;
+  EXPECT_NE(file.find("# kept: as the model\n"), std::string::npos) << file;
+  EXPECT_EQ(file.find("print-config"), std::string::npos) << file;
+  const auto path = folder.write("run.toml", file);
+  const Options o = parse({"--config", path.string()}).options, as_given = parse(given).options;
+  EXPECT_EQ(o.model, as_given.model);
+  EXPECT_EQ(o.steps, 7);
+  EXPECT_EQ(o.rate, 0.125);
+  EXPECT_TRUE(o.fast);
+  EXPECT_EQ(o.dtype, Dtype::kF32);
+  EXPECT_EQ(o.many, as_given.many);
+  EXPECT_EQ(o.out, as_given.out);
+  EXPECT_EQ(o.bytes, int64_t{3} << 29);
+  EXPECT_EQ(o.arguments, (std::vector<std::string>{"one", "two three"}));
+  // printed again it is the same but for where values came from
+  const auto without_origin = [](std::string text, const std::string& origin) {
+    for (size_t at = 0; (at = text.find("  # " + origin, at)) != std::string::npos;)
+      text.erase(at, origin.size() + 4);
+    return text;
+  };
+  EXPECT_EQ(without_origin(printed({"--config", path.string(), "--print-config"}), show(path)),
+            without_origin(file, "command line"));
+}
+
+TEST(Tool, PrintsResolvedDefaultsThatTakeEffect) {
+  Tool tool("t", {"--print-config", "--a", "2"});
+  int64_t a = 1, b = 1, c = 1;
+  tool.flag("a", a, "N", "");
+  tool.flag("b", b, "N", "");
+  tool.flag("c", c, "N", "");
+  tool.resolved([&] { return nlohmann::json{{"a", a}, {"b", 5}}; });
+  testing::internal::CaptureStdout();
+  EXPECT_FALSE(tool.parse());
+  const std::string out = testing::internal::GetCapturedStdout();
+  EXPECT_NE(out.find("a = 2  # command line\nb = 5  # default\n# c: 1\n"), std::string::npos)
+      << out;
+}
+
+TEST(Tool, SaysWhatTomlCannotHold) {
+  EXPECT_NE(printed({"--print-config", "--model", "\xff"}).find("# model: given, but not UTF-8"),
+            std::string::npos);
+}
+
+TEST(Tool, HelpsInMarkdown) {
+  const std::string out = printed({"--help=markdown"});
+  EXPECT_NE(out.find("| `--dtype bf16\\|f32` | bf16 | kept as |\n"), std::string::npos) << out;
+  EXPECT_NE(out.find("| `--fast` | off | be fast |\n"), std::string::npos) << out;
+}
+
+TEST(Tool, TheRestBelongsToARestFlag) {
+  const auto o = parse({"--max-steps", "3", "--import", "--rate", "--help", "x"}).options;
+  EXPECT_EQ(o.steps, 3);
+  EXPECT_EQ(o.import, (std::vector<std::string>{"--rate", "--help", "x"}));
 }
 
 TEST(Tool, PrintsNoResultAfterASignal) {
