@@ -13,6 +13,7 @@ ACTIONS = ("kill_before", "kill_half", "kill_after")
 given = torture.arguments(__doc__, kills=48)
 total = {"kills": 0, "operations": 0}
 lock = threading.Lock()
+progress = torture.Progress()
 
 
 def count_operations(tool, folder, log, expected=0):
@@ -34,6 +35,7 @@ def kill_with_bad_item(tool, numbers, finished_cache, out, log, count):
 
     begin()
     num_operations = count_operations(tool, out, log, expected=6)
+    progress.plan(count)
     for _ in range(count):
         at, how = numbers.randint(1, num_operations), numbers.choice(ACTIONS)
         where = f"a bad item, {how} of operation {at}"
@@ -55,6 +57,7 @@ def kill_with_bad_item(tool, numbers, finished_cache, out, log, count):
         found = tool.contents(out)
         torture.require(code == 0 and report["encoded"] == 0 and found.complete and len(found.wanted) == len(reference) - 1 and
                         found.wanted < reference, f"{where}: with --max-failed 1 it ended with {code}: {report}\n{stderr}")
+        progress.step()
 
 
 def work(tool, numbers):
@@ -76,6 +79,7 @@ def work(tool, numbers):
     with lock:
         total["operations"] += len(starts)
     chosen = numbers.sample(cases, min(len(cases), given.kills // 5))  # each is followed by a second kill
+    progress.plan(len(chosen))
     for name, source, version, number, action in sorted(chosen, key=lambda case: case[2]):
         tool.set_version(version)
         shutil.rmtree(out, ignore_errors=True)
@@ -94,10 +98,11 @@ def work(tool, numbers):
             with lock:
                 total["kills"] += code == -9
         tool.complete(out, f"{name}, {action} of operation {number}, and again", finished)
+        progress.step()
     kill_with_bad_item(tool, numbers, finished_cache, out, log, given.kills // 10)
 
 
 try:
     torture.main(work, given, NUM_ITEMS)
 finally:
-    print(f"kills {total['kills']} at chosen operations, of {total['operations']}")
+    print(f"kills {total['kills']} in {progress.done} cases at chosen operations, of {total['operations']}")

@@ -293,6 +293,26 @@ def both(workspace, work):
     return 1 if failures else 0
 
 
+class Progress:
+    """Counts the cases that the tools' threads have done; says so every half minute."""
+
+    def __init__(self):
+        self.planned = self.done = 0
+        self.lock = threading.Lock()
+        self.said = time.monotonic()
+
+    def plan(self, cases):
+        with self.lock:
+            self.planned += cases
+
+    def step(self):
+        with self.lock:
+            self.done += 1
+            if time.monotonic() - self.said >= 30:
+                self.said = time.monotonic()
+                print(f"{self.done} of {self.planned} cases planned so far", flush=True)
+
+
 class Operation:
     """One line of a log of shim.cpp."""
 
