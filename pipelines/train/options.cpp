@@ -166,12 +166,26 @@ bool needs_num_steps(const Options& o) {
 bool uses_min_lr(const Options& o) {
   return uses_warmup(o) && o.lr.schedule != LrSchedule::kConstantWithWarmup;
 }
+/// Whether --state-dtype says nothing about the optimizer's states.
+bool has_own_states(const Options& o) {
+  return o.optimizer == OptimizerKind::kAdamW8bit || o.optimizer == OptimizerKind::kAdafactor ||
+         o.optimizer == OptimizerKind::kScheduleFree;
+}
 bool has_schedule(const Options& o, LrSchedule schedule) { return o.lr.schedule == schedule; }
+
+nlohmann::json resolved_options(const Options& o);
 
 }  // namespace
 
 void add_flags(Options& o, Tool& tool) {
   o.command_line = tool.command_line();
+  tool.resolved([&o, &tool] {
+    check(o, tool);
+    nlohmann::json all = resolved_options(o);
+    // of --plan alone: without one they would be refused
+    if (o.plan != PlanOutput::kNone) all["t5-length"] = o.plan_t5_length;
+    return all;
+  });
   tool.about("trains FLUX.1 on cached latents and text",
              "flux-train --latents cache/latents --text cache/text --model flux1-dev.safetensors "
              "--out run --max-steps 1000");
@@ -184,6 +198,11 @@ void add_flags(Options& o, Tool& tool) {
             "transformer weights: safetensors, single, sharded or a diffusers folder");
   tool.flag(
       "out", o.out, "DIR", "run folder: checkpoints, metrics.jsonl, tensorboard/, report.html");
+  tool.rest_flag(
+      "import-sd-scripts",
+      o.import_sd_scripts,
+      "ARGS...",
+      "print a file for --config that does what this command line of sd-scripts does, and end");
   tool.flag("resume", o.resume, "go on from the last checkpoint in --out");
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
   tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
@@ -469,10 +488,7 @@ void check_optimizer(const Options& o, const Tool& tool) {
       throw UsageError(fmt::format("--{} has no effect with {}", flag, why), "leave it out");
   };
   if (o.method == Method::kLora) refuse("weight-mode", "--method lora, which trains float32");
-  const bool own_states = o.optimizer == OptimizerKind::kAdamW8bit ||
-                          o.optimizer == OptimizerKind::kAdafactor ||
-                          o.optimizer == OptimizerKind::kScheduleFree;
-  if (own_states)
+  if (has_own_states(o))
     refuse("state-dtype",
            ("--optimizer " + word(kOptimizers, o.optimizer) + ", whose states are as they are")
                .c_str());
@@ -616,13 +632,17 @@ nlohmann::json deciding_options(const Options& o) {
   return out;
 }
 
-std::string run_toml(const Options& o) {
+namespace {
+
+/// All that takes effect, by flag name, as --config reads it.
+nlohmann::json resolved_options(const Options& o) {
   nlohmann::json all = deciding_options(o);
   if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
   all["max-steps"] = o.max_steps;
   all["save-every"] = o.save_every;
   if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
   if (o.effective_clip() == engine::ClipMode::kNone) all.erase("max-grad-norm");
+  if (has_own_states(o)) all.erase("state-dtype");
   if (o.device_memory > 0) all["device-memory"] = std::to_string(o.device_memory);
   if (o.host_memory > 0) all["host-memory"] = std::to_string(o.host_memory);
   for (const auto& [name, value] : {std::pair{"resident-blocks", o.resident_blocks},
@@ -637,6 +657,13 @@ std::string run_toml(const Options& o) {
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;
+  return all;
+}
+
+}  // namespace
+
+std::string run_toml(const Options& o) {
+  nlohmann::json all = resolved_options(o);
   std::string out = "# flux-train --config run.toml\n";
   for (const auto& [name, path] : {std::pair{"latents", &o.latents},
                                    {"text", &o.text},

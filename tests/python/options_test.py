@@ -1,0 +1,396 @@
+"""Every option of every --help has an effect: options_test.py BIN_DIR FIXTURES SOURCE_DIR [OPTION...]
+
+A row a (program, option): two command lines, the second with the option, and what must differ; or the test that already shows the effect,
+checked to exist and to use the option. An option of --help without a row fails, and so does a row without an option.
+"""
+import concurrent.futures
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+
+BIN, FIXTURES, SOURCE = (pathlib.Path(argument).resolve() for argument in sys.argv[1:4])
+MODELS = FIXTURES / "models"
+CUDA = pathlib.Path("/proc/driver/nvidia/version").exists()
+
+
+# ---- what a run is seen to have done
+
+class Result:
+    def __init__(self, folder, code, out, err):
+        self.folder, self.code, self.out, self.err = folder, code, out, err
+
+
+def exit_code(r):
+    return r.code
+
+
+def needs_success(observe):
+    @functools.wraps(observe)
+    def wrapped(r):
+        if r.code != 0:
+            raise AssertionError(f"exit {r.code}: {r.err[-600:]}")
+        return observe(r)
+    return wrapped
+
+
+def tensors(path):
+    """dtype, shape and bytes of each tensor, without the metadata, which repeats the options."""
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + size])
+    return {name: (about["dtype"], about["shape"], hashlib.sha256(data[8 + size:][slice(*about["data_offsets"])]).hexdigest())
+            for name, about in header.items() if name != "__metadata__"}
+
+
+@needs_success
+def weights(r):
+    last = max(r.folder.glob("out/step-*"))
+    return {file.name: tensors(file) for file in last.glob("*.safetensors") if file.name != "state.safetensors"}
+
+
+@needs_success
+def states(r):
+    return tensors(max(r.folder.glob("out/step-*")) / "state.safetensors")
+
+
+@needs_success
+def files(r):
+    return sorted(re.sub(r"\d{8,}", "N", str(path.relative_to(r.folder))) for path in r.folder.rglob("*"))
+
+
+@needs_success
+def types(r):
+    return {name: about[0] for file in weights(r).values() for name, about in file.items()}
+
+
+@needs_success
+def stdout(r):
+    return re.sub(r"[0-9.]+ s\b|\"seconds[a-z_]*\":[0-9.]+", "", r.out)
+
+
+def logged(r):
+    return bool(r.err)
+
+
+def plan(r):
+    assert r.code in (0, 5), r.err
+    about = json.loads(r.out)
+    return {key: about[key] for key in ("peak_bytes", "tensor_bytes", "causes", "step")}
+
+
+@needs_success
+def contents(r):
+    return {str(path.relative_to(r.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in r.folder.rglob("*.safetensors")}
+
+
+@needs_success
+def cached(r):
+    """The samples of a cache, without what its manifest says of the command."""
+    found = subprocess.run([BIN / "flux-cache", "inspect", r.folder / "out", "--samples", "--json"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    about = json.loads(found.stdout)
+    return {key: about[key] for key in ("samples",)}
+
+
+@needs_success
+def json_out(r):
+    try:
+        json.loads(r.out)
+        return True
+    except json.JSONDecodeError:
+        return False
+
+
+# ---- command lines; {out} is the run's own folder
+
+INPUT = ["--latents", FIXTURES / "latents", "--text", FIXTURES / "text", "--model", MODELS / "flux.safetensors", "--out", "out"]
+RUN = [*INPUT, "--max-steps", "3", "--learning-rate", "0.001", "--seed", "3"]
+LORA = [*RUN, "--lora-dtype", "f32"]
+FULL = [*RUN, "--method", "full"]
+PLAN = ["--plan=json", "--model", MODELS / "flux.safetensors", "--method", "lora", "--resolution", "64x64", "--device", "cpu"]
+
+
+def row(base, more, observe=weights, without=()):
+    """`base` and `base` with `more`; `without`: the flags of base that the second leaves out."""
+    second = []
+    skip = False
+    for word in base:
+        if skip:
+            skip = False
+        elif word in without:
+            skip = True
+        else:
+            second.append(word)
+    return (tuple(map(str, base)), tuple(map(str, [*second, *more])), observe)
+
+
+def other(base, flag, value, observe=weights):
+    return row(base, [flag, value], observe, without=(flag,))
+
+
+def lora(*more, base=(), observe=weights):
+    return row([*LORA, *base], more, observe)
+
+
+def tested(path, pattern):
+    return (path, pattern)
+
+
+TRAIN = {
+    "latents": other(RUN, "--latents", "nowhere", exit_code),
+    "text": other(RUN, "--text", "nowhere", exit_code),
+    "model": other(RUN, "--model", "nowhere", exit_code),
+    "out": other(RUN, "--out", "elsewhere", files),
+    "import-sd-scripts": tested("tests/python/sd_scripts_test.py", "--import-sd-scripts"),
+    "resume": tested("tests/cli/damaged-checkpoints/cmd", "--resume"),
+    "replace": tested("tests/cli/training-keeps-a-finished-run/cmd", "--replace"),
+    "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
+    "save-every": row(RUN, ["--save-every", "2"], files),
+    "method": row(RUN, ["--method", "full"], files),
+    "rank": lora("--rank", "4"),
+    "alpha": lora("--alpha", "4"),
+    "network-algo": lora("--network-algo", "lokr"),
+    "lokr-factor": lora("--lokr-factor", "4", base=["--network-algo", "lokr"]),
+    "dora": lora("--dora"),
+    "train-blocks": lora("--train-blocks", "single"),
+    "train-double-blocks": lora("--train-double-blocks", "0"),
+    "train-single-blocks": lora("--train-single-blocks", "none"),
+    "module-ranks": lora("--module-ranks", "single=2"),
+    "rank-of": lora("--rank-of", "single=2"),
+    "lr-of": lora("--lr-of", "single=1e-2"),
+    "loraplus-lr-ratio": lora("--loraplus-lr-ratio", "4"),
+    "scale-weight-norms": lora("--scale-weight-norms", "0.001"),
+    "network-dropout": lora("--network-dropout", "0.5"),
+    "rank-dropout": lora("--rank-dropout", "0.5"),
+    "module-dropout": lora("--module-dropout", "0.5"),
+    "lora-dtype": row(RUN, ["--lora-dtype", "f16"], types),
+    "optimizer": lora("--optimizer", "lion"),
+    "optimizer-args": lora("--optimizer-args", "beta1=0.5"),
+    "state-dtype": lora("--state-dtype", "bf16", observe=states),
+    "weight-mode": row([*FULL, "--precision", "bf16"], ["--weight-mode", "nearest"]),
+    "max-steps": other(LORA, "--max-steps", "2"),
+    "learning-rate": other(LORA, "--learning-rate", "0.002"),
+    "lr-scheduler": lora("--lr-scheduler", "cosine"),
+    "lr-warmup-steps": lora("--lr-warmup-steps", "2", base=["--lr-scheduler", "constant_with_warmup"]),
+    "lr-decay-steps": other([*LORA, "--lr-scheduler", "warmup_stable_decay", "--lr-decay-steps", "1"], "--lr-decay-steps", "3"),
+    "min-lr-ratio": lora("--min-lr-ratio", "0.5", base=["--lr-scheduler", "cosine"]),
+    "lr-cycles": lora("--lr-cycles", "2", base=["--lr-scheduler", "cosine_with_restarts"]),
+    "lr-power": lora("--lr-power", "2", base=["--lr-scheduler", "polynomial"]),
+    "lr-timescale": lora("--lr-timescale", "2", base=["--lr-scheduler", "inverse_sqrt"]),
+    "lr-step-rules": other([*LORA, "--lr-scheduler", "piecewise_constant", "--lr-step-rules", "1:1,0.1"], "--lr-step-rules", "1:2,0.1"),
+    "weight-decay": lora("--weight-decay", "0.5"),
+    "clip": lora("--clip", "per-parameter", base=["--optimizer", "sgd", "--max-grad-norm", "0.01"]),
+    "max-grad-norm": lora("--max-grad-norm", "0.01", base=["--optimizer", "sgd"]),
+    "batch-size": lora("--batch-size", "2"),
+    "gradient-accumulation": lora("--gradient-accumulation", "2"),
+    "seed": other(LORA, "--seed", "4"),
+    "guidance": lora("--guidance", "3.5"),
+    "timestep-sampling": lora("--timestep-sampling", "uniform"),
+    "sigmoid-scale": lora("--sigmoid-scale", "2"),
+    "discrete-flow-shift": lora("--discrete-flow-shift", "5", base=["--timestep-sampling", "shift"]),
+    "weighting-scheme": lora("--weighting-scheme", "cosmap"),
+    "logit-mean": lora("--logit-mean", "1", base=["--timestep-sampling", "sigma", "--weighting-scheme", "logit_normal"]),
+    "logit-std": lora("--logit-std", "0.5", base=["--timestep-sampling", "sigma", "--weighting-scheme", "logit_normal"]),
+    "mode-scale": lora("--mode-scale", "0.5", base=["--timestep-sampling", "sigma", "--weighting-scheme", "mode"]),
+    "min-timestep": lora("--min-timestep", "700"),
+    "max-timestep": lora("--max-timestep", "300"),
+    "stratified-timesteps": lora("--stratified-timesteps", base=["--gradient-accumulation", "2"]),
+    "model-prediction-type": lora("--model-prediction-type", "sigma_scaled"),
+    "loss-type": lora("--loss-type", "l1"),
+    "huber-schedule": lora("--huber-schedule", "exponential", base=["--loss-type", "huber"]),
+    "huber-c": lora("--huber-c", "0.01", base=["--loss-type", "huber"]),
+    "huber-scale": lora("--huber-scale", "2", base=["--loss-type", "huber", "--huber-schedule", "exponential"]),
+    "posterior": lora("--posterior", "mean"),
+    "masked-loss": lora("--masked-loss=on", observe=exit_code),  # there are no masks: refused
+    "text-mask": lora("--text-mask", "on"),
+    "ip-noise-gamma": lora("--ip-noise-gamma", "0.2"),
+    "ip-noise-gamma-random-strength": lora("--ip-noise-gamma-random-strength", base=["--ip-noise-gamma", "0.2"]),
+    "prior-loss-weight": tested("tests/unit/common/data/training_data_test.cpp", "loss_weight"),
+    "device": lora("--device", "cpu" if CUDA else "cuda", observe=weights if CUDA else exit_code),
+    "precision": lora("--precision", "bf16") if not CUDA else lora("--precision", "f32"),
+    "base-precision": lora("--base-precision", "fp8"),
+    "device-memory": row(other(PLAN, "--device", "cuda")[1], ["--device-memory", "1MB"], exit_code) if CUDA
+                     else tested("tests/python/presets_test.py", "--device-memory"),
+    "host-memory": row(PLAN, ["--host-memory", "1MB"], exit_code),
+    "plan": tested("tests/cli/plan-that-does-not-fit/cmd", "--plan"),
+    "resolution": other(PLAN, "--resolution", "128x128", plan),
+    "t5-length": row(PLAN, ["--t5-length", "64"], plan),
+    "resident-blocks": row(PLAN, ["--resident-blocks", "1"], plan),
+    "keep-graphs": row(PLAN, ["--keep-graphs", "0"], plan),
+    "ring-slots": row([*PLAN, "--resident-blocks", "0"], ["--ring-slots", "4"], plan),
+    "stream-adapters": row([*PLAN, "--resident-blocks", "0"], ["--stream-adapters"], plan),
+    "stream-states": row(other(PLAN, "--method", "full")[1], ["--stream-states"], plan),
+    "block-inputs": row([*PLAN, "--keep-graphs", "0"], ["--block-inputs", "disk"], plan),
+    "stream-from": row([*PLAN, "--resident-blocks", "0"], ["--stream-from", "host"], plan),
+    "scratch": row([*RUN, "--keep-graphs", "0", "--block-inputs", "disk"], ["--scratch", "elsewhere"], files),
+}
+
+IMAGES = ["--images", FIXTURES / "images"]
+LATENTS_RUN = [*IMAGES, "--resolution", "64x64", "--ae", MODELS / "ae.safetensors", "--out", "out"]
+TEXT_RUN = [*IMAGES, "--t5", MODELS / "t5.safetensors", "--clip", MODELS / "clip.safetensors", "--t5-tokenizer",
+            MODELS / "tokenizers/t5/spiece.model", "--clip-tokenizer", MODELS / "tokenizers/clip", "--out", "out"]
+
+
+def encoding(base):
+    """What the two caching tools share."""
+    return {
+        "dataset": row(base, ["--dataset", "nowhere.toml"], exit_code, without=("--images",)),
+        "images": other(base, "--images", "nowhere", exit_code),
+        "rehash": tested("tests/unit/pipelines/latents/latents_test.cpp", "options.encode.rehash = true"),
+        "dtype": row(base, ["--dtype", "f32"], cached),
+        "precision": row(base, ["--precision", "bf16"], cached),
+        "device": row(base, ["--device", "cpu" if CUDA else "cuda"], exit_code) if not CUDA else row(base, ["--device", "cpu"], cached),
+        "out": other(base, "--out", "elsewhere", files),
+        "max-failed": tested("tests/cli/bad-picture/cmd", "--max-failed"),
+        "max-bytes": row(base, ["--max-bytes", "10kB"], exit_code),
+        "shard": row(base, ["--shard", "1/2"], cached),
+        "reproduce": tested("tests/cli/reproduce/cmd", "--reproduce"),
+    }
+
+
+LATENTS = {
+    **encoding(LATENTS_RUN),
+    "ae": other(LATENTS_RUN, "--ae", "nowhere", exit_code),
+    "resolution": other(LATENTS_RUN, "--resolution", "96x96", cached),
+    "store": row(LATENTS_RUN, ["--store", "sample"], cached),
+    "seed": row([*LATENTS_RUN, "--store", "sample"], ["--seed", "5"], cached),
+    "background": tested("tests/unit/pipelines/latents/latents_test.cpp", "options.background = "),
+}
+
+TEXT = {
+    **encoding(TEXT_RUN),
+    "prompts": tested("tests/cli/prompts-file/cmd", "--prompts"),
+    "t5": other(TEXT_RUN, "--t5", "nowhere", exit_code),
+    "clip": other(TEXT_RUN, "--clip", "nowhere", exit_code),
+    "t5-tokenizer": other(TEXT_RUN, "--t5-tokenizer", "nowhere", exit_code),
+    "clip-tokenizer": other(TEXT_RUN, "--clip-tokenizer", "nowhere", exit_code),
+    "missing-caption": tested("tests/unit/pipelines/text/run_test.cpp", "--missing-caption"),
+    "text-variants": tested("tests/unit/pipelines/text/run_test.cpp", "--text-variants"),
+    "t5-length": row(TEXT_RUN, ["--t5-length", "256"], cached),
+    "pad-policy": row(TEXT_RUN, ["--pad-policy", "masked"], cached),
+    "host-memory": row(TEXT_RUN, ["--host-memory", "1MB"], exit_code),
+}
+
+CACHE = FIXTURES / "latents"
+VERBS = {
+    "flux-cache inspect": {"samples": row([CACHE], ["--samples"], stdout),
+                           "recover": tested("tests/torture/kill_loop.py", "--recover no longer lists")},
+    "flux-cache merge": {"out": tested("tests/cli/merge-shards/cmd", "--out")},
+    "flux-cache gc": {"dry-run": tested("tests/cli/mend-a-cache/cmd", "--dry-run")},
+    "flux-cache copy": {"out": row([CACHE], ["--out", "there"], exit_code), "verify": row([CACHE, "there"], ["--verify"], stdout)},
+    "flux-cache export": {"out": row([CACHE], ["--out", "there"], exit_code),
+                          "format": row([CACHE, "--out", "there"], ["--format", "npz"], files)},
+    "flux-model convert": {"quantize": tested("tests/cli/quantise-a-model/cmd", "--quantize"),
+                           "in": row(["--quantize", "fp8", "--out", "out.safetensors"], ["--in", MODELS / "flux.safetensors"], exit_code),
+                           "out": row(["--quantize", "fp8", "--in", MODELS / "flux.safetensors"], ["--out", "out.safetensors"], exit_code)},
+    "flux-model tiny": {"out": row([], ["--out", "there"], exit_code), "geometry": tested("tests/cli/geometry-flags/cmd", "--geometry"),
+                        "depth": tested("tests/cli/geometry-flags/cmd", "--depth"),
+                        "seed": row(["--out", "there"], ["--seed", "5"], contents),
+                        "clip-tokenizer": row(["--out", "there"], ["--clip-tokenizer", "nowhere"], exit_code),
+                        "t5-tokenizer": tested("tests/cli/geometry-flags/cmd", "--t5-tokenizer")},
+    "flux-check": {"precision": row([SOURCE / "tests/golden/models", "--json"], ["--precision", "bf16"], stdout),
+                   "device": row([SOURCE / "tests/golden/models"], ["--device", "cuda"], exit_code)},
+}
+
+# Whose effect no test shows yet, and why it is not easily seen.
+UNSHOWN = {
+    ("flux-train", "reader-threads"): "changes speed alone",
+    ("flux-train", "rehash"): "changes which file is read",
+    ("flux-cache-latents", "animated"): "the fixtures have no animation",
+    ("flux-cache-latents", "batch-size"): "changes speed and memory alone",
+    ("flux-cache-text", "batch-size"): "changes speed and memory alone",
+    ("flux-cache-latents", "profile"): "the fixtures' pictures are the same in both",
+    ("flux-cache-text", "profile"): "the fixtures' captions are the same in both",
+    ("flux-cache-text", "seed"): "the fixtures' captions have no random parts",
+    ("flux-cache-text", "device-memory"): "needs a GPU",
+    ("flux-cache verify", "deep"): "needs a damage that shallow checks pass over",
+    ("flux-cache merge", "strict"): "needs parts that disagree",
+    ("flux-model info", "rehash"): "changes which file is read",
+}
+
+
+def rows():
+    out = {}
+    for tool, table in {"flux-train": TRAIN, "flux-cache-latents": LATENTS, "flux-cache-text": TEXT, **VERBS}.items():
+        for option, what in table.items():
+            out[tool, option] = what
+    return out
+
+
+# ---- the walk
+
+def options_of_help():
+    """(program and verb, option) of every --help, without the group all share, which the tests of the table show."""
+    out = set()
+    for tool in ("flux-train", "flux-cache-latents", "flux-cache-text", "flux-check", "flux-cache", "flux-model"):
+        said = subprocess.run([BIN / tool, "--help"], check=True, capture_output=True, text=True).stdout
+        verbs = re.search(r"\nverbs:\n((?:  .*\n)+)", said)
+        for verb in [line.split()[0] for line in verbs.group(1).splitlines()] if verbs else [""]:
+            text = subprocess.run([BIN / tool, *([verb] if verb else []), "--help"], check=True, capture_output=True, text=True).stdout
+            own = text.split("\ncommon:\n")[0]
+            out |= {(f"{tool} {verb}".strip(), name) for name in re.findall(r"^  --([a-z0-9-]+)", own, re.M)}
+    return out
+
+
+LOCK = threading.Lock()
+RESULTS = {}
+
+
+def run(tool, arguments, top):
+    """Runs a command line once, in a folder of its own."""
+    with LOCK:
+        entry = RESULTS.setdefault((tool, arguments), {"lock": threading.Lock(), "number": len(RESULTS)})
+    with entry["lock"]:
+        if "result" not in entry:
+            folder = top / str(entry["number"])
+            folder.mkdir()
+            home = folder.with_name(folder.name + "-home")
+            environment = {"PATH": os.environ["PATH"], "HOME": str(home), "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
+            child = subprocess.Popen([BIN / tool.split()[0], *tool.split()[1:], *arguments], cwd=folder, env=environment, text=True,
+                                     stdout=open(f"{folder}-out", "w"), stderr=open(f"{folder}-err", "w"))
+            child.wait()
+            entry["result"] = Result(folder, child.returncode, pathlib.Path(f"{folder}-out").read_text(),
+                                     pathlib.Path(f"{folder}-err").read_text())
+    return entry["result"]
+
+
+def failure(tool, option, what, top):
+    if len(what) == 2:
+        path, pattern = what
+        if not (SOURCE / path).exists() or pattern not in (SOURCE / path).read_text():
+            return f"{tool} --{option}: {path} holds no {pattern}"
+        return None
+    base, more, observe = what
+    try:
+        if observe(run(tool, base, top)) == observe(run(tool, more, top)):
+            return f"{tool} --{option} has no effect on {observe.__name__}: {' '.join(more)}"
+    except (AssertionError, OSError, ValueError, KeyError) as error:
+        return f"{tool} --{option}: {error!r}"
+    return None
+
+
+def main():
+    known = rows()
+    chosen = {key: what for key, what in known.items() if len(sys.argv) < 5 or key[1] in sys.argv[4:]}
+    shown = options_of_help()
+    failures = [f"{tool} --{option} is in --help and has no row here" for tool, option in sorted(shown - set(known) - set(UNSHOWN))]
+    failures += [f"{tool} has no --{option}, of which there is a row here" for tool, option in sorted((set(known) | set(UNSHOWN)) - shown)]
+    failures += [f"{tool} --{option} has a row here and is said to have none" for tool, option in sorted(set(known) & set(UNSHOWN))]
+    with tempfile.TemporaryDirectory(prefix="flux-options-") as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda item: failure(*item[0], item[1], pathlib.Path(folder)), chosen.items())
+        failures += [text for text in found if text]
+    print("\n".join(failures) or f"{len(chosen)} options have an effect; not shown of {len(UNSHOWN)}: " +
+          ", ".join(f"{tool} --{option}" for tool, option in UNSHOWN))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
