@@ -1,7 +1,10 @@
 #include <png.h>
+#include <zlib.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 
 #include "common/image/raw.h"
 
@@ -32,26 +35,56 @@ void read_bytes(png_structp png, png_bytep out, size_t count) {
   reader.rest = reader.rest.subspan(count);
 }
 
-// The EXIF block, wherever it stands: it may follow the pixels.
-Bytes find_exif(Bytes file) {
-  const auto number = [&](size_t at) {
-    size_t value = 0;
-    for (size_t i = 0; i < 4; ++i) value = value << 8 | static_cast<size_t>(file[at + i]);
-    return value;
-  };
-  for (size_t at = 8; at + 12 <= file.size();) {
-    const size_t length = number(at);
-    if (length > file.size() - at - 12) break;
-    if (std::memcmp(file.data() + at + 4, "eXIf", 4) == 0) return file.subspan(at + 8, length);
-    at += 12 + length;
-  }
-  return {};
-}
-
 uint64_t big_endian(Bytes bytes) {
   uint64_t value = 0;
   for (const std::byte byte : bytes.first(4)) value = value << 8 | std::to_integer<uint64_t>(byte);
   return value;
+}
+
+constexpr size_t kSignature = 8, kChunkHead = 8, kChecksum = 4;
+
+// What the first chunk of this name holds, if it comes before one of the name `before`.
+std::optional<Bytes> find_chunk(Bytes file, const char* name, const char* before = "IEND") {
+  for (size_t at = kSignature; at + kChunkHead + kChecksum <= file.size();) {
+    const uint64_t length = big_endian(file.subspan(at));
+    if (length > file.size() - at - kChunkHead - kChecksum) break;
+    const auto is = [&](const char* other) {
+      return std::memcmp(file.data() + at + 4, other, 4) == 0;
+    };
+    if (is(name)) return file.subspan(at + kChunkHead, length);
+    if (is(before)) break;
+    at += kChunkHead + length + kChecksum;
+  }
+  return std::nullopt;
+}
+
+// The colour profile. libpng passes over one that it does not like, and over an RGB profile of a grey picture: colours
+// would be wrong and nobody would know. Throws InputError if what is there is not a compressed profile.
+std::vector<uint8_t> read_icc(Bytes file) {
+  constexpr size_t kLimit = size_t{64} << 20;
+  const auto chunk = find_chunk(file, "iCCP", "IDAT");
+  if (!chunk) return {};
+  // a name that ends in a zero byte, the number of the compression method, the compressed profile
+  const auto name_end = std::ranges::find(*chunk, std::byte{0});
+  const auto start = static_cast<size_t>(name_end - chunk->begin()) + 2;
+  const bool known = start < chunk->size() && (*chunk)[start - 1] == std::byte{0};
+  std::vector<uint8_t> icc;
+  int code = Z_DATA_ERROR;
+  if (known) {
+    const auto packed = chunk->subspan(start);
+    do {
+      icc.resize(std::clamp<size_t>(4 * packed.size(), 2 * icc.size() + 4096, kLimit));
+      auto size = static_cast<uLongf>(icc.size());
+      code = uncompress(icc.data(),
+                        &size,
+                        reinterpret_cast<const Bytef*>(packed.data()),
+                        static_cast<uLong>(packed.size()));
+      if (code == Z_OK) icc.resize(size);
+    } while (code == Z_BUF_ERROR && icc.size() < kLimit);
+  }
+  if (code == Z_MEM_ERROR) throw ResourceError("no memory to read a colour profile");
+  if (code != Z_OK || icc.empty()) throw InputError("the embedded colour profile (ICC) is damaged");
+  return icc;
 }
 
 }  // namespace
@@ -76,7 +109,8 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
   });
   raw.size = {png_get_image_width(png, info), png_get_image_height(png, info)};
   check_size(raw.size);
-  raw.orientation = exif_orientation(find_exif(file));
+  raw.orientation =
+      exif_orientation(find_chunk(file, "eXIf").value_or(Bytes{}));  // may follow the pixels
   if (extent == Extent::kHeader) return raw;
 
   const bool grey = (png_get_color_type(png, info) & PNG_COLOR_MASK_COLOR) == 0;
@@ -113,29 +147,14 @@ Raw decode_png(Bytes file, Extent extent, Profile profile) {
   } else {
     raw.data = std::move(samples);
   }
-  png_charp name = nullptr;
-  png_bytep icc = nullptr;
-  png_uint_32 icc_bytes = 0;
-  int compression = 0;
-  if (png_get_iCCP(png, info, &name, &compression, &icc, &icc_bytes) != 0)
-    raw.icc.assign(icc, icc + icc_bytes);
+  if (profile == Profile::kDefault) raw.icc = read_icc(file);
   return raw;
 }
 
 // APNG: a chunk acTL, whose first number counts the frames, before the first IDAT.
 bool png_is_animated(Bytes file) {
-  constexpr size_t kSignature = 8, kChunkHead = 8, kChecksum = 4;
-  const auto is = [&](size_t at, const char* name) {
-    return std::memcmp(file.data() + at + 4, name, 4) == 0;
-  };
-  for (size_t at = kSignature; at + kChunkHead + kChecksum <= file.size();) {
-    if (is(at, "IDAT")) return false;
-    if (is(at, "acTL")) return big_endian(file.subspan(at + kChunkHead)) > 1;
-    const uint64_t length = big_endian(file.subspan(at));
-    if (length > file.size() - at) return false;
-    at += kChunkHead + length + kChecksum;
-  }
-  return false;
+  const auto control = find_chunk(file, "acTL", "IDAT");
+  return control && control->size() >= 4 && big_endian(*control) > 1;
 }
 
 }  // namespace flux::image

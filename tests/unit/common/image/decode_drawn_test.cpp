@@ -1,6 +1,7 @@
 // Pictures drawn here and encoded by OpenCV, with what OpenCV does not write put in by hand.
 #include <gtest/gtest.h>
 #include <lcms2.h>
+#include <zlib.h>
 
 #include <cstdlib>
 #include <opencv2/imgcodecs.hpp>
@@ -250,6 +251,48 @@ TEST(DrawnPicture, ColourProfileBecomesSrgb) {
   EXPECT_THROW(decode_text(with_segment(
                    jpeg, '\xE2', std::string("ICC_PROFILE\0\x01\x01", 14) + "nonsense")),
                InputError);
+}
+
+// The PNG with a chunk before its pixels.
+std::string with_chunk(const std::string& png, std::string name, const std::string& content) {
+  const auto big_endian = [](uLong value) {
+    std::string bytes;
+    for (int shift = 24; shift >= 0; shift -= 8) bytes += static_cast<char>(value >> shift & 255);
+    return bytes;
+  };
+  constexpr size_t kHeaderEnd = 33;
+  name += content;
+  const auto sum =
+      crc32(0, reinterpret_cast<const Bytef*>(name.data()), static_cast<uInt>(name.size()));
+  return png.substr(0, kHeaderEnd) + big_endian(content.size()) + name + big_endian(sum) +
+         png.substr(kHeaderEnd);
+}
+
+std::string icc_chunk(const std::string& png, const std::string& icc) {
+  std::string packed(compressBound(icc.size()), '\0');
+  uLongf size = packed.size();
+  compress(reinterpret_cast<Bytef*>(packed.data()),
+           &size,
+           reinterpret_cast<const Bytef*>(icc.data()),
+           icc.size());
+  return with_chunk(png, "iCCP", std::string("icc\0\0", 5) + packed.substr(0, size));
+}
+
+TEST(DrawnPicture, ColourProfileOfPngIsNeverPassedOver) {
+  const auto rgb = encode(".png", cv::Mat(16, 16, CV_8UC3, cv::Scalar(55, 55, 55)));
+  const auto grey = encode(".png", cv::Mat(16, 16, CV_8UC1, cv::Scalar(55)));
+  for (const auto& png : {rgb, grey}) {  // libpng drops an RGB profile of a grey picture
+    EXPECT_TRUE(near(decode_text(icc_chunk(png, linear_profile())), 8, 8, {128, 128, 128}, 2));
+    EXPECT_TRUE(near(
+        decode_text(icc_chunk(png, linear_profile()), {Profile::kKohya, {}}), 8, 8, {55, 55, 55}));
+    for (const auto& bad : {icc_chunk(png, "nonsense"),
+                            icc_chunk(png, linear_profile().substr(0, 100)),
+                            with_chunk(png, "iCCP", std::string("icc\0\0nonsense", 13)),
+                            with_chunk(png, "iCCP", "icc")}) {
+      EXPECT_THROW(decode_text(bad), InputError);
+      EXPECT_NO_THROW(decode_text(bad, {Profile::kKohya, {}}));
+    }
+  }
 }
 
 // A GIF of 1x1 pixels with so many frames.
