@@ -106,7 +106,8 @@ class CpuAllocator final : public c10::Allocator {
     const Header header{rounded(bytes),
                         bytes >= kMappedBytes ? rounded(bytes + kHeaderBytes, kPage) : 0,
                         current_cause};
-    std::byte* base = header.mapped ? map(header.mapped) : from_malloc(bytes + kHeaderBytes);
+    std::byte* base = header.mapped ? map(header.mapped, wants_huge_pages(header.cause))
+                                    : from_malloc(bytes + kHeaderBytes);
     std::memcpy(base, &header, sizeof(header));
     cpu_meter().add(header.counted, header.cause);
     std::byte* data = base + kHeaderBytes;
@@ -130,14 +131,20 @@ class CpuAllocator final : public c10::Allocator {
     return static_cast<std::byte*>(base);
   }
 
-  std::byte* map(int64_t bytes) {
+  /// Weights and states are filled once, from front to back. A virtual machine that hands free huge pages back to its
+  /// host gets each anew: 2.6 GB of weights took 2.2 to 9.6 s to load with them and 1.3 s without.
+  static bool wants_huge_pages(MemoryCause cause) {
+    return cause != MemoryCause::kWeights && cause != MemoryCause::kOptimizer;
+  }
+
+  std::byte* map(int64_t bytes, bool huge_pages) {
     {
       const std::scoped_lock lock(mutex_);
       if (std::byte* base = take_kept(bytes)) return base;
       keep_within(bytes);
     }
     // aligned, so that huge pages can back it
-    const int64_t extra = bytes >= kHugePage ? kHugePage : 0;
+    const int64_t extra = huge_pages && bytes >= kHugePage ? kHugePage : 0;
     void* mapped = mmap(nullptr,
                         static_cast<size_t>(bytes + extra),
                         PROT_READ | PROT_WRITE,

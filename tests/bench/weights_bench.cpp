@@ -46,10 +46,10 @@ int main(int argc, char** argv) {
   const std::filesystem::path path = argv[2];
   count_tensor_memory();
   if (load && argv[3] == std::string_view("cold")) forget(path);
-  const auto optimizer = make_optimizer(SgdOptions{});
+  const auto optimizer = make_optimizer(AdafactorOptions{});  // whose states are small
   const auto start = Clock::now();
   const auto file = std::make_shared<engine::ModelFile>(path);
-  engine::ModelBlocks model(file->config(), file, *optimizer, {.train_weights = true});
+  engine::ModelBlocks model(file->config(), file, *optimizer, {.train_weights = !load});
   const double loaded = since(start);
   std::vector<safetensors::TensorSpec> tensors;
   uint64_t bytes = 0;
