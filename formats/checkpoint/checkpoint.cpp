@@ -211,6 +211,25 @@ std::optional<fs::path> start_run(const fs::path& run) {
   return moved;
 }
 
+void remove_older(const fs::path& run,
+                  int64_t step,
+                  int64_t keep,
+                  const std::set<int64_t>& needed) {
+  std::vector<int64_t> steps = steps_in(run);
+  std::erase_if(steps, [&](int64_t other) { return other > step; });
+  steps.resize(steps.size() - std::min(steps.size(), static_cast<size_t>(keep)));
+  for (const int64_t old : steps) {
+    if (needed.contains(old)) continue;
+    // without its name first, so that no kill leaves half a checkpoint
+    const fs::path folder = run / step_name(old),
+                   unnamed = run / fmt::format(".{}.{}", step_name(old), random_name());
+    std::error_code error;
+    fs::rename(folder, unnamed, error);
+    if (!error) fs::remove_all(unnamed, error);
+    if (error) log::warn("{}: cannot be removed: {}", show(folder), error.message());
+  }
+}
+
 Writer::Writer(fs::path run, int64_t step)
     : run_(std::move(run)),
       temporary_(run_ / fmt::format(".{}.{}", step_name(step), random_name())),

@@ -11,6 +11,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,6 +41,13 @@ void remove_leftovers(const std::filesystem::path& run);
 /// renamed to RUN.old-N, with the lowest free N from 1; returns that name. Throws ResourceError if
 /// the disk does not let it.
 std::optional<std::filesystem::path> start_run(const std::filesystem::path& run);
+
+/// Removes the checkpoints up to `step` but for the newest `keep` of them and those of `needed`. One that cannot be
+/// removed is warned of. Call it when the checkpoint of `step` is on the disk.
+void remove_older(const std::filesystem::path& run,
+                  int64_t step,
+                  int64_t keep,
+                  const std::set<int64_t>& needed);
 
 /// One checkpoint being written. Without commit() nothing of it stays. Throws ResourceError: the
 /// disk is full or not writable.

@@ -100,6 +100,40 @@ void steps_flag(Tool& tool, const char* name, StepsOrShare& value, const char* h
   });
 }
 
+/// Whole number of `text`, nothing if it is none in [0, 1e9].
+std::optional<int64_t> count_of(std::string_view text) {
+  int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || stop != end || value < 0 || value > 1'000'000'000)
+    return std::nullopt;
+  return value;
+}
+
+SaveEvery save_every_of(const std::string& text) {
+  if (const auto steps = count_of(text)) return {.steps = *steps};
+  const std::string_view view = text;
+  if (view.ends_with("ep"))
+    if (const auto epochs = count_of(view.substr(0, view.size() - 2)); epochs && *epochs > 0)
+      return {.epochs = *epochs};
+  if (view.ends_with("min")) {
+    SaveEvery every;
+    const char* const end = view.data() + view.size() - 3;
+    const auto [stop, error] = std::from_chars(view.data(), end, every.minutes);
+    if (error == std::errc() && stop == end && every.minutes > 0 && every.minutes <= 1e6)
+      return every;
+  }
+  throw UsageError("'" + printable(text) +
+                   "' is neither a number of steps nor one of epochs such as 2ep or of minutes "
+                   "such as 30min");
+}
+
+nlohmann::json value_of(const SaveEvery& every) {
+  if (every.epochs > 0) return fmt::format("{}ep", every.epochs);
+  if (every.minutes > 0) return fmt::format("{}min", every.minutes);
+  return every.steps;
+}
+
 nlohmann::json number_of(const StepsOrShare& value) {
   if (value.share > 0) return value.share;
   return value.steps;
@@ -207,9 +241,16 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
   tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
   tool.flag("save-every",
-            o.save_every,
-            "STEPS",
-            "checkpoint interval; the last step is always saved (0: only that)");
+            "N|Nep|Nmin",
+            "steps, epochs or minutes between checkpoints; the last step is always saved (0: only that)",
+            "0",
+            [&o](const std::string& text) { o.save_every = save_every_of(text); });
+  tool.flag("keep-last",
+            o.keep_last,
+            "N",
+            "newest checkpoints that stay; 0 = all",
+            0,
+            1'000'000'000);
   tool.group("training");
   tool.flag("method", o.method, kMethods, "what is trained");
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
@@ -639,7 +680,8 @@ nlohmann::json resolved_options(const Options& o) {
   nlohmann::json all = deciding_options(o);
   if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
   all["max-steps"] = o.max_steps;
-  all["save-every"] = o.save_every;
+  all["save-every"] = value_of(o.save_every);
+  all["keep-last"] = o.keep_last;
   if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
   if (o.effective_clip() == engine::ClipMode::kNone) all.erase("max-grad-norm");
   if (has_own_states(o)) all.erase("state-dtype");

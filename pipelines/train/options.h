@@ -45,13 +45,20 @@ struct StepsOrShare {
 
 enum class SaveDtype { kBF16, kF16, kF32 };
 
+/// When checkpoints are made: every so many steps, epochs or minutes; none of them: at the end only.
+struct SaveEvery {
+  int64_t steps = 0, epochs = 0;
+  double minutes = 0;  // by a clock that nobody sets, since the checkpoint before
+};
+
 /// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps,
 /// guidance 1.
 struct Options {
   std::filesystem::path latents, text, model, out;
   bool resume = false, replace = false;
   bool no_tensorboard = false;
-  int64_t save_every = 0;  // steps; 0: at the end only
+  SaveEvery save_every;
+  int64_t keep_last = 0;  // checkpoints that stay; 0: all
 
   Method method = Method::kLora;
   int64_t rank = 16;

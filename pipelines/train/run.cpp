@@ -4,7 +4,11 @@
 
 #include <chrono>
 #include <exception>
+#include <filesystem>
 #include <nlohmann/json.hpp>
+#include <ratio>
+#include <set>
+#include <system_error>
 #include <vector>
 
 #include "common/core/cancel.h"
@@ -15,6 +19,8 @@
 #include "common/core/text.h"
 #include "common/tensor/memory.h"
 #include "common/tensor/memory_errors.h"
+#include "formats/cache/files.h"
+#include "formats/cache/lock.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "pipelines/train/load.h"
 #include "pipelines/train/lora_options.h"
@@ -35,16 +41,56 @@ void check_out(const Options& options) {
       "--resume goes on from there, --replace moves them aside and starts anew");
 }
 
+/// Of the run's folder, which may be made later.
+using RunLock = std::optional<cache::WriterLock>;
+
+// Nothing of the folder is read while another run writes there.
+void lock_out(const Options& options, RunLock& lock) {
+  std::error_code error;
+  // a finished run is looked at without a lock where nothing can be written
+  if (std::filesystem::is_directory(options.out, error))
+    lock.emplace(options.out, cache::WriterLock::Needed::kToWrite);
+}
+
 // After all inputs were found good, so that a run that cannot start moves nothing.
-void prepare_out(const Options& options) {
+void prepare_out(const Options& options, RunLock& lock) {
+  make_folder(options.out);
+  if (!lock) {
+    lock.emplace(options.out);
+    check_out(options);  // another run may have been there meanwhile
+  }
+  lock->require_held();
   if (options.resume) {
-    make_folder(options.out);
     checkpoint::remove_leftovers(options.out);
   } else if (const auto moved = checkpoint::start_run(options.out)) {
+    std::error_code ignored;
+    std::filesystem::remove(*moved / cache::kWriterLockName, ignored);  // it went along
+    lock.emplace(options.out);
     log::info("moved the run that was there to {}", show(*moved));
   }
   write_file_atomic(options.out / "run.toml", run_toml(options));
 }
+
+/// When --save-every is due.
+class SaveClock {
+ public:
+  SaveClock(const SaveEvery& every, int64_t epoch) : every_(every), epoch_(epoch) {}
+  /// After a step; `epoch`: whole ones so far.
+  bool due(int64_t step, int64_t epoch) {
+    const bool epoch_ends = every_.epochs > 0 && epoch / every_.epochs > epoch_ / every_.epochs;
+    epoch_ = epoch;
+    const std::chrono::duration<double, std::ratio<60>> minutes = Clock::now() - saved_;
+    return epoch_ends || (every_.steps > 0 && step % every_.steps == 0) ||
+           (every_.minutes > 0 && minutes.count() >= every_.minutes);
+  }
+  void saved() { saved_ = Clock::now(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  SaveEvery every_;
+  int64_t epoch_;
+  Clock::time_point saved_ = Clock::now();
+};
 
 void compare_with_plan(const Session& session, const StepMetrics& step) {
   log::info("memory: tensors {} at most, {} planned; process {}",
@@ -56,7 +102,8 @@ void compare_with_plan(const Session& session, const StepMetrics& step) {
 /// Of the progress line.
 std::string describe(const StepMetrics& step, int64_t planned_bytes) {
   return fmt::format(
-      "loss {:.4f} (smoothed {:.4f}), lr {:.3g}{}, {:.3g} images/s, {:.0f} % waiting for data, memory "
+      "loss {:.4f} (smoothed {:.4f}), lr {:.3g}{}, {:.3g} images/s, {:.0f} % waiting for data, "
+      "memory "
       "{} of {} planned",
       step.loss,
       step.loss_smoothed,
@@ -76,11 +123,17 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   Progress progress("training", "steps", options.max_steps - session.step);
   const int64_t first = session.step;
   int64_t saved = first;
+  SaveClock clock(options.save_every, session.position.epoch);
+  // weights may be read from the one that was resumed all the time
+  const std::set<int64_t> needed{first};
   const auto save_now = [&] {
     if (saved == session.step) return;
     metrics.flush();
     save(session);
     saved = session.step;
+    clock.saved();
+    if (options.keep_last > 0)
+      checkpoint::remove_older(options.out, saved, options.keep_last, needed);
     write_report(session);
   };
   double waited = 0;
@@ -131,7 +184,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     if (events) events->add(line.step, line.curves());
     if (session.step == first + 1) compare_with_plan(session, line);
     progress.update(session.step - first, describe(line, planned_peak_bytes(session)));
-    if (options.save_every > 0 && session.step % options.save_every == 0) save_now();
+    if (clock.due(session.step, session.position.epoch)) save_now();
   }
   save_now();
 }
@@ -145,6 +198,8 @@ Report report_of(const Session& session, Report report) {
 }
 
 Report run_in_memory(const Options& options) {
+  RunLock lock;
+  lock_out(options, lock);
   check_out(options);
   Session session = open_data(options);
   std::optional<checkpoint::Checkpoint> resumed;
@@ -185,7 +240,7 @@ Report run_in_memory(const Options& options) {
               session.position.epoch + 1,
               session.position.batch + 1);
   }
-  prepare_out(options);
+  prepare_out(options, lock);
 
   Report report;
   train_steps(session, reader, report);

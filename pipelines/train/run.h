@@ -24,7 +24,7 @@ struct Report {
 };
 
 /// Trains. Throws UsageError if --out holds checkpoints and neither --resume nor --replace is
-/// given; what open_data(), load_model(), restore(), train_step() and save() throw. After a signal
+/// given; CacheError if another run is at work there; what open_data(), load_model(), restore(), train_step() and save() throw. After a signal
 /// the step in hand is finished and saved.
 Report run(const Options& options);
 

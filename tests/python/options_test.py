@@ -154,6 +154,7 @@ TRAIN = {
     "replace": tested("tests/cli/training-keeps-a-finished-run/cmd", "--replace"),
     "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
     "save-every": row(RUN, ["--save-every", "2"], files),
+    "keep-last": row([*RUN, "--save-every", "1"], ["--keep-last", "2"], files),
     "method": row(RUN, ["--method", "full"], files),
     "rank": lora("--rank", "4"),
     "alpha": lora("--alpha", "4"),

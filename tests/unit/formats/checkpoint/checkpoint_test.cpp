@@ -122,6 +122,18 @@ TEST(RemoveLeftovers, RemovesWhatAKillLeavesAndNothingElse) {
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(run.path()), {}), 5);
 }
 
+TEST(RemoveOlder, KeepsTheNewestTheNeededAndWhatIsLater) {
+  TemporaryFolder run;
+  for (const int64_t step : {1, 2, 3, 5, 8, 9}) save(run.path(), step);
+  remove_older(run.path(), 8, 10, {});
+  EXPECT_EQ(steps_in(run.path()).size(), 6u);
+  remove_older(run.path(), 8, 2, {2, 7});
+  EXPECT_THAT(steps_in(run.path()), ElementsAre(2, 5, 8, 9));
+  remove_older(run.path(), 9, 1, {});
+  EXPECT_THAT(steps_in(run.path()), ElementsAre(9));
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(run.path()), {}), 1);
+}
+
 TEST(StartRun, NamesAFileInTheWayAndWhatToDo) {
   TemporaryFolder folder;
   folder.write("plain", "a file");

@@ -96,6 +96,25 @@ TEST(TrainOptions, NamesWhatIsMissing) {
   EXPECT_EQ(message_of(arguments, false), "no error");
 }
 
+TEST(TrainOptions, SavesByStepsEpochsOrMinutes) {
+  EXPECT_EQ(parse({"--save-every", "500"}).save_every.steps, 500);
+  EXPECT_EQ(parse({"--save-every", "0"}).save_every.steps, 0);
+  const SaveEvery epochs = parse({"--save-every", "2ep"}).save_every;
+  EXPECT_EQ(epochs.epochs, 2);
+  EXPECT_EQ(epochs.steps, 0);
+  const Options minutes = parse({"--save-every", "30min", "--keep-last", "3"});
+  EXPECT_EQ(minutes.save_every.minutes, 30);
+  EXPECT_EQ(minutes.keep_last, 3);
+  EXPECT_THAT(run_toml(minutes), testing::HasSubstr("save-every = \"30min\"\n"));
+  EXPECT_THAT(run_toml(minutes), testing::HasSubstr("keep-last = 3\n"));
+  EXPECT_THAT(run_toml(parse({"--save-every", "2ep"})), testing::HasSubstr("\"2ep\""));
+  EXPECT_THAT(run_toml(parse({"--save-every", "0.5min"})), testing::HasSubstr("\"0.5min\""));
+  for (const char* wrong :
+       {"", "ep", "min", "0ep", "0min", "-1", "2.5ep", "2 ep", "30m", "nanmin", "infmin", "1e9"})
+    EXPECT_THAT(message_of({"--save-every", wrong}), testing::HasSubstr("neither a number"))
+        << wrong;
+}
+
 TEST(TrainOptions, AdafactorClipsItself) {
   EXPECT_EQ(parse({}).effective_clip(), engine::ClipMode::kGlobal);
   EXPECT_EQ(parse({"--max-grad-norm", "0"}).effective_clip(), engine::ClipMode::kNone);

@@ -14,6 +14,7 @@
 #include "common/core/hash.h"
 #include "common/core/text.h"
 #include "common/tensor/weight_file.h"
+#include "formats/cache/lock.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "formats/safetensors/reader.h"
 #include "tests/support/training_scene.h"
@@ -37,7 +38,7 @@ std::vector<nlohmann::json> metrics(const std::filesystem::path& run) {
 
 TEST(Train, WritesCheckpointMetricsAndReport) {
   Scene scene;
-  scene.options.save_every = 2;
+  scene.options.save_every.steps = 2;
   const Report report = run(scene.options);
   EXPECT_EQ(report.exit_code, ExitCode::kOk);
   EXPECT_EQ(report.steps, 3);
@@ -256,7 +257,7 @@ TEST(Train, AFinishedRunIsNotChanged) {
   };
   const auto before = contents();
   scene.options.resume = true;
-  scene.options.save_every = 2;  // would be another run.toml
+  scene.options.save_every.steps = 2;  // would be another run.toml
   const Report report = run(scene.options);
   EXPECT_EQ(report.exit_code, ExitCode::kOk);
   EXPECT_EQ(report.steps, 3);
@@ -264,6 +265,83 @@ TEST(Train, AFinishedRunIsNotChanged) {
   EXPECT_TRUE(contents() == before);
   scene.options.model = test::write_tiny_flux(scene.folder / "other.safetensors", true, 2);
   EXPECT_THAT(message_of(scene.options), HasSubstr("weights_sha256"));
+}
+
+TEST(Train, SavesAtTheEndsOfEpochs) {
+  Scene scene;  // three batches an epoch
+  scene.options.max_steps = 7;
+  scene.options.save_every.epochs = 2;
+  run(scene.options);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{6, 7}));
+  Scene
+      across;  // two batches an update: the second, third and fifth reach into the next epoch or end one
+  across.options.max_steps = 4;
+  across.options.gradient_accumulation = 2;
+  across.options.save_every.epochs = 1;
+  run(across.options);
+  EXPECT_EQ(checkpoint::steps_in(across.options.out), (std::vector<int64_t>{2, 3, 4}));
+  across.options.resume = true;
+  across.options.max_steps = 6;
+  run(across.options);
+  EXPECT_EQ(checkpoint::steps_in(across.options.out), (std::vector<int64_t>{2, 3, 4, 5, 6}));
+}
+
+TEST(Train, SavesByTheClockChangeNothing) {
+  for (const bool full : {false, true}) {
+    Scene plain, timed;
+    for (Scene* scene : {&plain, &timed}) {
+      scene->options.max_steps = 5;
+      scene->options.resident_blocks = 0;  // updates wait for the next step
+      scene->options.method = full ? Method::kFull : Method::kLora;
+    }
+    plain.options.save_every.minutes = 1e6;
+    timed.options.save_every.minutes = 1e-9;
+    run(plain.options);
+    run(timed.options);
+    EXPECT_EQ(checkpoint::steps_in(plain.options.out), (std::vector<int64_t>{5}));
+    EXPECT_EQ(checkpoint::steps_in(timed.options.out), (std::vector<int64_t>{1, 2, 3, 4, 5}));
+    for (const char* name :
+         {"state.safetensors", full ? "model.safetensors" : "lora.safetensors"}) {
+      EXPECT_EQ(read_file(plain.options.out / "step-000005" / name),
+                read_file(timed.options.out / "step-000005" / name));
+    }
+  }
+}
+
+TEST(Train, KeepsTheNewestCheckpointsAndTheOneItResumed) {
+  Scene scene;
+  scene.options.save_every.steps = 1;
+  scene.options.keep_last = 2;
+  run(scene.options);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{2, 3}));
+  scene.options.resume = true;
+  scene.options.max_steps = 7;
+  run(scene.options);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{3, 6, 7}));
+}
+
+TEST(Train, OneRunAFolder) {
+  Scene scene;
+  std::filesystem::create_directory(scene.options.out);
+  const auto lock = scene.options.out / ".writer.lock";
+  std::string owner;
+  {
+    const cache::WriterLock other(scene.options.out);
+    owner = read_file(lock);
+    EXPECT_THROW(run(scene.options), CacheError);
+    EXPECT_THAT(message_of(scene.options),
+                AllOf(HasSubstr("run: another writer is at work: process"), HasSubstr("hint: ")));
+    EXPECT_EQ(read_file(lock), owner);
+  }
+  auto dead = nlohmann::json::parse(owner);
+  dead["boot"] = "another";
+  std::ofstream(lock) << dead.dump();
+  run(scene.options);
+  EXPECT_FALSE(std::filesystem::exists(lock));
+  scene.options.replace = true;
+  run(scene.options);
+  for (const char* name : {"run", "run.old-1"})
+    EXPECT_FALSE(std::filesystem::exists(scene.folder / name / ".writer.lock")) << name;
 }
 
 TEST(Train, NamesAWeightThatIsNotFinite) {
