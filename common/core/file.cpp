@@ -203,6 +203,9 @@ void report_lost_mappings(std::string_view program) {
   sigaction(SIGBUS, &action, nullptr);
 }
 
+/// Pieces of at least this are sent on to the disk at once.
+constexpr ssize_t kEarlyBytes = ssize_t{1} << 20;
+
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
   temporary_ =
       folder_of(path_) / fmt::format(".{}.tmp-{}", path_.filename().native(), random_name());
@@ -238,6 +241,9 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
       if (errno == EINTR) continue;
       fail("writing failed");
     }
+    // the disk begins while the next bytes are made; a failure is the flush's to report
+    if (put >= kEarlyBytes)
+      sync_file_range(fd_, static_cast<off_t>(offset), put, SYNC_FILE_RANGE_WRITE);
     bytes = bytes.subspan(static_cast<size_t>(put));
     offset += static_cast<uint64_t>(put);
   }

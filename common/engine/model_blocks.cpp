@@ -1,5 +1,6 @@
 #include "common/engine/model_blocks.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -23,6 +24,18 @@ namespace {
 
 std::span<std::byte> bytes_of(const at::Tensor& record) {
   return {static_cast<std::byte*>(record.mutable_data_ptr()), record.nbytes()};
+}
+
+/// One thread alone would wait for the disk, or for the fresh pages that it fills.
+void read_on_all_threads(const ModelFile& file, int64_t block, std::span<std::byte> to) {
+  constexpr int64_t kPartBytes = int64_t{8} << 20;
+  const auto parts = file.parts(block, kPartBytes);
+  at::parallel_for(0, std::ssize(parts), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [offset, bytes] = parts[static_cast<size_t>(i)];
+      file.read(block, offset, to.subspan(static_cast<size_t>(offset), static_cast<size_t>(bytes)));
+    }
+  });
 }
 
 }  // namespace
@@ -116,7 +129,7 @@ void ModelBlocks::make_home(int64_t block) {
     home.record = at::empty({home.layout.bytes()}, bytes.device(options_.device));
   } else {
     home.record = at::empty({home.layout.bytes()}, bytes);
-    file_->read(block, bytes_of(home.record));
+    read_on_all_threads(*file_, block, bytes_of(home.record));
     home.record = home.record.to(options_.device);
   }
   bind(block);
