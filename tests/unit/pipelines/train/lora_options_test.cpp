@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -52,6 +53,8 @@ struct Scene : test::TrainingScene {
                                             {"--learning-rate", "1e-3"},
                                             {"--seed", "5"},
                                             {"--device", "cpu"}}) {
+      if (std::ranges::count(flags, name) > 0) continue;
+      if (name == "--rank" && std::ranges::count(flags, "full") > 0) continue;
       flags.push_back(name);
       flags.push_back(value);
     }
@@ -181,8 +184,16 @@ TEST(LoraOptions, LokrAndDoraLearn) {
   for (auto flags : kForms) {
     flags.insert(flags.end(), {"--max-steps", "40", "--learning-rate", "3e-3"});
     Scene scene(flags);
-    const Report report = run(scene.options);
-    EXPECT_TRUE(std::isfinite(*report.loss_last)) << flags[0];
+    run(scene.options);
+    // the same three items again and again; losses of a step alone are noise
+    const auto lines = split(read_file(scene.options.out / "metrics.jsonl"), '\n');
+    const auto mean = [&](size_t first) {
+      double sum = 0;
+      for (size_t i = 0; i < 10; ++i)
+        sum += nlohmann::json::parse(lines.at(first + i)).at("loss").get<double>();
+      return sum / 10;
+    };
+    EXPECT_LT(mean(30), mean(0)) << flags[0] << ' ' << flags[1];
   }
 }
 
@@ -338,7 +349,7 @@ TEST(LoraOptions, ResumeRefusesAnotherValueOfEach) {
            {"--network-dropout", [](O& o) { o.network_dropout = 0.1; }},
            {"--rank-dropout", [](O& o) { o.rank_dropout = 0.1; }},
            {"--dora", [](O& o) { o.lora_form.dora = true; }},
-           {"--network-algo",
+           {"--lokr-factor",
             [](O& o) { o.lora_form.algorithm = lora::Algorithm::kLokr, o.lora_form.factor = 4; }},
            {"--module-dropout", [](O& o) { o.module_dropout = 0.2; }}})
     EXPECT_THAT(with(change), AllOf(HasSubstr(flag + " is"), HasSubstr("was made with"))) << flag;
