@@ -127,11 +127,22 @@ Setting draw(int64_t seed, int64_t number) {
                                  Prediction::kSigmaScaled}[static_cast<size_t>(below(3))];
   o.masked_loss = below(2) ? train::MaskedLoss::kRenormalised : train::MaskedLoss::kAuto;
   o.timesteps.weighting = below(2) ? WeightingScheme::kCosmap : WeightingScheme::kNone;
+  // a plain LoRA in two of five
+  const int64_t form = std::max<int64_t>(below(5) - 1, 0);
+  if (!full && form > 0) {
+    o.lora_form.dora = form != 2;
+    if (form > 1) o.lora_form.algorithm = lora::Algorithm::kLokr;
+    o.lora_form.factor = below(2) ? 8 : -1;
+  }
   const auto yes = [](bool is, const char* word) { return is ? word : ""; };
   s.text = fmt::format(
       "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}{}",
       config.num_parameters() / 1000000,
-      full ? "full" : fmt::format("lora{}", o.rank),
+      full ? "full"
+           : fmt::format("{}{}{}",
+                         yes(o.lora_form.dora, "dora-"),
+                         o.lora_form.algorithm == lora::Algorithm::kLokr ? "lokr" : "lora",
+                         o.rank),
       o.precision == train::Precision::kBF16 ? "bf16" : "f32",
       o.base == train::BasePrecision::kFp8   ? "+fp8"
       : o.base == train::BasePrecision::kNf4 ? "+nf4"
