@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -280,7 +281,7 @@ class Importer {
                        "give the model's file");
     copy("pretrained_model_name_or_path");
     copy("output_dir", "run");
-    copy("save_every_n_steps");
+    checkpoints();
     copy("max_train_steps", "1600");
     copy("gradient_accumulation_steps");
     if (given("seed"))
@@ -292,6 +293,41 @@ class Importer {
                             " has batch_size");
     else
       copy("train_batch_size", "1");
+  }
+
+  /// sd-scripts keeps a number of epochs that were saved, and a number of steps of any.
+  void checkpoints() {
+    const bool by_epochs = given("save_every_n_epochs");
+    if (by_epochs)
+      set("save-every",
+          one("save_every_n_epochs") + "ep",
+          said("save_every_n_epochs"),
+          "save_every_n_epochs");
+    else
+      copy("save_every_n_steps");
+    if (by_epochs && given("save_every_n_steps"))
+      refuse(said("save_every_n_steps"), "checkpoints come by epochs, as is asked for too");
+    const std::string last = by_epochs ? "save_last_n_epochs" : "save_last_n_steps";
+    const std::string other = by_epochs ? "save_last_n_steps" : "save_last_n_epochs";
+    if (given(other)) refuse(said(other), "checkpoints are not saved by what it counts");
+    if (!given(last)) return;
+    std::string count = one(last);
+    if (!by_epochs) {
+      if (!given("save_every_n_steps"))
+        return refuse(said(last), "has no effect without --save_every_n_steps");
+      const int64_t steps = whole(last), every = whole("save_every_n_steps");
+      count = std::to_string(steps / every + 1);
+    }
+    set("keep-last", count, said(last) + "; a number of checkpoints", last);
+  }
+  int64_t whole(const std::string& name) const {
+    const std::string text = one(name);
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size() || value < 1)
+      throw UsageError(
+          fmt::format("--import-sd-scripts: {} is no whole number above 0", said(name)));
+    return value;
   }
 
   void full_model() {

@@ -123,6 +123,14 @@ class Import(unittest.TestCase):
             file.write_text("learning_rat = 1\n")
             self.assertIn("did you mean learning_rate?", self.refused(*LORA, "--config_file", str(file)))
 
+    def test_checkpoints(self):
+        toml, _ = self.imported(*LORA, "--save_every_n_epochs", "2", "--save_last_n_epochs", "3")
+        self.assertEqual((toml["save-every"], toml["keep-last"]), ("2ep", 3))
+        # those that sd-scripts keeps at step 400: 200, 300, 400
+        toml, _ = self.imported(*LORA, "--save_every_n_steps", "100", "--save_last_n_steps", "200")
+        self.assertEqual((int(toml["save-every"]), toml["keep-last"]), (100, 3))
+        self.assertIn("is no whole number", self.refused(*LORA, "--save_every_n_steps", "x", "--save_last_n_steps", "200"))
+
     def test_what_is_wrong_is_refused(self):
         self.assertIn("did you mean learning_rate?", self.refused(*LORA, "--learning_rat", "1"))
         self.assertIn("did you mean train_blocks?", self.refused(*LORA, "--network_args", "train_block=single"))
