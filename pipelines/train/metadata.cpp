@@ -6,6 +6,7 @@
 
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "common/core/version.h"
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/optimizer.h"
 
@@ -41,6 +42,12 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       resolution = fmt::format("{}x{}", width, height);
     }
   }
+  // what made the file, without a path or a caption
+  const nlohmann::json config{{"options", option},
+                              {"precision", s.compute == at::kFloat ? "f32" : "bf16"},
+                              {"latents_sha256", data.latents_digest()},
+                              {"text_sha256", data.text_digest()},
+                              {"commit", commit()}};
   const int64_t epochs = (o.max_steps + data.num_batches() - 1) / data.num_batches();
   const std::string variant = s.config.guidance ? "flux-1-dev" : "flux-1-schnell";
   return {
@@ -110,6 +117,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"modelspec.implementation", "https://github.com/black-forest-labs/flux"},
       {"modelspec.implementation_version", fmt::format("flux-stages {}", tool_version())},
       {"modelspec.title", "lora"},
+      {"flux_stages.run", config.dump()},
       {"modelspec.resolution", resolution},
       {"modelspec.prediction_type", "raw"},
   };
@@ -119,7 +127,7 @@ std::map<std::string, std::string> model_metadata(const Session& s) {
   auto all = lora_metadata(s);
   std::map<std::string, std::string> out{{"format", "pt"}};
   for (const auto& [key, value] : all)
-    if (key.starts_with("modelspec.")) out[key] = value;
+    if (key.starts_with("modelspec.") || key.starts_with("flux_stages.")) out[key] = value;
   out["modelspec.architecture"] = s.config.guidance ? "flux-1-dev" : "flux-1-schnell";
   out["modelspec.title"] = "model";
   return out;

@@ -7,7 +7,8 @@
 
 namespace flux::train {
 
-/// `ss_*` and `modelspec.*` entries, all strings, without the hashes. They hold no caption, tag or
+/// `ss_*` and `modelspec.*` entries, all strings, without the hashes, and `flux_stages.run`: a JSON object of the options that
+/// decide the result, the digests of both caches and the commit of this program. They hold no caption, tag or
 /// path but the model's file name, and no time: equal training gives equal files. Source:
 /// kohya-ss/sd-scripts, library/sai_model_spec.py; ModelSpec 1.0.1.
 std::map<std::string, std::string> lora_metadata(const Session& session);

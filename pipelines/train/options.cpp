@@ -238,19 +238,21 @@ void add_flags(Options& o, Tool& tool) {
       "ARGS...",
       "print a file for --config that does what this command line of sd-scripts does, and end");
   tool.flag("resume", o.resume, "go on from the last checkpoint in --out");
+  tool.flag("allow-change",
+            o.allow_change,
+            "NAME",
+            "with --resume: a flag that may differ from the checkpoint's run, learning-rate or "
+            "latents for two; may be repeated");
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
   tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
-  tool.flag("save-every",
-            "N|Nep|Nmin",
-            "steps, epochs or minutes between checkpoints; the last step is always saved (0: only that)",
-            "0",
-            [&o](const std::string& text) { o.save_every = save_every_of(text); });
-  tool.flag("keep-last",
-            o.keep_last,
-            "N",
-            "newest checkpoints that stay; 0 = all",
-            0,
-            1'000'000'000);
+  tool.flag(
+      "save-every",
+      "N|Nep|Nmin",
+      "steps, epochs or minutes between checkpoints; the last step is always saved (0: only that)",
+      "0",
+      [&o](const std::string& text) { o.save_every = save_every_of(text); });
+  tool.flag(
+      "keep-last", o.keep_last, "N", "newest checkpoints that stay; 0 = all", 0, 1'000'000'000);
   tool.group("training");
   tool.flag("method", o.method, kMethods, "what is trained");
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
@@ -570,6 +572,8 @@ void check(const Options& o, const Tool& tool) {
       "max-steps", o.max_steps != 0, "give the number of optimizer updates, 1000 for one");
   if (o.resume && o.replace)
     throw UsageError("--resume and --replace contradict each other", "give one of them");
+  if (!o.resume && !o.allow_change.empty())
+    throw UsageError("--allow-change has no effect without --resume", "leave it out");
   const std::vector<std::tuple<const char*, bool, const char*>> dependent{
       {"sigmoid-scale", uses_scale(o), "--timestep-sampling flux_shift, shift or sigmoid"},
       {"discrete-flow-shift", uses_shift(o), "--timestep-sampling shift or sigma"},

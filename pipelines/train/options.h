@@ -56,6 +56,7 @@ struct SaveEvery {
 struct Options {
   std::filesystem::path latents, text, model, out;
   bool resume = false, replace = false;
+  std::vector<std::string> allow_change;  // names of flags that a resumed run may have otherwise
   bool no_tensorboard = false;
   SaveEvery save_every;
   int64_t keep_last = 0;  // checkpoints that stay; 0: all

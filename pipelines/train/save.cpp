@@ -3,10 +3,12 @@
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -154,16 +156,27 @@ nlohmann::json identity(const Session& session) {
           {"text_sha256", session.data->text_digest()}};
 }
 
-[[noreturn]] void refuse(const std::string& what,
-                         const nlohmann::json& now,
-                         const nlohmann::json& then,
-                         const checkpoint::Checkpoint& checkpoint) {
-  throw CacheError(fmt::format("{} is {}, the checkpoint {} was made with {}",
-                               what,
-                               printable(now.dump()),
-                               show(checkpoint.folder),
-                               printable(then.dump())),
-                   "resume with what the run was started with, or start a new run");
+/// `what` differs; `name` is the flag that it comes from. Throws CacheError unless --allow-change names it.
+void refuse(const std::string& name,
+            const std::string& what,
+            const nlohmann::json& now,
+            const nlohmann::json& then,
+            const Session& session,
+            const checkpoint::Checkpoint& checkpoint) {
+  const std::string difference = fmt::format("{} is {}, the checkpoint {} was made with {}",
+                                             what,
+                                             printable(now.dump()),
+                                             show(checkpoint.folder),
+                                             printable(then.dump()));
+  const auto& allowed = session.options.allow_change;
+  if (std::ranges::find(allowed, name) == allowed.end())
+    throw CacheError(
+        difference,
+        fmt::format(
+            "resume with what the run was started with, insist with --allow-change {}, or start a "
+            "new run",
+            name));
+  log::warn("{}: allowed by --allow-change", difference);
 }
 
 }  // namespace
@@ -219,15 +232,30 @@ void require_same_run(const Session& session, const checkpoint::Checkpoint& chec
   for (const std::string& name : names) {
     const auto a = now["options"].value(name, nlohmann::json()),
                b = then_options.value(name, nlohmann::json());
-    if (a != b) refuse("--" + name, a, b, checkpoint);
+    if (a != b) refuse(name, "--" + name, a, b, session, checkpoint);
   }
-  const std::map<std::string, std::string> words{
-      {"precision", "--precision"},
-      {"latents_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.latents))},
-      {"text_sha256", fmt::format("the content of {} (SHA-256)", show(session.options.text))}};
-  for (const auto& [name, what] : words) {
-    const auto then = checkpoint.state.value(name, nlohmann::json());
-    if (now[name] != then) refuse(what, now[name], then, checkpoint);
+  const auto content = [](const std::filesystem::path& folder) {
+    return fmt::format("the content of {} (SHA-256)", show(folder));
+  };
+  const std::tuple<const char*, const char*, std::string> others[] = {
+      {"precision", "precision", "--precision"},
+      {"latents_sha256", "latents", content(session.options.latents)},
+      {"text_sha256", "text", content(session.options.text)}};
+  for (const auto& [key, name, what] : others) {
+    const auto then = checkpoint.state.value(key, nlohmann::json());
+    if (now[key] != then) refuse(name, what, now[key], then, session, checkpoint);
+    names.insert(name);
+  }
+  names.insert("model");
+  for (const std::string& name : session.options.allow_change) {
+    if (names.contains(name)) continue;
+    const std::vector<std::string> known(names.begin(), names.end());
+    const auto nearest = nearest_name(name, known);
+    throw UsageError(
+        fmt::format("--allow-change {}: no flag of that name decides this run", printable(name)),
+        nearest ? fmt::format("did you mean {}?", *nearest)
+                : "flags without dashes, such as learning-rate; what decides nothing may change "
+                  "anyway");
   }
   const DataPosition position = position_of(checkpoint);
   if (position.batch >= session.data->num_batches()) {
@@ -242,8 +270,12 @@ void require_same_model(const Session& session, const checkpoint::Checkpoint& ch
   const nlohmann::json model = session.model_sha256.get();
   const auto then = checkpoint.state.value("model_sha256", nlohmann::json());
   if (model != then)
-    refuse(
-        fmt::format("{} (weights_sha256)", show(session.options.model)), model, then, checkpoint);
+    refuse("model",
+           fmt::format("{} (weights_sha256)", show(session.options.model)),
+           model,
+           then,
+           session,
+           checkpoint);
 }
 
 void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {

@@ -151,6 +151,7 @@ TRAIN = {
     "out": other(RUN, "--out", "elsewhere", files),
     "import-sd-scripts": tested("tests/python/sd_scripts_test.py", "--import-sd-scripts"),
     "resume": tested("tests/cli/damaged-checkpoints/cmd", "--resume"),
+    "allow-change": tested("tests/cli/resume-with-a-change/cmd", "--allow-change"),
     "replace": tested("tests/cli/training-keeps-a-finished-run/cmd", "--replace"),
     "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
     "save-every": row(RUN, ["--save-every", "2"], files),

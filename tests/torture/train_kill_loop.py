@@ -23,7 +23,11 @@ def count(**more):
             total[name] += value
 
 
-def stop(tool, out, process, number, where, before, leftovers):
+def steps_made(out):
+    return training.metrics(out) if (out / "metrics.jsonl").exists() else []
+
+
+def stop(tool, out, process, number, where, before, leftovers, made_before):
     """Sends a signal to a run. Whether it had any effect."""
     process.send_signal(number)
     stdout, stderr = torture.communicate(process)
@@ -44,8 +48,10 @@ def stop(tool, out, process, number, where, before, leftovers):
     torture.require(stderr.count(": error: ") == stderr.count("stopped by a signal") and not stdout, f"{where}: {stderr}")
     if out.exists():
         tool.check_tidy(out, where, leftovers)
-        made = training.metrics(out) if (out / "metrics.jsonl").exists() else []
-        torture.require(not made or made[-1]["step"] in steps, f"{where}: step {len(made)} was made and not saved: {sorted(steps)}")
+        made = steps_made(out)
+        # a run that did not get as far as its first step leaves what a killed one before it had written
+        torture.require(not made or made == made_before or made[-1]["step"] in steps,
+                        f"{where}: step {len(made)} was made and not saved: {sorted(steps)}")
     return True
 
 
@@ -60,12 +66,12 @@ def work(tool, numbers):
         left = tool.steps - max(before, default=0)
         after = numbers.uniform(0, scale * (tool.idle_seconds + left * step_seconds))
         where = f"{number.name} after {after:.3f} s, from step {max(before, default=0)}"
-        leftovers = tool.leftovers(out)
+        leftovers, made_before = tool.leftovers(out), steps_made(out)
         process = tool.start(out)
         end = time.monotonic() + after
         while process.poll() is None and time.monotonic() < end:
             time.sleep(min(0.005, max(0, end - time.monotonic())))
-        if stop(tool, out, process, number, where, before, leftovers):
+        if stop(tool, out, process, number, where, before, leftovers, made_before):
             kills += number == signal.SIGKILL
             scale = min(1.5, scale * 1.05)
             before = set(tool.read(out))

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <functional>
 #include <map>
 #include <thread>
@@ -87,6 +88,13 @@ TEST(Train, SavesALoraInSdScriptsLayoutWithItsMetadata) {
                                           {"modelspec.architecture", "flux-1-dev/lora"}}) {
     EXPECT_EQ(lora.metadata.at(key), value) << key;
   }
+  const auto made = nlohmann::json::parse(lora.metadata.at("flux_stages.run"));
+  const auto state = nlohmann::json::parse(read_file(scene.options.out / "step-000003/state.json"));
+  for (const char* key : {"options", "precision", "latents_sha256", "text_sha256"})
+    EXPECT_EQ(made.at(key), state.at(key)) << key;
+  EXPECT_EQ(made["options"]["learning-rate"], 1e-3);
+  EXPECT_EQ(lora.metadata.at("flux_stages.run").find(scene.folder.path().native()),
+            std::string::npos);
   Sha256 hash;
   const auto opened = safetensors::File::open(file);
   for (const auto& tensor : opened->tensors()) hash.add(tensor.bytes);
