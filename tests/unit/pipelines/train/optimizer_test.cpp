@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <string>
 
@@ -32,8 +33,13 @@ struct Scene : test::TrainingScene {
   std::string saved(const char* name) const {
     return read_file(options.out / "step-000004" / name);
   }
+  /// Without the header, whose metadata names the options as they were given.
   std::string weights() const {
-    return saved(options.method == Method::kFull ? "model.safetensors" : "lora.safetensors");
+    const std::string file =
+        saved(options.method == Method::kFull ? "model.safetensors" : "lora.safetensors");
+    uint64_t header = 0;
+    std::memcpy(&header, file.data(), sizeof(header));
+    return file.substr(sizeof(header) + header);
   }
 };
 
