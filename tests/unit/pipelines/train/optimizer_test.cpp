@@ -59,7 +59,8 @@ TEST(Optimizers, GiveOtherWeightsEach) {
       run(scene.options);
       seen.insert(scene.weights());
     }
-    EXPECT_EQ(seen.size(), std::size(kAll));
+    // adapters of fewer than 4,096 elements have float32 states with AdamW8bit too: those of AdamW
+    EXPECT_EQ(seen.size(), std::size(kAll) - (method == Method::kLora ? 1 : 0));
   }
 }
 
