@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <signal.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -44,13 +45,14 @@ std::string this_host() {
   return fmt::format("{} {}", printable(name), first_line("/etc/machine-id"));
 }
 
-std::string this_process() {
+std::string this_process(const PinnedFolder& folder) {
   const auto started = process_stat(getpid());
   const nlohmann::json owner = {{"host", this_host()},
                                 {"boot", first_line("/proc/sys/kernel/random/boot_id")},
                                 {"namespace", process_namespace()},
                                 {"pid", getpid()},
                                 {"started", started ? started->start_ticks : std::string()},
+                                {"folder", folder.inode()},
                                 {"id", random_name()}};
   return owner.dump() + "\n";
 }
@@ -65,8 +67,8 @@ std::optional<std::string> content(const fs::path& path) {
   }
 }
 
-// Whether the process that wrote this lock has certainly ended.
-bool is_dead(const std::string& text) {
+// Whether the process that wrote this lock has certainly ended, or certainly works in another folder.
+bool is_dead(const fs::path& folder, const std::string& text) {
   const auto owner = nlohmann::json::parse(text, nullptr, false);
   try {
     if (owner.at("host") != this_host()) return false;
@@ -78,7 +80,11 @@ bool is_dead(const std::string& text) {
     const auto stat = process_stat(static_cast<pid_t>(pid));
     if (!stat) return false;
     // killed, and nobody has asked how it ended; or the number belongs to another process now
-    return stat->state == 'Z' || stat->state == 'X' || owner.at("started") != stat->start_ticks;
+    if (stat->state == 'Z' || stat->state == 'X' || owner.at("started") != stat->start_ticks)
+      return true;
+    const std::string of = owner.value("folder", std::string());
+    const std::string here = PinnedFolder(folder).inode();
+    return !of.empty() && !here.empty() && of != here;
   } catch (const nlohmann::json::exception&) {
     return false;
   }
@@ -154,8 +160,20 @@ void remove_dead(const fs::path& folder, const fs::path& path, const std::string
 
 }  // namespace
 
+PinnedFolder::PinnedFolder(const fs::path& folder)
+    : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {}
+
+PinnedFolder::~PinnedFolder() {
+  if (fd_ >= 0) close(fd_);
+}
+
+std::string PinnedFolder::inode() const {
+  struct stat status;
+  return fd_ >= 0 && fstat(fd_, &status) == 0 ? fmt::to_string(status.st_ino) : std::string();
+}
+
 WriterLock::WriterLock(const fs::path& folder, Needed needed)
-    : path_(folder / kWriterLockName), owner_(this_process()) {
+    : folder_(folder), path_(folder / kWriterLockName), owner_(this_process(folder_)) {
   for (int attempt = 0; attempt < 100; ++attempt) {
     try {
       if (held() && make_lock(path_, owner_)) return;
@@ -175,7 +193,7 @@ WriterLock::WriterLock(const fs::path& folder, Needed needed)
           fmt::format("{}: has the name of the writer's lock, but is not a file", show(path_)),
           "remove it, or move it away");
     }
-    if (!is_dead(*other)) {
+    if (!is_dead(folder, *other)) {
       throw CacheError(
           fmt::format("{}: another writer is at work: {}", show(folder), describe(*other)),
           fmt::format("wait for it; if it is gone for certain, remove {}", show(path_)));
@@ -196,10 +214,10 @@ WriterLock::~WriterLock() {
   if (held() && content(path_) == owner_) unlink(path_.c_str());
 }
 
-ReaderLock::ReaderLock(const fs::path& folder) {
+ReaderLock::ReaderLock(const fs::path& folder) : folder_(folder) {
   try {
     path_ = folder / fmt::format(".reader-{}.lock", random_name());
-    const std::string owner = this_process();
+    const std::string owner = this_process(folder_);
     // a writer that starts may tidy away the temporary file before it has its name
     for (int attempt = 0; attempt < 10 && owner_.empty(); ++attempt) {
       if (make_lock(path_, owner)) owner_ = owner;
@@ -228,7 +246,7 @@ std::vector<fs::path> require_no_readers(const fs::path& folder) {
     if (!is_reader_lock_name(path.filename().native())) continue;
     const auto owner = content(path);
     if (!owner && !is_there(path)) continue;  // released meanwhile
-    if (!owner || !is_dead(*owner)) {
+    if (!owner || !is_dead(folder, *owner)) {
       throw CacheError(
           fmt::format(
               "{}: a reader is at work: {}", show(folder), describe(owner.value_or(std::string()))),

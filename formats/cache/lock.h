@@ -11,10 +11,26 @@
 
 namespace flux::cache {
 
-/// The file `.writer.lock`: who holds it (host, boot, process, its start time). Made with link(),
-/// which works on network file systems where flock may hang. A lock whose process on this host has
-/// ended is taken over; one of another host or another process namespace cannot be judged and is
-/// respected.
+/// A folder held open, so that its inode number stays what it is on every file system. A lock names
+/// the number: in a copy of the folder, made while a process was at work in it, the lock says nothing.
+class PinnedFolder {
+ public:
+  explicit PinnedFolder(const std::filesystem::path& folder);
+  ~PinnedFolder();
+  PinnedFolder(const PinnedFolder&) = delete;
+  PinnedFolder& operator=(const PinnedFolder&) = delete;
+
+  /// Empty: the folder cannot be opened.
+  std::string inode() const;
+
+ private:
+  int fd_;
+};
+
+/// The file `.writer.lock`: who holds it (host, boot, process, its start time) and in which folder.
+/// Made with link(), which works on network file systems where flock may hang. A lock whose process
+/// on this host has ended, or that came along with a copy of the folder on this host, is taken over;
+/// one of another host or another process namespace cannot be judged and is respected.
 class WriterLock {
  public:
   enum class Needed {
@@ -35,6 +51,7 @@ class WriterLock {
   void require_held() const;
 
  private:
+  PinnedFolder folder_;
   std::filesystem::path path_;
   std::string owner_;  // what is in the file
   std::optional<ResourceError> refusal_;
@@ -53,6 +70,7 @@ class ReaderLock {
   bool held() const { return !owner_.empty(); }
 
  private:
+  PinnedFolder folder_;
   std::filesystem::path path_;
   std::string owner_;  // what is in the file; empty: there is none
 };
@@ -60,7 +78,7 @@ class ReaderLock {
 bool is_reader_lock_name(std::string_view name);
 /// Throws CacheError naming the owner of the first reader's lock whose process lives or cannot be
 /// judged (another host, another process namespace, an unreadable file). Returns the locks of dead
-/// processes, sorted.
+/// processes and those that came along with a copy, sorted.
 std::vector<std::filesystem::path> require_no_readers(const std::filesystem::path& folder);
 
 }  // namespace flux::cache

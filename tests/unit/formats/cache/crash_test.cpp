@@ -219,6 +219,19 @@ TEST(WriterLock, OfADeadProcessIsTakenOverByExactlyOne) {
   }
 }
 
+TEST(WriterLock, OfALivingProcessSaysNothingInACopyOfItsFolder) {
+  const test::TemporaryFolder folder;
+  const auto from = folder.path() / "from", to = folder.path() / "to";
+  const Writer writer(from, test::recipe(Kind::kText), test::provenance());
+  fs::copy(from, to, fs::copy_options::recursive);
+  ASSERT_TRUE(fs::exists(to / ".writer.lock"));
+  EXPECT_NO_THROW(Writer(to, test::recipe(Kind::kText), test::provenance()));
+  EXPECT_THROW(Writer(from, test::recipe(Kind::kText), test::provenance()), CacheError);
+  fs::rename(from, folder.path() / "renamed");
+  EXPECT_THROW(Writer(folder.path() / "renamed", test::recipe(Kind::kText), test::provenance()),
+               CacheError);
+}
+
 TEST(WriterLock, OfAnotherHostIsRespected) {
   const test::TemporaryFolder folder;
   folder.write(

@@ -919,6 +919,11 @@ TEST_P(Maintenance, GcRefusesWhileAReaderLivesAndRemovesADeadOnesLock) {
                       HasSubstr(".reader-")));
   }
   EXPECT_EQ(files_of(out), before);
+  const auto copied = temporary.path() / "copied";
+  fs::copy(out, copied);
+  ASSERT_EQ(names_of(copied, ".reader-").size(), 1u);
+  EXPECT_EQ(collect_garbage(copied, false).kept_samples, 64) << "nobody reads the copy";
+  EXPECT_TRUE(names_of(copied, ".reader-").empty());
   kill(reader, SIGKILL);
   EXPECT_EQ(wait_for(reader), 256 + SIGKILL);
   ASSERT_EQ(names_of(out, ".reader-").size(), 1u) << "the dead reader left its lock";
