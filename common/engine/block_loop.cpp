@@ -133,14 +133,20 @@ Values BlockLoop::with_graph(int64_t block, Micro& micro, Values in) const {
   return out;
 }
 
-void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& hooks) {
+/// What comes before the first block.
+void BlockLoop::begin(std::span<const MicroBatch> batches,
+                      const std::function<void(size_t micro_batch)>& before_run,
+                      bool with_graph) {
   const dit::Weights& weights = blocks_.weights();
+  micros_.clear();
+  inputs_.clear();
+  changed_.clear();
   micros_.resize(batches.size());
   for (size_t m = 0; m < batches.size(); ++m) {
     const dit::Inputs& inputs = batches[m].inputs;
     Micro& micro = micros_[m];
-    const at::AutoGradMode grad(trains_outer());
-    if (hooks.before_run) hooks.before_run(m);
+    const at::AutoGradMode grad(with_graph);
+    if (before_run) before_run(m);
     dit::check(config_, inputs);
     micro.text_length = inputs.txt.size(1);
     micro.image_length = inputs.img.size(1);
@@ -148,9 +154,13 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
     micro.mask = dit::key_mask(inputs);
     micro.vec = dit::condition(config_, weights, inputs);
     auto streams = dit::input_streams(weights, inputs);
-    if (trains_outer()) micro.embedded = {streams.img, streams.txt};
+    if (with_graph) micro.embedded = {streams.img, streams.txt};
     micro.values = {streams.img.detach(), streams.txt.detach()};
   }
+}
+
+void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& hooks) {
+  begin(batches, hooks.before_run, trains_outer());
   const at::NoGradGuard no_grad;
   for (int64_t block = 0; block < num_blocks(); ++block) {
     blocks_.enter(block);
@@ -174,6 +184,13 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
   }
 }
 
+at::Tensor BlockLoop::velocity_of(const Micro& micro,
+                                  const at::Tensor& x,
+                                  const at::Tensor& vec) const {
+  return dit::final_layer(
+      blocks_.weights(), x.narrow(1, micro.text_length, micro.image_length), vec);
+}
+
 std::vector<at::Tensor> BlockLoop::losses(std::span<const MicroBatch> batches) {
   std::vector<at::Tensor> losses;
   const at::AutoGradMode grad(true);
@@ -181,9 +198,7 @@ std::vector<at::Tensor> BlockLoop::losses(std::span<const MicroBatch> batches) {
     Micro& micro = micros_[m];
     const at::Tensor x = leaf(std::exchange(micro.values, {})[0], true);
     const at::Tensor vec = leaf(micro.vec, trains_outer());
-    const at::Tensor velocity = dit::final_layer(
-        blocks_.weights(), x.narrow(1, micro.text_length, micro.image_length), vec);
-    const at::Tensor loss = batches[m].loss(velocity);
+    const at::Tensor loss = batches[m].loss(velocity_of(micro, x, vec));
     torch::autograd::backward({loss}, {});
     losses.push_back(loss.detach());
     micro.gradients = {std::exchange(x.mutable_grad(), at::Tensor())};
@@ -224,13 +239,33 @@ void BlockLoop::backward(const LoopHooks& hooks) {
 
 std::vector<at::Tensor> BlockLoop::step(std::span<const MicroBatch> micro_batches,
                                         const LoopHooks& hooks) {
-  micros_.clear();
-  inputs_.clear();
-  changed_.clear();
   forward(micro_batches, hooks);
   auto results = losses(micro_batches);
   if (hooks.after_forward) hooks.after_forward(results);
   backward(hooks);
+  micros_.clear();
+  return results;
+}
+
+std::vector<at::Tensor> BlockLoop::forward_only(std::span<const MicroBatch> batches,
+                                                const ForwardHooks& hooks) {
+  const at::NoGradGuard no_grad;
+  begin(batches, {}, false);
+  blocks_.pass([&](int64_t block) {
+    if (hooks.entered) hooks.entered(block);
+    for (Micro& micro : micros_) {
+      const MemoryScope scope(MemoryCause::kWorkingSet);
+      const Values in = std::exchange(micro.values, {});
+      micro.values = run_block(block, micro, in, micro.vec);
+    }
+    if (hooks.leaving) hooks.leaving(block);
+    return false;
+  });
+  std::vector<at::Tensor> results;
+  for (size_t m = 0; m < micros_.size(); ++m) {
+    const at::Tensor x = std::exchange(micros_[m].values, {})[0];
+    results.push_back(batches[m].loss(velocity_of(micros_[m], x, micros_[m].vec)));
+  }
   micros_.clear();
   return results;
 }

@@ -59,6 +59,9 @@ class Blocks {
   /// Outside of steps: enters each of `blocks`, calls `work`, and leaves it, changed if that returned true.
   virtual void visit(std::span<const int64_t> blocks,
                      const std::function<bool(int64_t block)>& work) = 0;
+  /// Outside of steps: enters every block in forward order with all its tensors, calls `work`, and leaves it, changed if
+  /// that returned true.
+  virtual void pass(const std::function<bool(int64_t block)>& work) = 0;
 };
 
 /// One forward and backward.
@@ -90,6 +93,12 @@ struct LoopHooks {
   std::function<bool(int64_t block, std::span<Trainable> trainables)> ready;
 };
 
+/// What a forward without gradients calls on its way.
+struct ForwardHooks {
+  /// A block was entered; it is about to be left.
+  std::function<void(int64_t block)> entered{}, leaving{};
+};
+
 class BlockLoop {
  public:
   BlockLoop(const dit::Config& config, Blocks& blocks, LoopOptions options);
@@ -98,8 +107,17 @@ class BlockLoop {
   /// One step. Returns each micro-batch's loss, detached, on the device.
   std::vector<at::Tensor> step(std::span<const MicroBatch> micro_batches, const LoopHooks& hooks);
 
+  /// One forward without gradients, outside of steps: all batches pass through a block while it is there. Returns what
+  /// each one's `loss` makes of the velocity, which has no graph: to the bit that of a step's forward.
+  std::vector<at::Tensor> forward_only(std::span<const MicroBatch> batches,
+                                       const ForwardHooks& hooks = {});
+
  private:
   struct Micro;
+  void begin(std::span<const MicroBatch> batches,
+             const std::function<void(size_t micro_batch)>& before_run,
+             bool with_graph);
+  at::Tensor velocity_of(const Micro& micro, const at::Tensor& x, const at::Tensor& vec) const;
   void forward(std::span<const MicroBatch> batches, const LoopHooks& hooks);
   std::vector<at::Tensor> losses(std::span<const MicroBatch> batches);
   void backward(const LoopHooks& hooks);

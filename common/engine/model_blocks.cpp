@@ -75,11 +75,18 @@ ModelBlocks::~ModelBlocks() = default;
 
 bool ModelBlocks::is_plan() const { return options_.device.is_meta(); }
 
-std::vector<at::Tensor> ModelBlocks::new_states(const at::Tensor& value) const {
+std::vector<at::Tensor> ModelBlocks::new_states(const at::Tensor& value) {
   const MemoryScope scope(MemoryCause::kOptimizer);
   std::vector<at::Tensor> states;
-  for (const StateTensor& state : optimizer_.state_layout(value.sizes(), value.scalar_type()))
-    states.push_back(at::zeros(state.shape, value.options().dtype(state.dtype)));
+  for (const StateTensor& state : optimizer_.state_layout(value.sizes(), value.scalar_type())) {
+    const auto options = value.options().dtype(state.dtype);
+    const bool elsewhere = state.on_host && value.is_cuda();
+    states.push_back(at::zeros(state.shape, elsewhere ? options.device(at::kCPU) : options));
+    if (!state.on_host) continue;
+    const auto bytes = static_cast<int64_t>(states.back().nbytes());
+    host_state_bytes_ += (bytes + kMemoryGranule - 1) / kMemoryGranule * kMemoryGranule;
+    host_copy_bytes_ = std::max(host_copy_bytes_, static_cast<int64_t>(value.nbytes()));
+  }
   return states;
 }
 
@@ -225,6 +232,28 @@ void ModelBlocks::train(const lora::Adapters& adapters, const AdapterDropout* dr
     set_magnitudes();
 }
 
+void ModelBlocks::attach(const lora::Adapters& adapters, double multiplier) {
+  const MemoryScope scope(MemoryCause::kWeights);
+  lora::Adapters here;
+  bool magnitudes = false;
+  for (lora::Module module : adapters.modules) {
+    // the products are of that type anyhow; norms are not
+    const auto type = module.magnitude.defined() ? at::kFloat : options_.compute;
+    for (at::Tensor* part : module.parts())
+      if (part->defined()) *part = part->to(options_.device, type).contiguous();
+    magnitudes = magnitudes || module.magnitude.defined();
+    here.modules.push_back(std::move(module));
+  }
+  bool first = true;
+  dit::for_each_linear(weights_, [&](const std::string&, Linear& layer) {
+    first = first && !layer.lora.down.defined() && layer.added.empty();
+  });
+  if (first && (!magnitudes || multiplier == 1))
+    lora::attach(here, weights_, multiplier);
+  else
+    lora::attach_beside(here, weights_, multiplier);
+}
+
 /// DoRA starts from the weights, so that streamed ones are read once.
 void ModelBlocks::set_magnitudes() {
   std::map<int64_t, std::vector<Linear*>> layers;
@@ -232,17 +261,12 @@ void ModelBlocks::set_magnitudes() {
     const Home* home = home_of(path);
     layers[home ? home - homes_.data() : -1].push_back(&layer);
   });
-  std::vector<int64_t> streamed;
-  for (int64_t block = resident_; block < num_blocks_; ++block) streamed.push_back(block);
-  if (!streamed.empty()) ring().set_schedule(streamed);
-  if (adapters_) adapters_->set_schedule(streamed);
-  for (int64_t block = -1; block < num_blocks_; ++block) {
-    if (block >= 0) enter(block);
+  const auto set = [&](int64_t block) {
     for (const Linear* layer : layers[block]) lora::set_magnitude(*layer, options_.compute);
-    if (block >= 0) leave(block, /*changed=*/true);
-  }
-  if (!streamed.empty()) ring().set_schedule(step_cycle());
-  if (adapters_) adapters_->set_schedule(step_cycle());
+    return true;
+  };
+  set(-1);
+  pass(set);
 }
 
 int64_t ModelBlocks::first_trained() const {
@@ -393,14 +417,27 @@ std::span<Trainable> ModelBlocks::trainables(int64_t block) {
 
 void ModelBlocks::visit(std::span<const int64_t> blocks,
                         const std::function<bool(int64_t block)>& work) {
+  // frozen weights need not come for what is trained beside them
+  go_through(blocks, !adapters_, work);
+}
+
+void ModelBlocks::pass(const std::function<bool(int64_t block)>& work) {
+  std::vector<int64_t> blocks(static_cast<size_t>(num_blocks_));
+  std::iota(blocks.begin(), blocks.end(), int64_t{0});
+  go_through(blocks, true, work);
+}
+
+void ModelBlocks::go_through(std::span<const int64_t> blocks,
+                             bool with_weights,
+                             const std::function<bool(int64_t block)>& work) {
   abandon();
   std::vector<int64_t> streamed, with_states;
   for (const int64_t block : blocks) {
     if (!is_resident(block)) streamed.push_back(block);
     if (states_stream(block)) with_states.push_back(block);
   }
-  // frozen weights need not come for what is trained beside them
-  const bool weights = !adapters_ && !streamed.empty();
+  // what is only sampled with comes in that order anyhow, the first ones while the last ones compute
+  const bool weights = with_weights && !streamed.empty() && streamed != step_cycle();
   if (weights) ring().set_schedule(streamed);
   if (adapters_) adapters_->set_schedule(streamed);
   struct Visit {
@@ -409,7 +446,7 @@ void ModelBlocks::visit(std::span<const int64_t> blocks,
   } const visit{visited_};
   visited_ = with_states;
   for (const int64_t block : blocks) {
-    if (adapters_ && !is_resident(block)) {
+    if (!with_weights && !is_resident(block)) {
       adapters_->enter(block, trainables(block));
       adapters_->leave(block, trainables(block), work(block));
       continue;

@@ -59,6 +59,10 @@ class ModelBlocks final : public Blocks {
   /// stream. Parts of them are left out as `dropout` says, which must outlive this. Throws what AdapterStream throws.
   void train(const lora::Adapters& adapters, const AdapterDropout* dropout = nullptr);
 
+  /// Puts frozen adapters into the model, on the device, each with its multiplier; may be called several times. Throws
+  /// InputError, as lora::attach() does.
+  void attach(const lora::Adapters& adapters, double multiplier);
+
   const dit::Weights& weights() const override { return weights_; }
   int64_t num_blocks() const { return num_blocks_; }
   bool is_resident(int64_t block) const { return block < resident_; }
@@ -76,6 +80,7 @@ class ModelBlocks final : public Blocks {
   std::span<Trainable> outer_trainables() override { return outer_; }
   void visit(std::span<const int64_t> blocks,
              const std::function<bool(int64_t block)>& work) override;
+  void pass(const std::function<bool(int64_t block)>& work) override;
 
   /// Calls `work` with every trainable while it is there, with its states; it returns whether it changed it.
   void for_all_trainables(const std::function<bool(Trainable&)>& work);
@@ -90,6 +95,10 @@ class ModelBlocks final : public Blocks {
   Traffic bytes_per_step();
   /// Of weights that stream from host memory.
   int64_t host_store_bytes() const;
+  /// Of states that stay in host memory whatever the device is (StateTensor::on_host), and of a copy of the largest
+  /// parameter on its way to them.
+  int64_t host_state_bytes() const { return host_state_bytes_; }
+  int64_t host_copy_bytes() const { return host_copy_bytes_; }
   /// Host memory that streaming from `file` on `device` holds beside the ring.
   int64_t staging_bytes(const ModelFile& file, at::Device device) const;
 
@@ -102,13 +111,16 @@ class ModelBlocks final : public Blocks {
   void make_outer();
   void make_home(int64_t block);
   void make_store();
-  std::vector<at::Tensor> new_states(const at::Tensor& value) const;
+  std::vector<at::Tensor> new_states(const at::Tensor& value);
   Home* home_of(const std::string& path);
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
   void bind(int64_t block);
   void unbind(int64_t block);
   void set_magnitudes();
   void abandon();
+  void go_through(std::span<const int64_t> blocks,
+                  bool with_weights,
+                  const std::function<bool(int64_t block)>& work);
   std::vector<int64_t> step_cycle() const;
   std::vector<size_t> entries_from(int64_t block, bool ascending) const;
   RingOptions ring_options() const;
@@ -124,6 +136,7 @@ class ModelBlocks final : public Blocks {
   std::vector<Home> homes_;
   std::vector<Trainable> outer_;
   uint64_t next_id_ = 0;  // of a trainable
+  int64_t host_state_bytes_ = 0, host_copy_bytes_ = 0;
   // by block; those that stay in memory have no bytes there; behind them states and gradients that wait
   std::shared_ptr<RecordStore> store_;
   std::vector<StateEntry> entries_;      // of trained blocks whose states stream

@@ -81,6 +81,7 @@ MemoryPlan plan_memory(const dit::Config& config,
   MemoryPlan plan;
   plan.flops = step_flops(config, options, shape);
   const int64_t before = meta_memory().live;
+  int64_t on_host = 0;
   reset_meta_peak();
   {
     Trainer trainer(config, nullptr, planned);
@@ -94,14 +95,59 @@ MemoryPlan plan_memory(const dit::Config& config,
                                                 static_cast<size_t>(shape.micro_batches));
     // the second one has the updates that waited
     for (int64_t step = 1; step <= 2; ++step) trainer.step(of_a_step, step, 1e-4);
+    if (shape.sample) {
+      sample_on_meta(
+          config,
+          [&](std::span<const dit::Inputs> inputs) { return trainer.predict(inputs); },
+          *shape.sample);
+    }
     ModelBlocks& model = trainer.model();
     const auto traffic = model.bytes_per_step();
     plan.read_bytes = static_cast<double>(traffic.read);
     plan.written_bytes = static_cast<double>(traffic.written);
     plan.host_store_bytes = model.host_store_bytes();
+    // of a GPU: what Meta counts and host memory holds
+    if (options.device.is_cuda() && model.host_state_bytes() > 0) {
+      on_host = model.host_state_bytes();
+      plan.host_store_bytes += on_host + model.host_copy_bytes();
+    }
     if (file && model.streams()) plan.staging_bytes = model.staging_bytes(*file, options.device);
   }
   // a run makes it once
+  release_plain_weights(at::kMeta);
+  plan.causes = meta_memory().causes;
+  plan.causes[static_cast<size_t>(MemoryCause::kOther)] -= before;
+  plan.causes[static_cast<size_t>(MemoryCause::kOptimizer)] -= on_host;
+  return plan;
+}
+
+MemoryPlan plan_sampling(const dit::Config& config,
+                         const ModelFile* file,
+                         const SamplerOptions& options,
+                         std::span<const WeightedAdapters> adapters,
+                         const SampleShape& shape) {
+  SamplerOptions planned = options;
+  planned.device = at::kMeta;
+  MemoryPlan plan;
+  const StepShape of_picture{
+      .width = shape.width, .height = shape.height, .text_length = shape.text_length};
+  const int64_t num_blocks = config.num_double_blocks + config.num_single_blocks;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const BlockFlops flops = block_flops(config, block, of_picture);
+    plan.flops += flops.linear + flops.attention;
+  }
+  plan.flops *= static_cast<double>(shape.batch * (shape.negative ? 2 : 1));
+  const int64_t before = meta_memory().live;
+  reset_meta_peak();
+  {
+    Sampler sampler(config, nullptr, planned, adapters);
+    sample_on_meta(
+        config, [&](std::span<const dit::Inputs> inputs) { return sampler(inputs); }, shape);
+    ModelBlocks& model = sampler.model();
+    plan.read_bytes = static_cast<double>(model.bytes_per_step().read);
+    plan.host_store_bytes = model.host_store_bytes();
+    if (file && model.streams()) plan.staging_bytes = model.staging_bytes(*file, options.device);
+  }
   release_plain_weights(at::kMeta);
   plan.causes = meta_memory().causes;
   plan.causes[static_cast<size_t>(MemoryCause::kOther)] -= before;

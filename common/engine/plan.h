@@ -5,9 +5,12 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "common/engine/sampler.h"
 #include "common/engine/trainer.h"
 #include "common/tensor/memory.h"
 
@@ -21,6 +24,7 @@ struct StepShape {
   bool text_mask = false, loss_mask = false, input_noise = false;
   at::ScalarType text_type = at::kBFloat16;  // of the cached embeddings
   int64_t batches_ahead = 0;                 // held by the reader
+  std::optional<SampleShape> sample{};       // pictures that are made between steps
 };
 
 struct MemoryPlan {
@@ -40,6 +44,14 @@ MemoryPlan plan_memory(const dit::Config& config,
                        const ModelFile* file,
                        const TrainerOptions& options,
                        const StepShape& shape);
+
+/// The same of sampling a batch of pictures, one step of which is what `flops` and bytes are of. Throws as Sampler does.
+///   adapters  on Meta, for their sizes
+MemoryPlan plan_sampling(const dit::Config& config,
+                         const ModelFile* file,
+                         const SamplerOptions& options,
+                         std::span<const WeightedAdapters> adapters,
+                         const SampleShape& shape);
 
 /// Floating-point operations of a step's matrix products and attention; a multiplication and an addition are two.
 ///   rerun  blocks that are run twice

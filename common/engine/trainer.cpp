@@ -30,9 +30,21 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
           .stream_states = o.residency.stream_states};
 }
 
+std::unique_ptr<Optimizer> new_optimizer(const TrainerOptions& o) {
+  auto optimizer = make_optimizer(o.optimizer, o.precision);
+  if (o.ema_decay > 0) optimizer->keep_average({.decay = o.ema_decay}, o.ema_dtype);
+  return optimizer;
+}
+
 lora::Adapters new_adapters(const std::vector<lora::Target>& targets, const TrainerOptions& o) {
   return o.device.is_meta() ? lora::empty_adapters(targets, o.device, o.form)
                             : lora::make_adapters(targets, o.seed, o.form);
+}
+
+void append_values(const at::Tensor& floats, std::vector<double>& out) {
+  const at::Tensor values = floats.to(at::kCPU);
+  const float* const first = values.const_data_ptr<float>();
+  out.insert(out.end(), first, first + values.numel());
 }
 
 }  // namespace
@@ -60,7 +72,7 @@ LoopOptions Trainer::loop_options() const {
 Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, TrainerOptions options)
     : config_(config),
       options_(std::move(options)),
-      optimizer_(make_optimizer(options_.optimizer, options_.precision)),
+      optimizer_(new_optimizer(options_)),
       targets_(options_.full ? std::vector<lora::Target>{}
                              : lora::select_targets(
                                    config, options_.selection, options_.rank, options_.alpha)),
@@ -112,14 +124,18 @@ void Trainer::limit_norms(std::span<Trainable> trainables) const {
   }
 }
 
-lora::Adapters Trainer::adapters() {
+lora::Adapters Trainer::adapters(bool averaged) {
   std::map<std::string, at::Tensor> values;
   const at::NoGradGuard no_grad;
   model_.for_all_trainables([&](Trainable& t) {
     const at::Tensor value = t.value.detach();
-    values[t.name] = optimizer_->evaluation_weights({value, {}, t.states, t.id}).cpu();
+    const Slot slot{value, {}, t.states, t.id};
+    const at::Tensor wanted =
+        averaged ? optimizer_->averaged_weights(slot) : optimizer_->evaluation_weights(slot);
+    values[t.name] = wanted.cpu();
     // a record's memory is another's soon
-    if (options_.residency.stream_adapters && values[t.name].is_alias_of(value))
+    const at::Tensor& kept = averaged ? t.states.back() : value;
+    if (options_.residency.stream_adapters && values[t.name].is_alias_of(kept))
       values[t.name] = values[t.name].clone();
     return false;
   });
@@ -131,6 +147,70 @@ lora::Adapters Trainer::adapters() {
     adapters.modules.push_back(std::move(module));
   }
   return adapters;
+}
+
+void Trainer::take_evaluation_weights(int64_t block, std::vector<at::Tensor>& trained) {
+  if (!optimizer_->averages()) return;
+  model_.for_each_trainable(block, [&](Trainable& t) {
+    const at::Tensor value = t.value.detach();
+    trained.push_back(value.clone());
+    value.copy_(optimizer_->evaluation_weights({value, {}, t.states, t.id}));
+    return false;
+  });
+}
+
+void Trainer::give_back(int64_t block, std::vector<at::Tensor>& trained) {
+  if (trained.empty()) return;
+  const auto trainables = block < 0 ? model_.outer_trainables() : model_.trainables(block);
+  for (size_t i = 0; i < trained.size(); ++i) trainables[i].value.detach().copy_(trained[i]);
+  trained.clear();
+}
+
+/// A forward pass with the weights as they would be saved, without dropout.
+std::vector<at::Tensor> Trainer::forward_only(std::span<const MicroBatch> micro_batches) {
+  const at::NoGradGuard no_grad;
+  updater_.flush();
+  struct WithoutDropout {
+    AdapterDropout& now;
+    AdapterDropout kept = std::exchange(now, {});
+    ~WithoutDropout() { now = kept; }
+  } const without_dropout{options_.dropout};
+  std::vector<at::Tensor> outer, of_block;
+  take_evaluation_weights(-1, outer);
+  auto results = loop_.forward_only(
+      micro_batches,
+      {.entered = [&](int64_t block) { take_evaluation_weights(block, of_block); },
+       .leaving = [&](int64_t block) { give_back(block, of_block); }});
+  give_back(-1, outer);
+  return results;
+}
+
+std::vector<at::Tensor> Trainer::predict(std::span<const dit::Inputs> inputs) {
+  std::vector<MicroBatch> micro_batches;
+  for (const dit::Inputs& in : inputs)
+    micro_batches.push_back({in, [](const at::Tensor& velocity) { return velocity; }});
+  return forward_only(micro_batches);
+}
+
+std::vector<double> Trainer::evaluate(std::span<const FlowInputs> batches) {
+  LossOptions loss = options_.loss;
+  loss.weighting = WeightingScheme::kNone;
+  std::vector<MicroBatch> micro_batches;
+  for (const FlowInputs& inputs : batches) {
+    const FlowStep flow = flow_step(config_, inputs);
+    micro_batches.push_back({flow.inputs, [&loss, flow](const at::Tensor& velocity) {
+                               return flow_losses(loss, flow, velocity);
+                             }});
+  }
+  std::vector<double> out;
+  for (const at::Tensor& part : forward_only(micro_batches)) {
+    if (options_.device.is_meta()) {
+      out.resize(out.size() + static_cast<size_t>(part.size(0)));
+      continue;
+    }
+    append_values(part, out);
+  }
+  return out;
 }
 
 Trainer::~Trainer() = default;
@@ -163,11 +243,7 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
     if (options_.device.is_meta()) return;
     for (const at::Tensor& loss : losses) result.loss += loss.item<double>();
     if (!std::isfinite(result.loss)) throw NotFinite("the loss");
-    for (const at::Tensor& part : by_sample) {
-      const at::Tensor values = part.to(at::kCPU);
-      const float* const first = values.const_data_ptr<float>();
-      result.sample_losses.insert(result.sample_losses.end(), first, first + values.numel());
-    }
+    for (const at::Tensor& part : by_sample) append_values(part, result.sample_losses);
   };
   loop_.step(batches, hooks);
   result.grad_norm = updater_.finish();

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -58,6 +59,8 @@ struct TrainerOptions {
   uint64_t seed = 0;
   OptimizerOptions optimizer = AdamWOptions{};
   OptimizerPrecision precision{};
+  double ema_decay = 0;  // of an average of what is trained; 0: none
+  at::ScalarType ema_dtype = at::kFloat;
   ClipMode clip = ClipMode::kGlobal;
   double max_norm = 1;
   LossOptions loss{};
@@ -87,10 +90,17 @@ class Trainer {
   bool step_is_whole() const { return updater_.is_whole(); }
   /// Makes updates that wait for a block's next visit.
   void flush() { updater_.flush(); }
+  /// The loss of each sample, in order of batches, by the weights as they would be saved, without gradients, dropout and
+  /// LossOptions::weighting. Between steps; changes no result of theirs. On Meta the losses are zero.
+  std::vector<double> evaluate(std::span<const FlowInputs> batches);
+
+  /// The velocities [B, N, out_channels] by the same weights.
+  std::vector<at::Tensor> predict(std::span<const dit::Inputs> inputs);
 
   ModelBlocks& model() { return model_; }
   /// The adapters to save or sample with, on the host; those that stay there share their memory with the model.
-  lora::Adapters adapters();
+  /// `averaged`: their averages, only if Optimizer::keeps_average().
+  lora::Adapters adapters(bool averaged = false);
   /// The layers with adapters; empty if all weights are trained.
   const std::vector<lora::Target>& targets() const { return targets_; }
   Optimizer& optimizer() { return *optimizer_; }
@@ -99,6 +109,9 @@ class Trainer {
  private:
   ModelBlocks& with_adapters();
   void limit_norms(std::span<Trainable> trainables) const;
+  std::vector<at::Tensor> forward_only(std::span<const MicroBatch> micro_batches);
+  void take_evaluation_weights(int64_t block, std::vector<at::Tensor>& trained);
+  void give_back(int64_t block, std::vector<at::Tensor>& trained);
   LoopOptions loop_options() const;
   dit::Config config_;
   TrainerOptions options_;

@@ -44,16 +44,23 @@ StepScalars Updater::scalars_of(const Trainable& trainable, StepScalars scalars)
 
 bool Updater::update(int64_t block, StepScalars scalars) {
   const at::NoGradGuard no_grad;
+  const auto average = [&](const Trainable& t) {
+    optimizer_.average({t.value.detach(), {}, t.states, t.id}, scalars);
+  };
   const bool changed = blocks_.for_each_trainable(block, [&](Trainable& t) {
     at::Tensor gradient = std::exchange(t.gradient, {});
     // none reaches the text half of the last double block of a model without single blocks
     if (!gradient.defined()) gradient = at::zeros_like(t.value);
     optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id},
                     scalars_of(t, scalars));
+    if (!options_.after_update) average(t);
     return true;
   });
-  if (changed && options_.after_update)
-    options_.after_update(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block));
+  if (changed && options_.after_update) {
+    const auto updated = block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block);
+    options_.after_update(updated);
+    for (const Trainable& t : updated) average(t);
+  }
   return changed;
 }
 

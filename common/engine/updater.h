@@ -20,7 +20,8 @@ struct UpdateOptions {
   double max_norm = 1;    // > 0; not read with kNone
   uint64_t seed = 0;      // of stochastic rounding
   bool want_norm = true;  // with kNone: whether the norm is computed, for the log
-  /// Called with what was just updated.
+  /// Called with what was just updated, before averages take it in: only for what stays with its states while its block
+  /// is there.
   std::function<void(std::span<Trainable> trainables)> after_update{};
 };
 

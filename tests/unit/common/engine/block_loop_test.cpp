@@ -65,6 +65,13 @@ class Resident final : public Blocks {
   void visit(std::span<const int64_t> blocks, const std::function<bool(int64_t)>& work) override {
     for (const int64_t block : blocks) work(block);
   }
+  void pass(const std::function<bool(int64_t)>& work) override {
+    for (int64_t block = 0; block < config_.num_double_blocks + config_.num_single_blocks;
+         ++block) {
+      enter(block);
+      leave(block, work(block));
+    }
+  }
 
   std::map<int64_t, std::vector<Trainable>> trained;
   std::vector<int64_t> entered;
@@ -154,6 +161,12 @@ void expect_equal_bits(const dit::Config& config, const Case& c) {
     ASSERT_EQ(found.size(), losses.size());
     for (size_t i = 0; i < losses.size(); ++i) EXPECT_TRUE(at::equal(found[i], losses[i]));
     EXPECT_EQ(reached.size(), expected.size());
+    const auto without_graph = loop.forward_only(micro_batches);
+    ASSERT_EQ(without_graph.size(), losses.size());
+    for (size_t i = 0; i < losses.size(); ++i) {
+      EXPECT_TRUE(at::equal(without_graph[i], losses[i]));
+      EXPECT_FALSE(without_graph[i].requires_grad());
+    }
   }
 }
 
