@@ -75,7 +75,7 @@ endfunction()
 function(flux_tool name)
   add_executable(${name} main.cpp "${CMAKE_SOURCE_DIR}/common/core/early_signals.cpp")
   target_link_libraries(${name} PRIVATE flux_build_flags ${ARGN})
-  install(TARGETS ${name} RUNTIME DESTINATION bin)
+  flux_install_tool(${name})
 endfunction()
 
 # flux_test(NAME SRCS a_test.cpp... [PRIVATE libs...] [LABELS l...] [TORCH] [NO_MAIN])

@@ -20,26 +20,12 @@
 #include "common/core/lost_file.h"
 #include "common/core/reason.h"
 #include "common/core/text.h"
+#include "common/core/tool_pages.h"
 #include "common/core/version.h"
 
 namespace flux {
 namespace po = boost::program_options;
 namespace {
-
-struct Flag {
-  std::string name, metavar, help, default_text, group;
-  bool is_switch = false, is_list = false;
-  std::function<void(const std::string&)> set;
-  std::string implicit{};  // the value of the flag alone; empty: it needs one
-  bool is_number = false;
-
-  /// "--plan[=table|json]".
-  std::string head() const {
-    std::string out = "--" + name;
-    if (!implicit.empty()) return out + "[=" + metavar + "]";
-    return is_switch ? out : out + " " + metavar;
-  }
-};
 
 /// What was given of a flag, as on a command line, and where.
 struct Given {
@@ -93,14 +79,11 @@ std::vector<std::string>& version_lines() {
 
 }  // namespace
 
-struct Tool::State {
-  std::string name, sentence, example, current_group;
+struct Tool::State : ToolTable {
+  std::string current_group;
   std::vector<std::string> arguments;
-  std::vector<Flag> flags;
   std::vector<std::string>* positional = nullptr;
-  std::string positional_metavar, positional_help;
   std::map<std::string, Given> given;
-  std::string rest_name;
   std::vector<std::string>* rest = nullptr;
   std::function<nlohmann::json()> resolved;
   bool json = false, help = false, version = false, print = false;
@@ -135,8 +118,6 @@ struct Tool::State {
     known.from = from;
   }
   void read_config();
-  void print_help() const;
-  void print_markdown() const;
   void print_config() const;
 };
 
@@ -199,60 +180,6 @@ void Tool::State::read_config() {
       apply(*flag, toml_text(value, key, config), from);
     }
   }
-}
-
-void Tool::State::print_help() const {
-  std::string out = fmt::format("{} - {}\n\nusage: {} [flags]{}\n",
-                                name,
-                                sentence,
-                                name,
-                                positional ? " " + positional_metavar : "");
-  if (positional) out += fmt::format("  {}  {}\n", positional_metavar, positional_help);
-  std::string shown_group = "-";
-  for (const Flag& flag : flags) {
-    if (flag.group != shown_group)
-      out += fmt::format("\n{}:\n", flag.group.empty() ? "flags" : flag.group);
-    shown_group = flag.group;
-    std::string head = "  " + flag.head();
-    if (head.size() < 30) {
-      head.resize(32, ' ');
-    } else {
-      head += "\n" + std::string(32, ' ');
-    }
-    out += head + flag.help;
-    if (!flag.is_switch && !flag.default_text.empty())
-      out += fmt::format(" (default: {})", flag.default_text);
-    out += '\n';
-  }
-  if (!example.empty()) out += fmt::format("\nexample:\n  {}\n", example);
-  std::fputs(out.c_str(), stdout);
-}
-
-// What a table of Markdown would take for its own.
-static std::string cell(const std::string& text) {
-  std::string out;
-  for (const char c : text) out += c == '|' ? std::string("\\|") : std::string(1, c);
-  return out;
-}
-
-void Tool::State::print_markdown() const {
-  std::string out = fmt::format("## {}\n\n{}\n\n", name, sentence);
-  if (positional)
-    out += fmt::format("`{} [flags] {}`: {}\n\n", name, positional_metavar, positional_help);
-  std::string shown_group = "-";
-  for (const Flag& flag : flags) {
-    if (flag.group != shown_group)
-      out += fmt::format("{}**{}**\n\n| option | default | |\n|---|---|---|\n",
-                         shown_group == "-" ? "" : "\n",
-                         flag.group.empty() ? "flags" : flag.group);
-    shown_group = flag.group;
-    out += fmt::format("| `{}` | {} | {} |\n",
-                       cell(flag.head()),
-                       flag.is_switch ? "off" : cell(flag.default_text),
-                       cell(flag.help));
-  }
-  if (!example.empty()) out += fmt::format("\n    {}\n", example);
-  std::fputs((out + "\n").c_str(), stdout);
 }
 
 // One value as it stands in TOML; nothing if it cannot.
@@ -498,7 +425,9 @@ bool Tool::parse() {
            {"info", "info"}, {"debug", "debug"}, {"warn", "warn"}, {"error", "error"}},
        "least important messages to show on stderr");
   flag("version", state_->version, "print versions and exit");
-  flag("help", state_->help, "print this and exit; --help=markdown: as tables");
+  flag("help",
+       state_->help,
+       fmt::format("print this and exit; --help={}: in another form", tool_page_forms()));
 
   if (state_->rest) {
     auto& arguments = state_->arguments;
@@ -513,13 +442,11 @@ bool Tool::parse() {
   const auto asks_for = [&](std::string_view word) {
     return std::ranges::find(state_->arguments, word) != state_->arguments.end();
   };
-  if (asks_for("--help")) {
-    state_->print_help();
-    return false;
-  }
-  if (asks_for("--help=markdown")) {
-    state_->print_markdown();
-    return false;
+  for (const std::string& argument : state_->arguments) {
+    if (const auto form = asked_form(argument)) {
+      std::fputs(tool_page(*state_, *form).c_str(), stdout);
+      return false;
+    }
   }
   if (asks_for("--version")) {
     std::fputs(version_text(state_->name).c_str(), stdout);
@@ -671,26 +598,24 @@ int run_tool(const char* name,
   log::start(name, log::Level::kInfo);
   report_lost_mappings(name);
   const std::string word = argc > 1 ? argv[1] : "";
-  if (word == "--help=markdown") {
-    std::fputs(fmt::format("# {}\n\n{}\n\n", name, about).c_str(), stdout);
-    int code = 0;
-    for (const Verb& verb : verbs) {
-      Tool tool(fmt::format("{} {}", name, verb.name), {word});
-      code = std::max(code, guarded(tool, verb.body));
-    }
-    return code;
-  }
   if (word == "--version") {
     std::fputs(version_text(name).c_str(), stdout);
     return 0;
   }
-  if (word == "--help") {
-    std::string out =
-        fmt::format("{} - {}\n\nusage: {} VERB [flags]\n\nverbs:\n", name, about, name);
-    for (const Verb& verb : verbs) out += fmt::format("  {:<12} {}\n", verb.name, verb.sentence);
-    out += fmt::format("\nexample:\n  {} {} --help\n", name, verbs.front().name);
-    std::fputs(out.c_str(), stdout);
-    return 0;
+  if (const auto form = asked_form(word)) {
+    std::vector<VerbNames> known;
+    for (const Verb& verb : verbs) known.push_back({verb.name, verb.sentence});
+    std::fputs(verbs_page_head(name, about, known, *form).c_str(), stdout);
+    int code = 0;
+    if (!form->empty()) {
+      for (const Verb& verb : verbs) {
+        Tool tool(fmt::format("{} {}", name, verb.name), {word});
+        code = std::max(code, guarded(tool, verb.body));
+      }
+    }
+    if (*form == "man") Tool("", {word}).parse();
+    std::fputs(verbs_page_tail(name, known, *form).c_str(), stdout);
+    return code;
   }
   for (const Verb& verb : verbs) {
     if (verb.name == word) {
