@@ -216,14 +216,14 @@ class ScheduleFree final : public Optimizer {
     weight_sum_ = numbers.at("weight_sum");
   }
   bool averages() const override { return true; }
-  at::Tensor evaluation_weights(const Slot& slot) const override {
+
+ protected:
+  at::Tensor evaluated(const Slot& slot) const override {
     const Keep keep = keep_of(slot.parameter.scalar_type(), precision().weights);
     at::Tensor y = keep == Keep::kMaster ? slot.states.back() : slot.parameter.to(at::kFloat);
     if (keep == Keep::kKahan) y = y + slot.states.back();
     return at::lerp(y, slot.states[0], 1 - 1 / options_.beta1).to(slot.parameter.scalar_type());
   }
-
- protected:
   std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
     return {{"z", at::kFloat, shape.vec()}, {"exp_avg_sq", at::kFloat, shape.vec()}};
   }

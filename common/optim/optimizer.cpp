@@ -17,9 +17,10 @@ bool is_float(c10::ScalarType type) { return type == at::kFloat || type == at::k
 void check_operand(const std::string& name,
                    const at::Tensor& tensor,
                    c10::IntArrayRef shape,
-                   const at::Tensor& parameter) {
+                   const at::Tensor& parameter,
+                   bool on_host = false) {
   check_shape(name, tensor, shape);
-  if (tensor.device() != parameter.device()) {
+  if (tensor.device() != parameter.device() && !(on_host && tensor.is_cpu())) {
     throw std::invalid_argument(fmt::format(
         "{} is on {}, the parameter on {}", name, tensor.device().str(), parameter.device().str()));
   }
@@ -46,7 +47,7 @@ void check_slot(const Slot& slot, const std::vector<StateTensor>& layout) {
         fmt::format("{} states given, {} expected", slot.states.size(), layout.size()));
   }
   for (size_t i = 0; i < layout.size(); ++i) {
-    check_operand(layout[i].name, slot.states[i], layout[i].shape, p);
+    check_operand(layout[i].name, slot.states[i], layout[i].shape, p, layout[i].on_host);
     if (slot.states[i].scalar_type() != layout[i].dtype) {
       throw std::invalid_argument(fmt::format("{} is {}, expected {}",
                                               layout[i].name,
@@ -95,7 +96,40 @@ std::vector<StateTensor> Optimizer::state_layout(c10::IntArrayRef shape,
   const Keep keep = keep_of(dtype, precision_.weights);
   if (keep == Keep::kKahan) out.push_back({"compensation", at::kBFloat16, shape.vec()});
   if (keep == Keep::kMaster) out.push_back({"master", at::kFloat, shape.vec()});
+  if (average_) out.push_back({"ema", average_->dtype, shape.vec(), /*on_host=*/true});
   return out;
+}
+
+void Optimizer::keep_average(const EmaOptions& options, c10::ScalarType dtype) {
+  if (!is_float(dtype))
+    throw std::invalid_argument(
+        fmt::format("an average in {}: Float or BFloat16", c10::toString(dtype)));
+  average_ = {options, dtype};
+}
+
+Slot Optimizer::without_average(const Slot& slot) const {
+  Slot out = slot;
+  if (average_) out.states.pop_back();
+  return out;
+}
+
+void Optimizer::average(const Slot& slot, const StepScalars& scalars) const {
+  if (!average_ || slot.parameter.numel() == 0) return;
+  const Slot own = without_average(slot);
+  at::Tensor weights = evaluated(own);
+  if (!averages() && keep_of(slot.parameter.scalar_type(), precision_.weights) == Keep::kMaster)
+    weights = own.states.back();
+  const at::Tensor& average = slot.states.back();
+  ema_update(average,
+             weights.to(average.device()),
+             ema_decay(average_->options, scalars.step),
+             scalars.seed,
+             scalars.step,
+             slot.id);
+}
+
+at::Tensor Optimizer::averaged_weights(const Slot& slot) const {
+  return slot.states.back().to(slot.parameter.scalar_type());
 }
 
 void Optimizer::check(const Slot& slot, const StepScalars& scalars) const {
@@ -108,15 +142,13 @@ void Optimizer::check(const Slot& slot, const StepScalars& scalars) const {
 
 void Optimizer::step(const Slot& slot, const StepScalars& scalars) {
   check(slot, scalars);
-  if (slot.parameter.numel() > 0) update(slot, scalars);
+  if (slot.parameter.numel() > 0) update(without_average(slot), scalars);
 }
 
 void Optimizer::observe(const Slot& slot, const StepScalars& scalars) {
   if (!two_phase()) throw std::invalid_argument(fmt::format("{} has one phase only", name()));
   check(slot, scalars);
-  if (slot.parameter.numel() > 0) look(slot, scalars);
+  if (slot.parameter.numel() > 0) look(without_average(slot), scalars);
 }
-
-at::Tensor Optimizer::evaluation_weights(const Slot& slot) const { return slot.parameter; }
 
 }  // namespace flux

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -15,6 +16,7 @@
 #include "common/optim/adafactor.h"
 #include "common/optim/adamw.h"
 #include "common/optim/adamw8bit.h"
+#include "common/optim/ema.h"
 #include "common/optim/lion.h"
 #include "common/optim/prodigy.h"
 #include "common/optim/schedule_free.h"
@@ -43,6 +45,7 @@ struct StateTensor {
   std::string name;  // as in the library it comes from: "exp_avg", "state1", "absmax1"
   c10::ScalarType dtype;
   std::vector<int64_t> shape;
+  bool on_host = false;  // kept in host memory where it stays, also of a parameter on a GPU
 };
 
 /// What all parameters of a step (or of a group with its own learning rate) share.
@@ -71,6 +74,11 @@ class Optimizer {
   explicit Optimizer(OptimizerPrecision precision) : precision_(precision) {}
   virtual ~Optimizer() = default;
 
+  /// From here on state_layout() has one more, last: "ema", an average of the parameter, float32 or bfloat16. Before any
+  /// state is made.
+  void keep_average(const EmaOptions& options, c10::ScalarType dtype);
+  bool keeps_average() const { return average_.has_value(); }
+
   /// "adamw", as flags name it.
   virtual std::string_view name() const = 0;
   const OptimizerPrecision& precision() const { return precision_; }
@@ -81,6 +89,11 @@ class Optimizer {
   /// std::invalid_argument, naming the argument and both values, if the slot is not as described
   /// above; c10::Error on a device without this op.
   void step(const Slot& slot, const StepScalars& scalars);
+
+  /// After step(), and whatever else changes the parameter in that step: takes it into its average, if one is kept. Of an
+  /// optimizer that averages itself that is evaluation_weights(), and with WeightMode::kMaster the float32 weights. The
+  /// slot needs no gradient.
+  void average(const Slot& slot, const StepScalars& scalars) const;
 
   /// Once a step, before its first parameter.
   virtual void begin_step(const StepScalars& /*scalars*/) {}
@@ -93,22 +106,31 @@ class Optimizer {
   virtual std::map<std::string, double> numbers() const { return {}; }
   virtual void set_numbers(const std::map<std::string, double>& /*numbers*/) {}
   /// The weights to save or sample with; the parameter itself but for optimizers that average.
-  virtual at::Tensor evaluation_weights(const Slot& slot) const;
+  at::Tensor evaluation_weights(const Slot& slot) const { return evaluated(without_average(slot)); }
   /// Whether those are others than the parameter.
   virtual bool averages() const { return false; }
+  /// The average in the parameter's dtype, where it is kept; only if keeps_average().
+  at::Tensor averaged_weights(const Slot& slot) const;
 
  protected:
   /// States but for what the weight mode adds.
   virtual std::vector<StateTensor> moments(c10::IntArrayRef shape) const = 0;
-  /// The update of a slot that was checked.
+  /// The update of a slot that was checked. Here and below slots are without the average.
   virtual void update(const Slot& slot, const StepScalars& scalars) = 0;
   /// observe() of a slot that was checked.
   virtual void look(const Slot& /*slot*/, const StepScalars& /*scalars*/) {}
+  virtual at::Tensor evaluated(const Slot& slot) const { return slot.parameter; }
 
  private:
+  struct Average {
+    EmaOptions options;
+    c10::ScalarType dtype;
+  };
   void check(const Slot& slot, const StepScalars& scalars) const;
+  Slot without_average(const Slot& slot) const;
 
   OptimizerPrecision precision_;
+  std::optional<Average> average_;
 };
 
 /// Throws std::invalid_argument for states that are neither float32 nor bfloat16.

@@ -394,6 +394,57 @@ TEST(Ema, FollowsInBFloat16WhatNearestRoundingWouldLose) {
                std::invalid_argument);
 }
 
+/// D of step t with a decay of 0.7.
+double decay_at(int64_t t) {
+  return std::min(0.7, static_cast<double>(t) / static_cast<double>(9 + t));
+}
+
+TEST(Ema, IsKeptBesideTheStatesOfEveryOptimizer) {
+  at::manual_seed(16);
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor start = at::randn({37, 150}).to(type);
+    for (const auto& [name, options] : kKinds) {
+      for (const WeightMode mode : kModes) {
+        for (const auto kept : {at::kFloat, at::kBFloat16}) {
+          SCOPED_TRACE(testing::Message() << name << " mode " << static_cast<int>(mode));
+          const auto plain = make_optimizer(options, {.weights = mode}),
+                     with = make_optimizer(options, {.weights = mode});
+          with->keep_average({.decay = 0.7}, kept);
+          Slot a = slot_of(*plain, start), b = slot_of(*with, start);
+          ASSERT_EQ(b.states.size(), a.states.size() + 1);
+          const StateTensor last = with->state_layout(start.sizes(), type).back();
+          EXPECT_EQ(last.name, "ema");
+          EXPECT_EQ(last.dtype, kept);
+          EXPECT_TRUE(last.on_host);
+          at::Tensor expected;
+          for (int64_t t = 1; t <= 4; ++t) {
+            const StepScalars step{.step = t, .learning_rate = 0.1, .seed = 9};
+            a.gradient = b.gradient = at::randn(start.sizes());
+            whole_step(*plain, {&a}, step);
+            whole_step(*with, {&b}, step);
+            with->average(b, step);
+            // as precisely as weights are kept
+            const bool master = type == at::kBFloat16 && mode == WeightMode::kMaster;
+            const at::Tensor weights =
+                (master && !plain->averages() ? a.states.back() : plain->evaluation_weights(a))
+                    .to(at::kDouble);
+            expected = t == 1 ? weights : at::lerp(expected, weights, 1 - decay_at(t));
+          }
+          EXPECT_TRUE(same_bits(a.parameter, b.parameter));
+          EXPECT_TRUE(same_bits(plain->evaluation_weights(a), with->evaluation_weights(b)));
+          for (size_t i = 0; i < a.states.size(); ++i)
+            EXPECT_TRUE(same_bits(a.states[i], b.states[i])) << i;
+          EXPECT_LT(test::largest_error(b.states.back(), expected),
+                    kept == at::kFloat ? 1e-6 : 0.05);
+          EXPECT_EQ(with->averaged_weights(b).scalar_type(), type);
+          EXPECT_FALSE(at::equal(with->averaged_weights(b), b.parameter));
+        }
+      }
+    }
+  }
+  EXPECT_THROW(make_optimizer(AdamWOptions{})->keep_average({}, at::kHalf), std::invalid_argument);
+}
+
 TEST(SumOfSquares, IsTheSameOnAnyNumberOfThreads) {
   at::manual_seed(12);
   const int threads = at::get_num_threads();
