@@ -219,7 +219,11 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
                           int64_t step,
                           double learning_rate) {
   int64_t num_samples = 0;
-  for (const FlowInputs& inputs : micro_batches) num_samples += inputs.latents.size(0);
+  std::vector<uint64_t> first_samples;  // of each micro-batch in the step
+  for (const FlowInputs& inputs : micro_batches) {
+    first_samples.push_back(static_cast<uint64_t>(num_samples));
+    num_samples += inputs.latents.size(0);
+  }
   std::vector<MicroBatch> batches;
   std::vector<at::Tensor> by_sample;
   for (const FlowInputs& inputs : micro_batches) {
@@ -237,7 +241,8 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
   updater_.begin(step, learning_rate);
   LoopHooks hooks = updater_.hooks();
   hooks.before_run = [&](size_t micro_batch) {
-    options_.dropout.pass = (static_cast<uint64_t>(step) << 20) + micro_batch;
+    options_.dropout.pass = static_cast<uint64_t>(step);
+    options_.dropout.sample = first_samples[micro_batch];
   };
   hooks.after_forward = [&](std::span<const at::Tensor> losses) {
     if (options_.device.is_meta()) return;

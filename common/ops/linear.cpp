@@ -45,10 +45,10 @@ auto with_weight(const at::Tensor& weight,
   return use(*plain);
 }
 
-/// What of x down^T [n, rank] is zero in one call. Kept by value: the backward comes when the pass may be another.
+/// What of x down^T [n, rank] is zero in one call. Kept by value: the backward comes when another pass may be set.
 struct Dropped {
   double values = 0, ranks = 0;
-  uint64_t seed = 0, pass = 0, module = 0;
+  uint64_t seed = 0, stream = 0, module = 0;
   int64_t rows_of_sample = 1;
 
   bool any() const { return values > 0 || ranks > 0; }
@@ -79,30 +79,34 @@ struct Dropped {
   /// Values first, then ranks, so that neither share changes what the other drops.
   template <class T>
   void zero_in(T* data, const at::Tensor& like) const {
-    const RandomStream random(seed, Purpose::kAdapterDropout, pass, module);
     constexpr uint64_t kRanks = uint64_t{1} << 48;
     const int64_t rank = like.size(1);
-    const auto is_below = [&](uint64_t i, double share) {
-      return share > 0 && random.bits(i) < share * 0x1p32;
-    };
     at::parallel_for(0, like.size(0), 64, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row)
+      for (int64_t row = first; row < last; ++row) {
+        const RandomStream random(seed,
+                                  Purpose::kAdapterDropout,
+                                  stream + static_cast<uint64_t>(row / rows_of_sample),
+                                  module);
+        const auto is_below = [&](uint64_t i, double share) {
+          return share > 0 && random.bits(i) < share * 0x1p32;
+        };
         for (int64_t column = 0; column < rank; ++column) {
-          const auto i = static_cast<uint64_t>(row * rank + column);
-          const auto of_sample =
-              kRanks + static_cast<uint64_t>(row / rows_of_sample * rank + column);
-          if (is_below(i, values) || is_below(of_sample, ranks)) data[i] = T(0);
+          const auto i = static_cast<uint64_t>(row % rows_of_sample * rank + column);
+          if (is_below(i, values) || is_below(kRanks + static_cast<uint64_t>(column), ranks))
+            data[row * rank + column] = T(0);
         }
+      }
     });
   }
 };
 
-/// Whether the whole adapter is left out of this pass.
+/// Whether the whole adapter is left out of this update.
 bool is_dropped(const LowRank& adapter) {
   const AdapterDropout* dropout = adapter.dropout;
   if (!dropout || dropout->modules <= 0 || adapter.down.is_meta()) return false;
   constexpr uint64_t kModule = uint64_t{1} << 50;
-  const RandomStream random(dropout->seed, Purpose::kAdapterDropout, dropout->pass, adapter.module);
+  const RandomStream random(
+      dropout->seed, Purpose::kAdapterDropout, dropout->pass << 20, adapter.module);
   return random.uniform(kModule) < dropout->modules;
 }
 
@@ -154,7 +158,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       context->saved_data["dropped_shares"] = std::vector<double>{dropped.values, dropped.ranks};
       context->saved_data["dropped_keys"] =
           std::vector<int64_t>{static_cast<int64_t>(dropped.seed),
-                               static_cast<int64_t>(dropped.pass),
+                               static_cast<int64_t>(dropped.stream),
                                static_cast<int64_t>(dropped.module),
                                dropped.rows_of_sample};
     }
@@ -289,7 +293,7 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
     dropped = {d->values,
                d->ranks,
                d->seed,
-               d->pass,
+               d->stream(),
                layer.lora.module,
                x.dim() > 1 ? rows.size(0) / std::max<int64_t>(x.size(0), 1) : 1};
   const bool adapted = down.defined() && !is_dropped(layer.lora);

@@ -17,7 +17,11 @@ struct AdapterDropout {
       0;  // of its columns, for each sample on its own (the first dimension of x); grows as above
   double modules = 0;  // of whole adapters; the others stay as they are
   uint64_t seed = 0;
-  uint64_t pass = 0;  // of step and micro-batch
+  // an update's samples are drawn for one by one, however it is cut into micro-batches; whole adapters for all of it
+  uint64_t pass = 0;    // number of the update
+  uint64_t sample = 0;  // in it: of the first sample of x
+  /// First number of the streams of x's samples.
+  uint64_t stream() const { return (pass << 20) + sample; }
   bool any() const { return values > 0 || ranks > 0 || modules > 0; }
 };
 

@@ -125,7 +125,7 @@ void add_lora_flags(Options& o, Tool& tool) {
   tool.flag("module-dropout",
             o.module_dropout,
             "P",
-            "share of a LoRA's modules that are left out, for each batch",
+            "share of a LoRA's modules that are left out, for each step",
             0,
             0.999);
 }

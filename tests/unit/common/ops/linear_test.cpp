@@ -129,6 +129,20 @@ TEST(AdapterDropout, IsKeyedBySeedPassAndModule) {
   EXPECT_FALSE(at::equal(low_rank_values(dropout, x, 8), values));
 }
 
+TEST(AdapterDropout, IsTheSameHoweverAnUpdateIsCut) {
+  const at::Tensor x = at::ones({4, 40, 1});
+  AdapterDropout dropout{.values = 0.5, .ranks = 0.2, .modules = 0.5, .seed = 1, .pass = 3};
+  for (dropout.pass = 1; dropout.pass < 8; ++dropout.pass) {
+    dropout.sample = 0;
+    const auto whole = low_rank_values(dropout, x),
+               first = low_rank_values(dropout, x.narrow(0, 0, 1));
+    dropout.sample = 1;
+    const auto rest = low_rank_values(dropout, x.narrow(0, 1, 3));
+    EXPECT_TRUE(at::equal(at::cat({first, rest}), whole));
+    EXPECT_TRUE(!whole.any().item<bool>() || !at::equal(whole[0], whole[1]));
+  }
+}
+
 TEST(AdapterDropout, GradientsAreThoseOfWhatIsLeft) {
   AdapterDropout dropout{.values = 0.4, .ranks = 0.3, .seed = 5, .pass = 2};
   auto t = make(at::kFloat);
