@@ -15,9 +15,7 @@ import tempfile
 import time
 
 BIN = pathlib.Path(sys.argv[1]).resolve()
-TOOLS = re.findall(r"add_subdirectory\((flux-[a-z-]+)\)|\b(flux-[a-z-]+)\b",
-                   (pathlib.Path(sys.argv[2]) / "tools/CMakeLists.txt").read_text())
-TOOLS = sys.argv[3:] or sorted({a or b for a, b in TOOLS})
+TOOLS = sys.argv[3:] or sorted(path.parent.name for path in pathlib.Path(sys.argv[2]).glob("tools/*/CMakeLists.txt"))
 
 
 def said(tool, *arguments):
