@@ -12,7 +12,8 @@ import tempfile
 
 from bench_table import Run, Table, arguments
 
-MODES = {"master": "#444444", "stochastic": "#1f77b4", "kahan": "#2ca02c", "nearest": "#d62728"}
+# colour and width of a line: three of the four lie on each other
+MODES = {"master": ("#bbbbbb", 7), "stochastic": ("#1f77b4", 3.5), "kahan": ("#9be59b", 1), "nearest": ("#d62728", 1.5)}
 WIDTH, HEIGHT, LEFT, TOP = 720, 340, 50, 20
 
 
@@ -29,15 +30,16 @@ def draw(path, curves, steps):
 
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for k in range(5):
-        loss = top * k / 5
+    for loss in range(int(top) + 1):
         y = point(0, 1, loss).split(",")[1]
-        lines.append(f'<path d="M{LEFT},{y}H{WIDTH - 20}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y}" text-anchor="end">{loss:.1f}</text>')
+        lines.append(f'<path d="M{LEFT},{y}H{WIDTH - 20}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y}" text-anchor="end">{loss}</text>')
     lines.append(f'<text x="{WIDTH - 20}" y="{HEIGHT - 16}" text-anchor="end">{steps} steps</text><text x="{LEFT}" y="{HEIGHT - 16}">loss</text>')
     for i, (mode, curve) in enumerate(curves.items()):
         points = " ".join(point(k, len(curve), loss) for k, loss in enumerate(curve))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{MODES[mode]}" stroke-width="1.5"/>')
-        lines.append(f'<text x="{WIDTH - 140}" y="{TOP + 16 + 16 * i}" fill="{MODES[mode]}">{mode}</text>')
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{MODES[mode][0]}" '
+                     f'stroke-width="{MODES[mode][1]}"/>')
+        lines.append(f'<path d="M{WIDTH - 170},{TOP + 12 + 16 * i}h24" stroke="{MODES[mode][0]}" stroke-width="{MODES[mode][1]}"/>'
+                     f'<text x="{WIDTH - 140}" y="{TOP + 16 + 16 * i}">{mode}</text>')
     path.write_text("\n".join(lines) + "\n</svg>\n")
 
 
