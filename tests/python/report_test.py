@@ -1,9 +1,10 @@
 """report.html of a run, as a parser and as a browser see it: report_test.py BIN_DIR FIXTURES parser|browser. Exit code 77 where
-there is no chromium for the browser's part.
+there is no chromium for the browser's part (scripts/setup --browser installs it).
 
 The parser's part: nothing is loaded from elsewhere, all tags are closed, the curves have a point a step and the numbers of
 metrics.jsonl at their places, and what is said of loss by noise level, data and memory is there. The browser's: its DOM shows the
-same, and the script for hovering finds its data and raises no error.
+same, all curves have a length and a colour, the script for hovering finds its data, and nothing is said on the console, forbidden by the page's
+policy or asked of a network.
 """
 import html.parser
 import json
@@ -130,7 +131,7 @@ def check(text, lines):
 
 
 def main(bin_dir, fixtures, part):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None)
     if part == "browser" and not browser:
         print("skipped: no chromium is installed")
         return 77
@@ -144,20 +145,37 @@ def main(bin_dir, fixtures, part):
         lines = metrics(out)
         report = out / "report.html"
         if part == "browser":
-            # what the script wrote after an event at the middle of the first chart is part of the DOM that is printed
+            # what is said before anything else runs, and what the script wrote after an event at the middle of the first chart, are
+            # parts of the DOM that is printed
+            first = """<script>
+              const complain = (what) => { document.documentElement.dataset.error = (document.documentElement.dataset.error || "") + what + "; "; };
+              window.addEventListener("error", (event) => complain(event.message || "a resource"), true);
+              document.addEventListener("securitypolicyviolation", (event) => complain("policy: " + event.violatedDirective));
+              for (const name of ["error", "warn"]) console[name] = (...words) => complain(words.join(" "));
+            </script>"""
             probe = """<script>
-              window.onerror = (message) => { document.body.dataset.error = message; };
               const chart = document.querySelector("svg[data-curves]"), box = chart.getBoundingClientRect();
               chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 410 / 760, clientY: box.top + 20}));
               document.body.dataset.hover = chart.parentNode.querySelector("output").textContent;
               document.body.dataset.decoded = [...document.images].filter(i => i.complete && i.naturalWidth == 1).length;
+              document.body.dataset.curves = [...document.querySelectorAll("polyline")].filter(p => p.getTotalLength() > 100 &&
+                p.getBoundingClientRect().width > 100 && getComputedStyle(p).stroke != "none").map(p => p.dataset.curve).join(" ");
+              document.body.dataset.requests = performance.getEntriesByType("resource").map(entry => entry.name.slice(0, 60)).join(" ");
             </script></body>"""
             page = pathlib.Path(folder) / "probed.html"
-            page.write_text(report.read_text().replace("</body>", probe))
-            dom = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()], check=True,
-                                 capture_output=True, text=True, timeout=120).stdout
-            body = [a for a in Page(re.sub(r"<!DOCTYPE[^>]*>", "", dom)).all("body")][0]
-            assert "data-error" not in body, body
+            text = report.read_text()
+            assert text.count("<meta charset") == 1 and text.count("</body>") == 1
+            page.write_text(text.replace("<meta charset", first + "<meta charset").replace("</body>", probe))
+            shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom",
+                                    page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
+            said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+            assert not said, said
+            dom = Page(re.sub(r"<!DOCTYPE[^>]*>", "", shown.stdout))
+            body = dom.all("body")[0]
+            assert "data-error" not in dom.all("html")[0], dom.all("html")
+            assert body["data-requests"] == "", body
+            assert body["data-decoded"] == "2", body
+            assert set(body["data-curves"].split()) == {"loss", "loss_smoothed", "learning_rate", "grad_norm"}, body
             assert body["data-hover"].startswith("step 3: "), body
             shown = [float(number) for number in body["data-hover"].split(": ")[1].split(", ")]
             assert abs(shown[0] - lines[2]["loss"]) < 1e-3 and abs(shown[1] - lines[2]["loss_smoothed"]) < 1e-3, (shown, lines[2])
