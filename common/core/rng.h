@@ -36,6 +36,7 @@ enum class Purpose : uint32_t {
   kTimestepStratum = 14,
   kInputNoise = 15,
   kAdapterDropout = 16,
+  kSampling = 17,
 };
 
 /// One stream of numbers, fixed by (seed, purpose, a, b): `a` is an epoch or step, `b` an item, for

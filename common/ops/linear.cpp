@@ -242,6 +242,13 @@ struct LayerSize {
                                             text));
   }
 
+  void require_low_rank(const LowRank& adapter) const {
+    const auto &down = adapter.down, &up = adapter.up;
+    require(down.defined() && down.dim() == 2 && down.size(1) == in, "down", down);
+    require(
+        up.defined() && up.dim() == 2 && up.size(0) == out && up.size(1) == down.size(0), "up", up);
+  }
+
   void require_kronecker(const LowRank& adapter) const {
     const auto &mix = adapter.mix, &down = adapter.down, &up = adapter.up;
     require(mix.dim() == 2, "mix", mix);
@@ -254,9 +261,49 @@ struct LayerSize {
   }
 };
 
+at::Tensor with_own_adapter(const Linear& layer, const at::Tensor& x);
+
+/// y + multiplier * (W' - W) x of each added adapter.
+at::Tensor with_added(const Linear& layer, const at::Tensor& x) {
+  if (at::GradMode::is_enabled())
+    throw std::logic_error("linear: added adapters have no gradients");
+  at::Tensor y = with_own_adapter(layer, x), base;
+  for (const AddedAdapter& added : layer.added) {
+    const Linear alone{layer.weight, layer.bias, added.lora, layer.quantized};
+    const LowRank& lora = added.lora;
+    if (lora.magnitude.defined()) {
+      // the norms are those of the adapter as it is, so that the multiplier cannot be in its scale
+      if (!base.defined())
+        base = with_own_adapter({layer.weight, layer.bias, {}, layer.quantized}, x);
+      y = y + (with_own_adapter(alone, x) - base) * added.multiplier;
+      continue;
+    }
+    const LayerSize size(layer);
+    const auto rows = x.reshape({-1, x.size(-1)});
+    LowRank scaled = lora;
+    scaled.scale *= added.multiplier;
+    if (lora.mix.defined()) {
+      size.require_kronecker(lora);
+      y = add_kronecker(y.view({-1, size.out}), rows, scaled).view(y.sizes());
+      continue;
+    }
+    size.require_low_rank(lora);
+    const auto low =
+        product({.a = rows, .b = lora.down.to(x.scalar_type()).t(), .scale = scaled.scale});
+    y.add_(product({.a = low, .b = lora.up.to(x.scalar_type()).t()}).view(y.sizes()));
+  }
+  return y;
+}
+
 }  // namespace
 
 at::Tensor linear(const Linear& layer, const at::Tensor& x) {
+  return layer.added.empty() ? with_own_adapter(layer, x) : with_added(layer, x);
+}
+
+namespace {
+
+at::Tensor with_own_adapter(const Linear& layer, const at::Tensor& x) {
   const auto& w = layer.weight;
   const auto &down = layer.lora.down, &up = layer.lora.up;
   const LayerSize size(layer);
@@ -271,11 +318,7 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
   if (layer.lora.mix.defined()) {
     size.require_kronecker(layer.lora);
   } else if (down.defined()) {
-    size.require(down.dim() == 2 && down.size(1) == size.in, "down", down);
-    size.require(
-        up.defined() && up.dim() == 2 && up.size(0) == size.out && up.size(1) == down.size(0),
-        "up",
-        up);
+    size.require_low_rank(layer.lora);
   }
   if (const auto& magnitude = layer.lora.magnitude; magnitude.defined())
     size.require(down.defined() && magnitude.sizes() == at::IntArrayRef{size.out, 1} &&
@@ -312,6 +355,8 @@ at::Tensor linear(const Linear& layer, const at::Tensor& x) {
     y = scale_rows(y, layer.bias, layer.lora.magnitude, row_norms(layer, type));
   return y.view(shape);
 }
+
+}  // namespace
 
 at::Tensor row_norms(const Linear& layer, at::ScalarType type) {
   const at::NoGradGuard no_grad;

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <vector>
 
 #include "common/quant/quant.h"
 
@@ -49,15 +50,23 @@ struct LowRank {
   std::array<at::Tensor*, 4> parts() { return {&down, &up, &mix, &magnitude}; }
 };
 
+/// An adapter beside others, for computing without gradients.
+struct AddedAdapter {
+  LowRank lora;
+  double multiplier = 1;  // of all that it does to the layer; not in lora.scale
+};
+
 /// One Linear layer. Copies share the tensors.
 ///
 ///   weight     [out, in] float32|bfloat16
 ///   bias       [out], or undefined
 ///   quantized  the weight in 8 or 4 bits, frozen; then `weight` is undefined
+///   added      what each does to the layer alone, W' - W, is added: their order does not matter
 struct Linear {
   at::Tensor weight, bias;
   LowRank lora;
   QuantizedWeight quantized{};
+  std::vector<AddedAdapter> added{};
 };
 
 /// x W^T + bias, and with an adapter + scale * (x down^T) up^T: the products in the dtype of x,
@@ -69,7 +78,8 @@ struct Linear {
 ///   returns  [..., out]
 ///
 /// Gradients flow to x, weight, bias and the tensors of the adapter, each in its own dtype; only those asked for are
-/// computed. Throws std::invalid_argument, naming the shapes or dtypes, if they disagree.
+/// computed. Throws std::invalid_argument, naming the shapes or dtypes, if they disagree; std::logic_error for added
+/// adapters where gradients are recorded.
 at::Tensor linear(const Linear& layer, const at::Tensor& x);
 
 /// The norms of the rows of W + delta, [out] float32, computed in float32 some rows at a time, of a quantised weight from

@@ -116,15 +116,29 @@ Adapters empty_adapters(const std::vector<Target>& targets, at::Device device, c
   return adapters;
 }
 
+namespace {
+
+LowRank low_rank(const Module& module, double multiplier) {
+  return {.down = module.down,
+          .up = module.up,
+          .scale = multiplier * module.scale(),
+          .mix = module.mix,
+          .magnitude = module.magnitude};
+}
+
+}  // namespace
+
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier) {
   match(adapters, weights, [&](const Module& module, Linear& layer) {
     if (module.magnitude.defined() && multiplier != 1)
       throw std::invalid_argument("attach: magnitudes with another multiplier than 1");
-    layer.lora = {.down = module.down,
-                  .up = module.up,
-                  .scale = multiplier * module.scale(),
-                  .mix = module.mix,
-                  .magnitude = module.magnitude};
+    layer.lora = low_rank(module, multiplier);
+  });
+}
+
+void attach_beside(const Adapters& adapters, dit::Weights& weights, double multiplier) {
+  match(adapters, weights, [&](const Module& module, Linear& layer) {
+    layer.added.push_back({low_rank(module, 1), multiplier});
   });
 }
 
@@ -159,7 +173,10 @@ void limit_norm(const Module& module, double max_norm) {
 }
 
 void detach(dit::Weights& weights) {
-  dit::for_each_linear(weights, [](const std::string&, Linear& layer) { layer.lora = {}; });
+  dit::for_each_linear(weights, [](const std::string&, Linear& layer) {
+    layer.lora = {};
+    layer.added.clear();
+  });
 }
 
 void merge(const Adapters& adapters, dit::Weights& weights, double multiplier) {

@@ -55,6 +55,9 @@ void set_magnitude(const Linear& layer, at::ScalarType type);
 /// std::invalid_argument for magnitudes with another multiplier than 1, which merge() knows.
 void attach(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 void detach(dit::Weights& weights);
+/// The same beside what is attached already, for computing without gradients: what the adapters do to a layer alone, times
+/// `multiplier`, is added; magnitudes may have one. detach() takes these away too. Throws InputError, as attach() does.
+void attach_beside(const Adapters& adapters, dit::Weights& weights, double multiplier = 1);
 
 /// W <- W + multiplier * delta for every adapted Linear, with magnitudes W + multiplier * (scaled W + delta - W), computed in
 /// float32 and rounded once to the dtype of W. New tensors: those of `weights` that others share stay as they
