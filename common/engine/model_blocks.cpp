@@ -240,7 +240,8 @@ void ModelBlocks::attach(const lora::Adapters& adapters, double multiplier) {
     // the products are of that type anyhow; norms are not
     const auto type = module.magnitude.defined() ? at::kFloat : options_.compute;
     for (at::Tensor* part : module.parts())
-      if (part->defined()) *part = part->to(options_.device, type).contiguous();
+      if (part->defined())
+        *part = part->to(options_.device, type, /*non_blocking=*/false, /*copy=*/true).contiguous();
     magnitudes = magnitudes || module.magnitude.defined();
     here.modules.push_back(std::move(module));
   }

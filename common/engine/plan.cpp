@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <functional>
 #include <numeric>
 #include <optional>
 
@@ -71,10 +72,16 @@ double step_flops(const dit::Config& config,
   return sum * static_cast<double>(shape.micro_batches);
 }
 
-MemoryPlan plan_memory(const dit::Config& config,
-                       const ModelFile* file,
-                       const TrainerOptions& options,
-                       const StepShape& shape) {
+namespace {
+
+/// A trainer on Meta does `work` with `num_batches`, while others are held by the reader.
+MemoryPlan plan_work(
+    const dit::Config& config,
+    const ModelFile* file,
+    const TrainerOptions& options,
+    const StepShape& shape,
+    int64_t num_batches,
+    const std::function<void(Trainer& trainer, std::span<const FlowInputs> batches)>& work) {
   TrainerOptions planned = options;
   planned.device = at::kMeta;
   planned.several_micro_batches = shape.micro_batches > 1;
@@ -88,19 +95,10 @@ MemoryPlan plan_memory(const dit::Config& config,
     std::vector<FlowInputs> batches;
     {
       const MemoryScope scope(MemoryCause::kData);
-      for (int64_t i = 0; i < shape.micro_batches + shape.batches_ahead; ++i)
+      for (int64_t i = 0; i < num_batches + shape.batches_ahead; ++i)
         batches.push_back(planned_batch(config, shape));
     }
-    const std::span<const FlowInputs> of_a_step(batches.data(),
-                                                static_cast<size_t>(shape.micro_batches));
-    // the second one has the updates that waited
-    for (int64_t step = 1; step <= 2; ++step) trainer.step(of_a_step, step, 1e-4);
-    if (shape.sample) {
-      sample_on_meta(
-          config,
-          [&](std::span<const dit::Inputs> inputs) { return trainer.predict(inputs); },
-          *shape.sample);
-    }
+    work(trainer, std::span(batches).first(static_cast<size_t>(num_batches)));
     ModelBlocks& model = trainer.model();
     const auto traffic = model.bytes_per_step();
     plan.read_bytes = static_cast<double>(traffic.read);
@@ -119,6 +117,34 @@ MemoryPlan plan_memory(const dit::Config& config,
   plan.causes[static_cast<size_t>(MemoryCause::kOther)] -= before;
   plan.causes[static_cast<size_t>(MemoryCause::kOptimizer)] -= on_host;
   return plan;
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const dit::Config& config,
+                       const ModelFile* file,
+                       const TrainerOptions& options,
+                       const StepShape& shape) {
+  const auto work = [&](Trainer& trainer, std::span<const FlowInputs> batches) {
+    // the second one has the updates that waited
+    for (int64_t step = 1; step <= 2; ++step) trainer.step(batches, step, 1e-4);
+    if (!shape.sample) return;
+    sample_on_meta(
+        config,
+        [&](std::span<const dit::Inputs> inputs) { return trainer.predict(inputs); },
+        *shape.sample);
+  };
+  return plan_work(config, file, options, shape, shape.micro_batches, work);
+}
+
+MemoryByCause evaluation_memory(const dit::Config& config,
+                                const TrainerOptions& options,
+                                const StepShape& shape,
+                                int64_t num_batches) {
+  const auto work = [](Trainer& trainer, std::span<const FlowInputs> batches) {
+    trainer.evaluate(batches);
+  };
+  return plan_work(config, nullptr, options, shape, num_batches, work).causes;
 }
 
 MemoryPlan plan_sampling(const dit::Config& config,

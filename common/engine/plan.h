@@ -45,7 +45,13 @@ MemoryPlan plan_memory(const dit::Config& config,
                        const TrainerOptions& options,
                        const StepShape& shape);
 
-/// The same of sampling a batch of pictures, one step of which is what `flops` and bytes are of. Throws as Sampler does.
+/// The most that evaluating `num_batches` of the shape together takes (Trainer::evaluate), with what training keeps meanwhile.
+MemoryByCause evaluation_memory(const dit::Config& config,
+                                const TrainerOptions& options,
+                                const StepShape& shape,
+                                int64_t num_batches);
+
+/// plan_memory() of sampling a batch of pictures, one step of which is what `flops` and bytes are of. Throws as Sampler does.
 ///   adapters  on Meta, for their sizes
 MemoryPlan plan_sampling(const dit::Config& config,
                          const ModelFile* file,
