@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "common/models/vae/norm_swish_cpu.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int64_t kChunkPixels =
     1024;  // one task of a pass; fixed, so that sums do not depend on the number of threads
+constexpr int64_t kPiecePixels = 16 * kChunkPixels;  // read at a time
 constexpr int64_t kFloatPixels = 32;  // summed in float32 before they go into a double
 
 template <class T>
@@ -24,21 +26,20 @@ float first_value(T x) {
     return x;
 }
 
-/// The mean and the factor of each channel; what the mean loses in float32 goes into `bias`.
-///   x  `pixels` rows of as many channels as weight and bias have
 template <class T>
-void find_factors(const T* x,
-                  int64_t pixels,
-                  const std::vector<float>& weight,
-                  std::vector<float>& mean,
-                  std::vector<float>& scale,
-                  std::vector<float>& bias) {
-  const auto channels = static_cast<int64_t>(weight.size());
-  const size_t width = weight.size();
-  // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is
-  // far from zero
-  std::vector<float> shift(width);
-  std::transform(x, x + channels, shift.begin(), first_value<T>);
+const T* values_of(const at::Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+/// Adds the moments of some whole chunks of pixels, the last of which may be shorter.
+///   sums   sums, then squares, of each channel
+template <class T>
+void add_moments(const T* x,
+                 int64_t pixels,
+                 const std::vector<float>& shift,
+                 std::vector<double>& sums) {
+  const size_t width = shift.size();
+  const auto channels = static_cast<int64_t>(width);
   const int64_t chunks = (pixels + kChunkPixels - 1) / kChunkPixels;
   std::vector<double> partial(static_cast<size_t>(chunks) * 2 * width);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -62,8 +63,34 @@ void find_factors(const T* x,
       }
     }
   });
+  for (size_t i = 0; i < partial.size(); ++i) sums[i % (2 * width)] += partial[i];
+}
+
+/// The mean and the factor of each channel; what the mean loses in float32 goes into `bias`.
+///   x  of as many channels as weight and bias have
+template <class T>
+void find_factors(const Picture& x,
+                  const std::vector<float>& weight,
+                  std::vector<float>& mean,
+                  std::vector<float>& scale,
+                  std::vector<float>& bias) {
+  const size_t width = weight.size();
+  const int64_t pixels = x.height() * x.width();
+  // moments of x - (first pixel), since those of x itself would cancel where a channel's mean is
+  // far from zero
+  std::vector<float> shift(width);
+  at::Tensor buffer;
+  const at::Tensor first_pixel = x.pixels(0, 1, buffer);
+  std::transform(
+      values_of<T>(first_pixel), values_of<T>(first_pixel) + width, shift.begin(), first_value<T>);
   std::vector<double> total(2 * width);
-  for (size_t i = 0; i < partial.size(); ++i) total[i % (2 * width)] += partial[i];
+  // what is in memory in one go, what is not by pieces of whole chunks
+  const int64_t piece = x.whole().defined() ? pixels : kPiecePixels;
+  for (int64_t first = 0; first < pixels; first += piece) {
+    const int64_t last = std::min(pixels, first + piece);
+    const at::Tensor values = x.pixels(first, last, buffer);
+    add_moments(values_of<T>(values), last - first, shift, total);
+  }
 
   mean.resize(width);
   scale.resize(width);
@@ -111,10 +138,6 @@ void compute_rows(const T* x,
   });
 }
 
-const uint16_t* bits_of(const at::Tensor& x) {
-  return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
-}
-
 std::vector<float> values(const at::Tensor& parameter) {
   const at::Tensor p = parameter.to(at::kFloat).contiguous();
   return {p.const_data_ptr<float>(), p.const_data_ptr<float>() + p.numel()};
@@ -127,32 +150,27 @@ bool NormSwish::takes(const at::Tensor& x) {
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
-NormSwish::NormSwish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias)
-    : x_(x), bias_(values(bias)) {
-  const int64_t pixels = x.size(2) * x.size(3);
-  if (x.scalar_type() == at::kFloat)
-    find_factors(x.const_data_ptr<float>(), pixels, values(weight), mean_, scale_, bias_);
+NormSwish::NormSwish(Picture x, const at::Tensor& weight, const at::Tensor& bias)
+    : x_(std::move(x)), bias_(values(bias)) {
+  if (weight.scalar_type() == at::kFloat)
+    find_factors<float>(x_, values(weight), mean_, scale_, bias_);
   else
-    find_factors(bits_of(x), pixels, values(weight), mean_, scale_, bias_);
+    find_factors<uint16_t>(x_, values(weight), mean_, scale_, bias_);
 }
 
 void NormSwish::rows(int64_t first, int64_t last, const at::Tensor& out) const {
-  const int64_t width = x_.size(3), skipped = first * width * x_.size(1),
-                pixels = (last - first) * width;
-  if (x_.scalar_type() == at::kFloat)
-    compute_rows(x_.const_data_ptr<float>() + skipped,
-                 pixels,
-                 mean_,
-                 scale_,
-                 bias_,
-                 out.mutable_data_ptr<float>());
+  const int64_t width = x_.width(), pixels = (last - first) * width;
+  at::Tensor buffer;
+  const at::Tensor in = x_.pixels(first * width, last * width, buffer);
+  if (in.scalar_type() == at::kFloat)
+    compute_rows(values_of<float>(in), pixels, mean_, scale_, bias_, out.mutable_data_ptr<float>());
   else
-    compute_rows(bits_of(x_) + skipped,
+    compute_rows(values_of<uint16_t>(in),
                  pixels,
                  mean_,
                  scale_,
                  bias_,
-                 reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()));
+                 static_cast<uint16_t*>(out.mutable_data_ptr()));
 }
 
 }  // namespace flux::vae

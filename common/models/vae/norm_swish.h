@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/models/vae/picture.h"
+
 namespace flux::vae {
 
 inline constexpr int64_t kNormGroups = 32;
@@ -19,13 +21,16 @@ class NormSwish {
 
   ///   x             as takes() says; what rows() reads
   ///   weight, bias  [c], dtype of x
-  NormSwish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+  NormSwish(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias)
+      : NormSwish(Picture(x), weight, bias) {}
+  /// The same bits of a picture wherever it is.
+  NormSwish(Picture x, const at::Tensor& weight, const at::Tensor& bias);
 
   /// Rows [first, last) of the result into `out` [1, c, last - first, w], dtype of x, channels last.
   void rows(int64_t first, int64_t last, const at::Tensor& out) const;
 
  private:
-  at::Tensor x_;
+  Picture x_;
   std::vector<float> mean_, scale_, bias_;  // of each channel
 };
 

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "common/models/vae/norm_swish.h"
+#include "common/models/vae/picture.h"
 #include "common/tensor/tensor.h"
 
 namespace flux::vae {
@@ -150,50 +151,73 @@ void convolve_strips(const Conv& conv,
   }
 }
 
+/// What the parts of one picture's way share.
+struct Work {
+  PictureMemory& memory;
+  Tensor buffer{};  // of strips that are convolved
+  Tensor read{};    // of rows that come from a scratch file
+};
+
 /// The same of swish(GroupNorm(x)). x is freed as early as may be.
 template <class Take>
-void norm_convolve(Tensor x, const Norm& norm, const Conv& conv, Tensor& buffer, const Take& take) {
-  if (!NormSwish::takes(x)) {
-    Tensor n = normalise(x, norm);
+void norm_convolve(Picture x, const Norm& norm, const Conv& conv, Work& work, const Take& take) {
+  if (x.whole().defined() && !NormSwish::takes(x.whole())) {
+    Tensor n = normalise(x.whole(), norm);
     x.reset();
     take(0, convolve_3x3(at::silu_(n), conv));
     return;
   }
-  const int64_t height = x.size(2), width = x.size(3);
-  const NormSwish normed(x, norm.weight, norm.bias);
+  const int64_t height = x.height(), width = x.width();
+  const NormSwish normed(std::move(x), norm.weight, norm.bias);
   const auto fill = [&](int64_t first, int64_t last, const Tensor& out) {
     normed.rows(first, last, out);
   };
-  convolve_strips(conv, height, width, buffer, fill, take);
+  convolve_strips(conv, height, width, work.buffer, fill, take);
 }
 
-/// Takes the rows of `image` [1, c, height, w] from `first` on; the first strip makes it.
-void place(Tensor& image, int64_t height, int64_t first, const Tensor& strip) {
+/// Takes the rows of `picture` [1, c, height, w] from `first` on; the first strip makes it.
+void place(Picture& picture, int64_t height, int64_t first, const Tensor& strip, Work& work) {
   if (strip.size(2) == height) {
-    image = strip;
+    picture = Picture(strip, &work.memory);
     return;
   }
   if (first == 0)
-    image = at::empty({1, strip.size(1), height, strip.size(3)}, strip.options(), kFormat);
-  image.narrow(2, first, strip.size(2)).copy_(strip);
+    picture = Picture(work.memory, strip.size(1), height, strip.size(3), strip.options());
+  picture.set_rows(first, strip);
 }
 
-Tensor norm_convolve(const Tensor& x, const Norm& norm, const Conv& conv, Tensor& buffer) {
-  Tensor out;
-  norm_convolve(x, norm, conv, buffer, [&, height = x.size(2)](int64_t first, const Tensor& strip) {
-    place(out, height, first, strip);
+Picture norm_convolve(const Picture& x, const Norm& norm, const Conv& conv, Work& work) {
+  Picture out;
+  norm_convolve(x, norm, conv, work, [&, height = x.height()](int64_t first, const Tensor& strip) {
+    place(out, height, first, strip, work);
   });
   return out;
 }
 
-/// Two large tensors live at a time, x and what conv1 puts out: norms and what conv2 puts out exist in strips. May
-/// change x in place.
-Tensor res_block(Tensor x, const ResBlock& block, Tensor& buffer) {
-  Tensor h = norm_convolve(x, block.norm1, block.conv1, buffer);
-  if (block.shortcut.weight.defined()) x = convolve_1x1(x, block.shortcut);
+/// In one go where both are in memory, else some rows at a time.
+Picture shortcut(const Picture& x, const Conv& conv, Work& work) {
+  const int64_t height = x.height(), channels = conv.weight.size(0);
+  const int64_t bytes = x.num_bytes() / x.channels() * channels;
+  if (x.whole().defined() && work.memory.fits(bytes))
+    return Picture(convolve_1x1(x.whole(), conv), &work.memory);
+  Picture out;
+  const int64_t count =
+      strip_count(conv.weight, std::max(channels, x.channels()), height, x.width());
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * height / count, last = (i + 1) * height / count;
+    place(out, height, first, convolve_1x1(x.rows(first, last, work.read), conv), work);
+  }
+  return out;
+}
+
+/// Two large pictures exist at a time, x and what conv1 puts out, for a moment three where the shortcut has other channels:
+/// norms and what conv2 puts out exist in strips. May change x in place.
+Picture res_block(Picture x, const ResBlock& block, Work& work) {
+  Picture h = norm_convolve(x, block.norm1, block.conv1, work);
+  if (block.shortcut.weight.defined()) x = shortcut(x, block.shortcut, work);
   norm_convolve(
-      std::move(h), block.norm2, block.conv2, buffer, [&](int64_t first, const Tensor& strip) {
-        x.narrow(2, first, strip.size(2)).add_(strip);
+      std::move(h), block.norm2, block.conv2, work, [&](int64_t first, const Tensor& strip) {
+        x.add_rows(first, strip, work.read);
       });
   return x;
 }
@@ -226,29 +250,30 @@ Tensor attend(const Tensor& x, const Attention& attention) {
 
 /// Zero padding on the right and at the bottom only, as the net was trained: padding all sides
 /// would shift by half a pixel.
-Tensor downsample(const Tensor& x, const Conv& conv) {
+Picture downsample(const Tensor& x, const Conv& conv, Work& work) {
   const int64_t height = x.size(2), half = height / 2,
                 count = strip_count(x, x.size(1), height, x.size(3));
-  Tensor out;
+  Picture out;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = i * half / count, last = (i + 1) * half / count;
     const int64_t rows = std::min(2 * last + 1, height) - 2 * first;
     const Tensor padded =
         at::constant_pad_nd(x.narrow(2, 2 * first, rows), {0, 1, 0, 2 * (last - first) + 1 - rows});
-    place(out, half, first, convolve(padded.contiguous(kFormat), conv, 2, 0));
+    place(out, half, first, convolve(padded.contiguous(kFormat), conv, 2, 0), work);
   }
   return out;
 }
-Tensor upsample(const Tensor& x, const Conv& conv, Tensor& buffer) {
-  const int64_t height = 2 * x.size(2), width = 2 * x.size(3);
+Picture upsample(const Picture& x, const Conv& conv, Work& work) {
+  const int64_t height = 2 * x.height(), width = 2 * x.width();
   const auto fill = [&](int64_t first, int64_t last, const Tensor& out) {
     const int64_t above = first / 2, count = (last + 1) / 2 - above;
-    const Tensor rows = at::upsample_nearest2d(x.narrow(2, above, count), {2 * count, width});
+    const Tensor rows =
+        at::upsample_nearest2d(x.rows(above, above + count, work.read), {2 * count, width});
     Tensor(out).copy_(rows.narrow(2, first - 2 * above, last - first));
   };
-  Tensor out;
-  convolve_strips(conv, height, width, buffer, fill, [&](int64_t first, const Tensor& strip) {
-    place(out, height, first, strip);
+  Picture out;
+  convolve_strips(conv, height, width, work.buffer, fill, [&](int64_t first, const Tensor& strip) {
+    place(out, height, first, strip, work);
   });
   return out;
 }
@@ -304,31 +329,32 @@ Posterior Encoder::encode(const Tensor& pixels, TensorMap* taps) const {
   give_back_freed();
   const c10::InferenceMode no_grad;
   std::vector<Tensor> moments;
-  Tensor buffer;  // of strips
+  PictureMemory memory;
+  Work work{memory};
   for (int64_t i = 0; i < pixels.size(0); ++i, taps = nullptr) {
-    Tensor x = convolve_3x3(sample(pixels, i, conv_in.weight), conv_in);
-    tap(taps, "conv_in", x);
+    Picture x(convolve_3x3(sample(pixels, i, conv_in.weight), conv_in));
+    tap(taps, "conv_in", x.whole());
     for (size_t l = 0; l < levels.size(); ++l) {
       const std::string name = "down." + std::to_string(l);
       for (size_t b = 0; b < levels[l].blocks.size(); ++b) {
-        x = res_block(std::move(x), levels[l].blocks[b], buffer);
-        tap(taps, name + ".block." + std::to_string(b), x);
+        x = res_block(std::move(x), levels[l].blocks[b], work);
+        tap(taps, name + ".block." + std::to_string(b), x.whole());
       }
       if (levels[l].resample.weight.defined()) {
-        x = downsample(x, levels[l].resample);
-        tap(taps, name + ".downsample", x);
+        x = downsample(x.whole(), levels[l].resample, work);
+        tap(taps, name + ".downsample", x.whole());
       }
     }
-    x = res_block(std::move(x), mid1, buffer);
-    tap(taps, "mid.block_1", x);
-    x = attend(x, attention);
-    tap(taps, "mid.attn_1", x);
-    x = res_block(std::move(x), mid2, buffer);
-    tap(taps, "mid.block_2", x);
-    if (taps) tap(taps, "norm_out", normalise(x, norm_out));
-    x = norm_convolve(x, norm_out, conv_out, buffer);
-    tap(taps, "conv_out", x);
-    moments.push_back(x.to(at::kFloat).contiguous());
+    x = res_block(std::move(x), mid1, work);
+    tap(taps, "mid.block_1", x.whole());
+    x = Picture(attend(x.whole(), attention));
+    tap(taps, "mid.attn_1", x.whole());
+    x = res_block(std::move(x), mid2, work);
+    tap(taps, "mid.block_2", x.whole());
+    if (taps) tap(taps, "norm_out", normalise(x.whole(), norm_out));
+    x = norm_convolve(x, norm_out, conv_out, work);
+    tap(taps, "conv_out", x.whole());
+    moments.push_back(x.whole().to(at::kFloat).contiguous());
   }
   const Tensor all = moments.size() == 1 ? moments[0] : at::cat(moments);
   return {all.narrow(1, 0, config.latent_channels).contiguous(),
@@ -355,24 +381,81 @@ Decoder Decoder::load(const TensorMap& weights,
   return d;
 }
 
-Tensor Decoder::decode(const Tensor& raw) const {
+Tensor Decoder::decode(const Tensor& raw, const DecodeMemory& allowed) const {
   check_batch(raw, "raw latents", config.latent_channels, 1);
   const c10::InferenceMode no_grad;
   std::vector<Tensor> images;
-  Tensor buffer;  // of strips
   for (int64_t i = 0; i < raw.size(0); ++i) {
-    Tensor x = convolve_3x3(sample(raw, i, conv_in.weight), conv_in);
-    x = res_block(std::move(x), mid1, buffer);
-    x = attend(x, attention);
-    x = res_block(std::move(x), mid2, buffer);
-    for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
-      for (const ResBlock& block : level->blocks) x = res_block(std::move(x), block, buffer);
-      if (level->resample.weight.defined()) x = upsample(x, level->resample, buffer);
+    give_back_freed();
+    PictureMemory memory(allowed.picture_bytes, allowed.scratch);
+    Work work{memory};
+    Picture x;
+    {
+      PictureMemory all_in_memory;
+      Work mid{all_in_memory};
+      x = Picture(convolve_3x3(sample(raw, i, conv_in.weight), conv_in));
+      x = res_block(std::move(x), mid1, mid);
+      x = Picture(attend(x.whole(), attention), &memory);
     }
-    x = norm_convolve(x, norm_out, conv_out, buffer);
-    images.push_back(x.to(at::kFloat).contiguous());
+    x = res_block(std::move(x), mid2, work);
+    for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
+      for (const ResBlock& block : level->blocks) x = res_block(std::move(x), block, work);
+      if (level->resample.weight.defined()) x = upsample(x, level->resample, work);
+    }
+    // the image itself is small
+    Tensor image =
+        at::empty({1, config.image_channels, x.height(), x.width()}, x.options().dtype(at::kFloat));
+    norm_convolve(std::move(x), norm_out, conv_out, work, [&](int64_t first, const Tensor& strip) {
+      image.narrow(2, first, strip.size(2)).copy_(strip);
+    });
+    images.push_back(std::move(image));
+    if (allowed.stats) allowed.stats->scratch_bytes += memory.scratch_bytes();
   }
   return images.size() == 1 ? images[0] : at::cat(images);
+}
+
+namespace {
+
+int64_t bytes_of(const Conv& conv) {
+  return conv.weight.defined() ? static_cast<int64_t>(conv.weight.nbytes() + conv.bias.nbytes())
+                               : 0;
+}
+int64_t bytes_of(const ResBlock& block) {
+  return bytes_of(block.conv1) + bytes_of(block.conv2) + bytes_of(block.shortcut);
+}
+
+}  // namespace
+
+DecodeNeeds Decoder::needs(int64_t h, int64_t w) const {
+  const auto element = static_cast<int64_t>(conv_in.weight.element_size());
+  DecodeNeeds needs;
+  needs.weights = bytes_of(conv_in) + bytes_of(mid1) + bytes_of(mid2) + bytes_of(attention.q) +
+                  bytes_of(attention.k) + bytes_of(attention.v) + bytes_of(attention.out) +
+                  bytes_of(conv_out);
+  int64_t x = conv_in.weight.size(0) * h * w * element, widest_row = 0;
+  // x, its norm, q (and it once more while it is scaled), k, v, what is attended to; slices of scores and of their softmax
+  needs.mid = 7 * x + 2 * std::min(kScoreElements, h * w * h * w) * element;
+  for (auto level = levels.rbegin(); level != levels.rend(); ++level) {
+    for (const ResBlock& block : level->blocks) {
+      needs.weights += bytes_of(block);
+      const int64_t out = block.conv1.weight.size(0) * h * w * element;
+      needs.pictures =
+          std::max(needs.pictures, x + (block.shortcut.weight.defined() ? 2 * out : out));
+      widest_row = std::max(widest_row, x / h);
+      x = out;
+    }
+    if (!level->resample.weight.defined()) continue;
+    needs.weights += bytes_of(level->resample);
+    h *= 2;
+    w *= 2;
+    needs.pictures = std::max(needs.pictures, x + 4 * x);
+    x *= 4;
+  }
+  // a strip and its neighbours' rows, what it becomes, and what is read, added, and laid out anew on the way
+  constexpr int64_t kTensorsOfStrips = 6;
+  needs.strips = kTensorsOfStrips * (kStripElements * element + 3 * widest_row) +
+                 config.image_channels * h * w * int64_t{sizeof(float)};
+  return needs;
 }
 
 }  // namespace flux::vae

@@ -7,12 +7,10 @@
 #include <filesystem>
 #include <vector>
 
+#include "common/models/vae/scale.h"
 #include "common/models/weights/weights.h"
 
 namespace flux::vae {
-
-/// latents = kScale * (raw latents - kShift). Source: black-forest-labs/flux, src/flux/util.py.
-inline constexpr double kScale = 0.3611, kShift = 0.1159;
 
 /// Raw latents -> latents, and back; any shape, in the dtype of the argument.
 at::Tensor scale_latents(const at::Tensor& raw);
@@ -109,6 +107,26 @@ struct Encoder {
   Posterior encode(const at::Tensor& pixels, TensorMap* taps = nullptr) const;
 };
 
+/// Of one decode().
+struct DecodeStats {
+  int64_t scratch_bytes = 0;  // of all pictures that went to scratch files
+};
+
+/// How much of what is between the layers stays in memory.
+struct DecodeMemory {
+  int64_t picture_bytes = INT64_MAX;  // of pictures of activations; on the CPU only
+  std::filesystem::path scratch{};    // folder, for those beyond
+  DecodeStats* stats = nullptr;
+};
+
+/// Bytes of tensors while a picture is decoded.
+struct DecodeNeeds {
+  int64_t weights = 0;   // of the decoder
+  int64_t mid = 0;       // pictures of the mid part, which are in memory always
+  int64_t strips = 0;    // beside pictures of later levels
+  int64_t pictures = 0;  // of later levels, if all are in memory
+};
+
 /// Raw latents -> image. Samples run one by one, as in Encoder.
 struct Decoder {
   Config config;
@@ -126,7 +144,12 @@ struct Decoder {
 
   ///   raw      [B, 16, h, w] raw latents (see unscale_latents), any floating dtype and device
   ///   returns  [B, 3, 8 h, 8 w] float32 on the device of the model; about -1 to 1, not clamped
-  at::Tensor decode(const at::Tensor& raw) const;
+  ///
+  /// Only the mid part, which attends to all pixels, needs a whole picture of activations: after it everything is computed
+  /// in strips of rows, with GroupNorm's statistics of the whole picture. Throws ResourceError for a scratch file.
+  at::Tensor decode(const at::Tensor& raw, const DecodeMemory& memory = {}) const;
+  /// What memory such a picture takes, of pictures of activations in memory and all else, weights included.
+  DecodeNeeds needs(int64_t h, int64_t w) const;
 };
 
 /// GroupNorm of 32 groups, eps 1e-6: x [B, c, h, w]. For checks against the reference.
