@@ -77,32 +77,6 @@ std::string x_label(double x, std::string_view text) {
 
 }  // namespace
 
-std::string html_text(std::string_view text) {
-  std::string out;
-  for (const char c : printable(text)) {
-    switch (c) {
-      case '&':
-        out += "&amp;";
-        break;
-      case '<':
-        out += "&lt;";
-        break;
-      case '>':
-        out += "&gt;";
-        break;
-      case '"':
-        out += "&quot;";
-        break;
-      case '\'':
-        out += "&#39;";
-        break;
-      default:
-        out += c;
-    }
-  }
-  return out;
-}
-
 std::string html_table(const std::vector<std::string>& head,
                        const std::vector<std::vector<std::string>>& cells) {
   const auto row = [](const char* tag, const std::vector<std::string>& texts) {
@@ -123,7 +97,8 @@ std::string html_table(const std::vector<std::string>& head,
 
 std::string curve_chart(std::string_view title,
                         std::span<const int64_t> steps,
-                        std::span<const Curve> curves) {
+                        std::span<const Curve> curves,
+                        std::string_view steps_name) {
   double low = std::numeric_limits<double>::infinity(), high = -low;
   std::string names;
   for (const Curve& curve : curves) {
@@ -145,7 +120,9 @@ std::string curve_chart(std::string_view title,
                 kWidth - kRight);
   const Scale y(low - room, high + room, kHeight - kBottom, kTop);
 
-  std::string out = begin_chart(title, fmt::format(" data-curves=\"{}\"", names)) + y_axis(y);
+  std::string out =
+      begin_chart(title, fmt::format(" data-curves=\"{}\" data-steps=\"{}\"", names, steps_name)) +
+      y_axis(y);
   for (const double step : x.ticks())
     if (step == std::floor(step)) out += x_label(x(step), fmt::format("{:.0f}", step));
   for (size_t k = 0; k < curves.size(); ++k) {
@@ -201,20 +178,6 @@ std::string bar_chart(std::string_view title, std::span<const Bar> bars) {
     out += x_label(left + step / 2, bars[i].label);
   }
   return out + "</svg></figure>\n";
-}
-
-std::string base64(std::string_view bytes) {
-  constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string out;
-  out.reserve((bytes.size() + 2) / 3 * 4);
-  for (size_t i = 0; i < bytes.size(); i += 3) {
-    const size_t n = std::min<size_t>(3, bytes.size() - i);
-    uint32_t group = 0;
-    for (size_t k = 0; k < 3; ++k)
-      group = group << 8 | (k < n ? static_cast<unsigned char>(bytes[i + k]) : 0u);
-    for (size_t k = 0; k < 4; ++k) out += k <= n ? kDigits[group >> (18 - 6 * k) & 63] : '=';
-  }
-  return out;
 }
 
 }  // namespace flux::train

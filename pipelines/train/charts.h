@@ -6,10 +6,9 @@
 #include <string_view>
 #include <vector>
 
-namespace flux::train {
+#include "common/core/html.h"
 
-/// `text` as HTML shows it: &, <, >, " and ' escaped, control characters and broken UTF-8 written out.
-std::string html_text(std::string_view text);
+namespace flux::train {
 
 /// A table; `cells` are texts. A column whose cells are numbers is set to the right by the style sheet's class "n".
 std::string html_table(const std::vector<std::string>& head,
@@ -21,18 +20,16 @@ struct Curve {
   std::vector<double> values;  // one a step; NaN: none
 };
 
-/// Curves over the same steps, a point a value. `steps` ascends.
+/// Curves over the same steps, a point a value. `steps` ascends; the page's data has them as `steps_name`.
 std::string curve_chart(std::string_view title,
                         std::span<const int64_t> steps,
-                        std::span<const Curve> curves);
+                        std::span<const Curve> curves,
+                        std::string_view steps_name = "step");
 
 struct Bar {
   std::string label, note;  // below it, and on hovering
   double value = 0;         // at least 0
 };
 std::string bar_chart(std::string_view title, std::span<const Bar> bars);
-
-/// Standard base 64 with padding.
-std::string base64(std::string_view bytes);
 
 }  // namespace flux::train
