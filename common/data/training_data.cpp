@@ -433,35 +433,43 @@ std::vector<std::vector<Visit>> TrainingData::epoch_batches(int64_t epoch) const
   }
   const auto at = static_cast<uint64_t>(epoch);
   std::map<Group, std::vector<Visit>> filling;
-  std::vector<std::vector<Visit>> batches;
+  std::vector<std::pair<std::vector<Visit>, int64_t>> updates;  // with the size of their batches
   for (const uint64_t i :
        RandomStream(s.options.seed, Purpose::kShuffle, at, 0).permutation(visits.size())) {
     const Visit& visit = visits[i];
     const Group group = s.group(s.items[static_cast<size_t>(visit.item)]);
     auto& batch = filling[group];
     batch.push_back(visit);
-    if (static_cast<int64_t>(batch.size()) == s.batch_size(std::get<0>(group)))
-      batches.push_back(std::exchange(batch, {}));
+    const int64_t size = s.batch_size(std::get<0>(group));
+    if (static_cast<int64_t>(batch.size()) == size * s.options.accumulation)
+      updates.emplace_back(std::exchange(batch, {}), size);
   }
   for (auto& [group, batch] : filling) {
-    if (!batch.empty()) batches.push_back(std::move(batch));
+    if (!batch.empty()) updates.emplace_back(std::move(batch), s.batch_size(std::get<0>(group)));
   }
-  // else the partial batches would always come last
-  std::vector<std::vector<Visit>> shuffled;
-  shuffled.reserve(batches.size());
+  // else the partial ones would always come last
+  std::vector<std::vector<Visit>> batches;
+  batches.reserve(static_cast<size_t>(s.num_batches));
   for (const uint64_t i :
-       RandomStream(s.options.seed, Purpose::kShuffle, at, 1).permutation(batches.size())) {
-    shuffled.push_back(std::move(batches[i]));
+       RandomStream(s.options.seed, Purpose::kShuffle, at, 1).permutation(updates.size())) {
+    const auto& [all, size] = updates[i];
+    for (auto first = all.begin(); first != all.end();) {
+      const auto last = first + std::min<int64_t>(size, all.end() - first);
+      batches.emplace_back(first, last);
+      first = last;
+    }
   }
-  return shuffled;
+  return batches;
 }
 
-Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const {
-  const State& s = *state_;
-  const auto b = static_cast<int64_t>(visits.size());
-  const auto [dataset, rows, columns] = s.group(s.items[static_cast<size_t>(visits.at(0).item)]);
-  const cache::Layout &latents = s.latents.layout(), &text = s.text.layout();
-  const auto text_type = at::TensorOptions(*scalar_type(text.dtype));
+Batch TrainingData::State::read(int64_t epoch,
+                                int64_t index,
+                                std::span<const std::pair<const Item*, Draws>> samples) const {
+  const auto b = static_cast<int64_t>(samples.size());
+  const bool trains = epoch != kHeldOutEpoch;
+  const auto [dataset, rows, columns] = group(*samples.front().first);
+  const cache::Layout &of_latents = latents.layout(), &of_text = text.layout();
+  const auto text_type = at::TensorOptions(*scalar_type(of_text.dtype));
 
   Batch batch;
   batch.epoch = epoch;

@@ -17,6 +17,7 @@ namespace flux {
 struct DataOptions {
   uint64_t seed = 0;
   int64_t batch_size = 0;        // 0: what the plan says for each of its data sets
+  int64_t accumulation = 1;      // batches an update, see epoch_batches()
   bool sample_posterior = true;  // draw latents anew at each visit; false: their mean
   double prior_loss_weight = 1;  // of regularisation images
   /// Attention leaves out padding; nothing: as the text cache was made.
@@ -101,7 +102,8 @@ class TrainingData {
   std::string latents_digest() const;
   std::string text_digest() const;
 
-  /// The batches of an epoch in their order. Each holds visits of one data set and one bucket.
+  /// The batches of an epoch in their order. Each holds visits of one data set and one bucket. `accumulation` batches are
+  /// formed and ordered as one and then cut, so that batches of 2 in updates of 2 are batches of 4, halved.
   std::vector<std::vector<Visit>> epoch_batches(int64_t epoch) const;
   /// Reads one batch; safe from any thread, without LibTorch's thread pool. Throws CacheError if a
   /// segment is damaged.

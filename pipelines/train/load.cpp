@@ -194,6 +194,7 @@ Session open_data(const Options& options) {
       options.text,
       DataOptions{.seed = static_cast<uint64_t>(options.seed),
                   .batch_size = options.batch_size,
+                  .accumulation = options.gradient_accumulation,
                   .sample_posterior = options.posterior == Posterior::kSample,
                   .prior_loss_weight = options.prior_loss_weight,
                   .text_mask = options.text_mask == TextMask::kAsCached

@@ -67,6 +67,41 @@ TEST(TrainingData, VisitsEveryItemAndRepeatOnceAnEpochInBatchesOfOneBucket) {
   }
 }
 
+TEST(TrainingData, BatchesOfAnUpdateAreOneBatchThatIsCut) {
+  TemporaryFolder folder;
+  TrainingCaches caches;  // buckets of 8, 11 and 3 visits
+  for (int i = 0; i < 22; ++i)
+    caches.items.push_back(
+        {.name = fmt::format("{}.png", i), .rows = i < 8 ? 4u : 8u, .columns = i < 19 ? 8u : 12u});
+  caches.t5_length = 4;
+  caches.write(folder.path());
+  const auto batches = [&](int64_t size, int64_t accumulation) {
+    const TrainingData data(folder / "latents",
+                            folder / "text",
+                            {.seed = 1, .batch_size = size, .accumulation = accumulation});
+    const auto out = data.epoch_batches(2);
+    EXPECT_EQ(static_cast<int64_t>(out.size()), data.num_batches());
+    return out;
+  };
+  const auto same = [](const Visit& a, const Visit& b) {
+    return a.item == b.item && a.repeat == b.repeat;
+  };
+  const auto whole = batches(4, 1);
+  for (const auto& [size, accumulation] : {std::pair<int64_t, int64_t>{2, 2}, {1, 4}}) {
+    const auto cut = batches(size, accumulation);
+    size_t next = 0;
+    for (const auto& batch : whole) {
+      std::vector<Visit> joined;
+      for (; joined.size() < batch.size(); ++next) {
+        EXPECT_LE(std::ssize(cut.at(next)), size);
+        joined.insert(joined.end(), cut[next].begin(), cut[next].end());
+      }
+      EXPECT_TRUE(std::ranges::equal(joined, batch, same));
+    }
+    EXPECT_EQ(next, cut.size());
+  }
+}
+
 TEST(TrainingData, OrdersEpochsBySeedAndEpochAlone) {
   TemporaryFolder folder, other;
   TrainingCaches caches;
