@@ -2,31 +2,15 @@
 
 #include <fmt/format.h>
 
-#include <charconv>
-#include <cmath>
 #include <tuple>
 
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "common/engine/size.h"
+#include "common/models/lora/weighted_file.h"
 
 namespace flux::sample {
-
-LoraFile lora_file(const std::string& text) {
-  std::error_code ignored;
-  const auto colon = text.rfind(':');
-  if (colon == std::string::npos || colon == 0 || std::filesystem::exists(text, ignored))
-    return {text};
-  double weight = 0;
-  const char *const first = text.data() + colon + 1, *const last = text.data() + text.size();
-  const auto parsed = std::from_chars(first, last, weight);
-  if (first == last || parsed.ec != std::errc() || parsed.ptr != last) return {text};
-  if (!std::isfinite(weight))
-    throw UsageError(fmt::format("--lora {}: the weight is not finite", printable(text)),
-                     "1 is the LoRA as it was trained");
-  return {text.substr(0, colon), weight};
-}
 
 void add_flags(Options& o, Tool& tool) {
   o.command_line = tool.command_line();
@@ -129,7 +113,7 @@ void check(const Options& o) {
     if (!given) throw UsageError(fmt::format("--{} is missing", name), hint);
   };
   require("model", !o.model.empty(), "--help has an example");
-  for (const std::string& lora : o.lora) lora_file(lora);
+  for (const std::string& lora : o.lora) lora::weighted_file(lora);
   if (o.cfg_scale != 1 && !o.negative_prompt)
     throw UsageError(fmt::format("--cfg-scale {} needs --negative-prompt", o.cfg_scale),
                      "give a prompt of the text cache to lead away from");

@@ -21,18 +21,9 @@ enum class Precision { kAuto, kF32, kBF16 };
 enum class BasePrecision { kAsComputed, kFp8, kNf4 };
 enum class PlanOutput { kNone, kTable, kJson };
 
-/// "FILE" or "FILE:WEIGHT".
-struct LoraFile {
-  std::filesystem::path path;
-  double weight = 1;
-};
-/// What follows the last colon is the weight, if it is a number and no file has the whole name. Throws UsageError for a
-/// weight that is not finite.
-LoraFile lora_file(const std::string& text);
-
 struct Options {
   std::filesystem::path text, model, out;
-  std::vector<std::string> lora;  // see lora_file()
+  std::vector<std::string> lora;  // see lora::weighted_file()
 
   std::optional<Schedule> schedule;  // nothing: the model's, dev for one with a guidance input
   std::optional<int64_t> steps;      // nothing: 28, or 4 with kSchnell

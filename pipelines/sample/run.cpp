@@ -24,6 +24,7 @@
 #include "common/engine/model_file.h"
 #include "common/engine/sampler.h"
 #include "common/models/lora/lora.h"
+#include "common/models/lora/weighted_file.h"
 #include "common/ops/attention.h"
 #include "common/tensor/memory.h"
 #include "common/tensor/memory_errors.h"
@@ -81,15 +82,15 @@ std::shared_ptr<engine::ModelFile> open_model(const Options& o, engine::SamplerO
 std::vector<engine::WeightedAdapters> read_adapters(const Options& o, const dit::Config& config) {
   std::vector<engine::WeightedAdapters> out;
   for (const std::string& text : o.lora) {
-    const LoraFile lora = lora_file(text);
-    const WeightFile file = read_weights(lora.path);
+    const auto lora = lora::weighted_file(text);
+    const WeightFile file = read_weights(lora.file);
     try {
       out.push_back({lora::from_tensors(file.tensors, file.metadata, config), lora.weight});
     } catch (const InputError& error) {
-      throw InputError(fmt::format("{}: {}", show(lora.path), error.what()));
+      throw InputError(fmt::format("{}: {}", show(lora.file), error.what()));
     }
     log::info("{}: {} modules, weight {}",
-              show(lora.path),
+              show(lora.file),
               out.back().adapters.modules.size(),
               lora.weight);
   }
@@ -152,8 +153,8 @@ nlohmann::json settings_json(const Options& o, const Settings& s, const dit::Con
   };
   nlohmann::json loras = nlohmann::json::array();
   for (const std::string& text : o.lora) {
-    const LoraFile lora = lora_file(text);
-    loras.push_back(fmt::format("{}:{}", name(lora.path), lora.weight));
+    const auto lora = lora::weighted_file(text);
+    loras.push_back(fmt::format("{}:{}", name(lora.file), lora.weight));
   }
   nlohmann::json out{{"model", name(o.model)},
                      {"schedule", s.schedule == Schedule::kDev ? "dev" : "schnell"},
