@@ -2,6 +2,8 @@
 //
 // An AdapterFile gives what a file says under the names of the model (BFL), a layer at a time; a LayoutWriter turns that
 // into the tensors of any layout. Nothing is computed before it is asked for.
+// Sources: kohya-ss/sd-scripts, networks/lora_flux.py; huggingface/diffusers, loaders/lora_conversion_utils.py;
+// comfyanonymous/ComfyUI, comfy/lora.py and lora_convert.py; XLabs-AI/x-flux; KohakuBlueleaf/LyCORIS.
 #pragma once
 #include <ATen/core/Tensor.h>
 

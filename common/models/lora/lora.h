@@ -77,21 +77,10 @@ using Metadata = std::map<std::string, std::string>;
 /// as training moves it.
 TensorMap to_kohya(const Adapters& adapters, at::ScalarType dtype);
 
-/// Adapters from the tensors of a file, whichever of these layouts it has (recognised by its
-/// names):
-///   sd-scripts      lora_unet_* with .lora_down.weight, .lora_up.weight, .alpha; LyCORIS' LoKr
-///                   with .lokr_w1 or _a and _b, .lokr_w2 or _a and _b; .dora_scale [out, 1]
-///   BFL paths       diffusion_model.* or base_model.model.* with .lora_down/.lora_up or
-///                   .lora_A/.lora_B
-///   diffusers/PEFT  transformer.* with .lora_A.weight, .lora_B.weight; q, k, v (and the MLP half
-///                   of linear1) are fused exactly: downs stacked, ups on the diagonal,
-///                   alpha = fused rank. The scale is 1, or
-///                   lora_alpha / r of the metadata `lora_adapter_metadata` (with its patterns),
-///                   folded into the ups if it differs between parts
-/// Tensors keep their dtype. Throws InputError, naming the tensor, for a module the model lacks, a
-/// wrong shape, a half pair, or a kind not supported (other LyCORIS, DoRA of PEFT or of columns, full differences, biases,
-/// XLabs processors, adapters of text encoders). Source: huggingface/diffusers,
-/// loaders/lora_conversion_utils.py.
+/// Adapters from the tensors of a file of any layout that layouts.h knows, q, k and v fused. Tensors keep their dtype,
+/// unless a scale that differs between fused parts goes into them. Throws InputError, naming the tensor or the layer: what
+/// AdapterFile refuses, and what has no place in Adapters (full differences, biases, replaced norms, adapters of text
+/// encoders, embeddings).
 Adapters from_tensors(const TensorMap& tensors,
                       const Metadata& metadata,
                       const dit::Config& config);
