@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "common/core/error.h"
+#include "common/core/log.h"
 #include "common/core/ordered.h"
 #include "common/core/progress.h"
 #include "common/core/rng.h"
@@ -134,7 +135,7 @@ Encoded encode_samples(const dataset::Resolved& resolved,
                    &resize_time = times.add("resize", num_threads),
                    &encode_time = times.add("encode");
   const auto count = static_cast<int64_t>(samples.size());
-  int64_t batch_size = options.encode.batch_size;
+  int64_t batch_size = options.encode.batch_size, num_passes = 0;
   Encoded out;
   Progress progress("encoding", "images", count);
   Ordered<Pixels> pictures(
@@ -174,6 +175,7 @@ Encoded encode_samples(const dataset::Resolved& resolved,
     }
     const auto compute = [&](int64_t begin, int64_t part) {
       const stage::StageTime::Scope busy(encode_time);
+      ++num_passes;
       const auto first = pixels.begin() + begin;
       const vae::Posterior posterior = encode_batch(encoder, {first, first + part}, device);
       std::vector<at::Tensor> stored;
@@ -207,6 +209,11 @@ Encoded encode_samples(const dataset::Resolved& resolved,
     progress.update(next, times.progress());
   }
   sink.flush();
+  if (num_passes > 0)  // fewer at once where memory ran out
+    log::info("AE: {} passes={} batch_size={}",
+              stage::count_of(out.num_samples, "images"),
+              num_passes,
+              batch_size);
   return out;
 }
 
