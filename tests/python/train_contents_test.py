@@ -1,14 +1,19 @@
-"""flux-train contains what it trains and nothing else: train_contents_test.py FLUX_TRAIN ENCODER_TOOL.
+"""flux-train and flux-sample contain the transformer and no encoder, flux-decode the autoencoder and neither the transformer nor a text encoder:
+train_contents_test.py TOOL OTHER_TOOL.
 
-Reads the symbols (nm) and the needed libraries (readelf) of flux-train and fails on an autoencoder, a text encoder, a tokenizer or an
-image library. The same reading of a tool that does hold an encoder must find one, or the test would prove nothing.
+Reads the symbols (nm) and the needed libraries (readelf) of TOOL and fails on an autoencoder, a text encoder, a tokenizer or an
+image library; of flux-decode on a transformer, a text encoder or a tokenizer. The same reading of OTHER_TOOL, which does hold some, must find
+them, or the test would prove nothing.
 """
+import pathlib
 import re
 import subprocess
 import sys
 
-SYMBOLS = re.compile(r"\bflux::(vae|t5|clip|tokenizers|latents|text)::|\bcv::|\bsentencepiece::|\bicu_\d+::|\bu_(charType|isspace)")
-LIBRARIES = re.compile(r"opencv|sentencepiece|icu|webp|jpeg|gif|png|tiff|lcms|exif", re.I)
+DECODES = pathlib.Path(sys.argv[1]).name == "flux-decode"
+SYMBOLS = re.compile(r"\bflux::(dit|lora|t5|clip|tokenizers|text|train)::|\bsentencepiece::|\bicu_\d+::|\bu_(charType|isspace)" if DECODES else
+                     r"\bflux::(vae|t5|clip|tokenizers|latents|text)::|\bcv::|\bsentencepiece::|\bicu_\d+::|\bu_(charType|isspace)")
+LIBRARIES = re.compile(r"sentencepiece|icu" if DECODES else r"opencv|sentencepiece|icu|webp|jpeg|gif|png|tiff|lcms|exif", re.I)
 
 
 def found(program):
@@ -21,12 +26,12 @@ def found(program):
             [name for name in libraries if LIBRARIES.search(name)])
 
 
-trainer, encoder = sys.argv[1:]
-symbols, libraries = found(trainer)
+tool, other = sys.argv[1:]
+symbols, libraries = found(tool)
 for what in symbols[:20] + libraries:
-    print(f"flux-train holds {what}")
+    print(f"{tool} holds {what}")
 if symbols or libraries:
     sys.exit(1)
-if not all(found(encoder)):
-    sys.exit(f"{encoder} shows no encoder either: the patterns of this test are out of date")
-print("flux-train holds no encoder, tokenizer or image library")
+if not found(other)[0] or (not DECODES and not all(found(other))):
+    sys.exit(f"{other} shows nothing either: the patterns of this test are out of date")
+print(f"{tool} holds nothing of them")

@@ -228,6 +228,45 @@ TEST(AutoEncoder, BitsOfStripsDoNotDependOnTheBatch) {
   EXPECT_TRUE(at::equal(alone.logvar, together.logvar.narrow(0, 1, 1)));
 }
 
+TEST(AutoEncoder, StripsThroughScratchFilesGiveTheWholePicture) {
+  const TensorMap weights = weights_in(kGolden);
+  const auto gen = at::make_generator<at::CPUGeneratorImpl>(9);
+  const auto folder = std::filesystem::temp_directory_path();
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    const Decoder decoder = decoder_in(weights, type);
+    // far from square, and no multiple of a strip
+    for (const auto& [h, w] : {std::pair{72, 64}, {40, 130}}) {
+      const Tensor raw = at::randn({1, 16, h, w}, gen);
+      const Tensor whole = decoder.decode(raw);
+      const DecodeNeeds needs = decoder.needs(h, w);
+      EXPECT_EQ(needs.pictures,
+                2 * 32 * 64 * h * w * (type == at::kFloat ? 4 : 2));  // of the last level
+      for (const int64_t share : {0, 3}) {
+        DecodeStats stats;
+        const Tensor strips = decoder.decode(
+            raw, {.picture_bytes = needs.pictures * share / 4, .scratch = folder, .stats = &stats});
+        EXPECT_GT(stats.scratch_bytes, 0) << share;
+        const double limit = type == at::kFloat ? 1e-5 : 0.02;
+        EXPECT_LT(((strips - whole).abs().max() / whole.abs().max()).item<double>(), limit)
+            << share << " " << h << " " << w;
+      }
+      DecodeStats stats;
+      EXPECT_TRUE(at::equal(
+          decoder.decode(raw,
+                         {.picture_bytes = 2 * needs.pictures, .scratch = folder, .stats = &stats}),
+          whole));
+      EXPECT_EQ(stats.scratch_bytes, 0);
+    }
+  }
+}
+
+TEST(AutoEncoder, ScratchFolderThatCannotBeWrittenIsSaid) {
+  const Decoder decoder = decoder_in(weights_in(kGolden), at::kFloat);
+  EXPECT_THROW(
+      decoder.decode(at::zeros({1, 16, 64, 64}), {.picture_bytes = 0, .scratch = "/proc/no"}),
+      ResourceError);
+}
+
 TEST(AutoEncoder, RefusesOtherShapesOfInput) {
   const TensorMap weights = weights_in(kGolden);
   const Encoder encoder = encoder_in(weights, at::kFloat);
