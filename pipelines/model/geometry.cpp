@@ -21,7 +21,7 @@
 #include "common/models/t5/t5.h"
 #include "common/models/weights/weights.h"
 #include "formats/safetensors/writer.h"
-#include "pipelines/model/output_file.h"
+#include "formats/safetensors/set_writer.h"
 #include "pipelines/model/random_streams.h"
 #include "pipelines/model/random_values.h"
 
@@ -150,7 +150,7 @@ GeometryReport write_geometry(const GeometryOptions& options) {
   }
   GeometryReport report;
   report.file = options.out / (t5 ? "t5.safetensors" : "flux.safetensors");
-  require_replaceable(report.file, kMadeHere, "--geometry");
+  safetensors::require_replaceable(report.file, kMadeHere, "--geometry");
   auto metadata = safetensors::pt_metadata();
   metadata[kMadeHere] = fmt::format("--geometry {} --depth {} --seed {}",
                                     kWords[static_cast<size_t>(options.geometry)],

@@ -57,7 +57,7 @@ TEST(Convert, WritesTheBitsThatQuantizeGives) {
   const auto in = random_model(folder / "in.safetensors");
   const auto plain = read_weights(in).tensors;
   for (const QuantFormat format : kFormats) {
-    const auto out = folder / std::string(quant_format_name(format));
+    const auto out = folder / (std::string(quant_format_name(format)) + ".safetensors");
     const auto report = convert({in, out, format});
     EXPECT_EQ(report.bytes, static_cast<int64_t>(fs::file_size(out)));
     const auto file = read_weights(out);
@@ -109,9 +109,9 @@ TEST(Convert, TakesAnyLayoutAndWritesBflNames) {
   TensorMap diffusers = dit::to_diffusers(kConfig, read_weights(in).tensors);
   for (auto& [name, tensor] : diffusers) tensor = tensor.to(at::kFloat);
   write_weights(folder / "diffusers.safetensors", diffusers, {});
-  convert({in, folder / "a", QuantFormat::kFp8});
-  convert({folder / "diffusers.safetensors", folder / "b", QuantFormat::kFp8});
-  EXPECT_EQ(read_file(folder / "b"), read_file(folder / "a"));
+  convert({in, folder / "a.safetensors", QuantFormat::kFp8});
+  convert({folder / "diffusers.safetensors", folder / "b.safetensors", QuantFormat::kFp8});
+  EXPECT_EQ(read_file(folder / "b.safetensors"), read_file(folder / "a.safetensors"));
 }
 
 TEST(Convert, RefusesWhatItCannotQuantise) {
@@ -129,27 +129,99 @@ TEST(Convert, RefusesWhatItCannotQuantise) {
   EXPECT_FALSE(fs::exists(out));
   EXPECT_THROW(convert({in, in, QuantFormat::kFp8}), UsageError);
   EXPECT_THROW(convert({in, folder.path(), QuantFormat::kFp8}), UsageError);
-  folder.write("mine", "somebody's");
+  folder.write("mine.safetensors", "somebody's");
   EXPECT_THAT(message_of<UsageError>([&] {
-                convert({in, folder / "mine", QuantFormat::kFp8});
+                convert({in, folder / "mine.safetensors", QuantFormat::kFp8});
               }),
               HasSubstr("no weights that flux-model convert made"));
   convert({in, out, QuantFormat::kFp8});
   EXPECT_THAT(message_of<InputError>([&] {
-                convert({out, folder / "x", QuantFormat::kFp8});
+                convert({out, folder / "x.safetensors", QuantFormat::kFp8});
               }),
               HasSubstr("is quantised already"));
-  EXPECT_THROW(check(ConvertOptions{.in = "a", .out = "b", .quantize = {}}), UsageError);
+  EXPECT_NO_THROW(check(ConvertOptions{.in = "a", .out = "b"}));
+  EXPECT_THROW(check(ConvertOptions{
+                   .in = "a", .out = "b", .quantize = QuantFormat::kFp8, .dtype = DType::kBF16}),
+               UsageError);
+  EXPECT_THROW(check(ConvertOptions{.in = "a",
+                                    .out = "b",
+                                    .quantize = QuantFormat::kFp8,
+                                    .layout = dit::ModelLayout::kDiffusers}),
+               UsageError);
   EXPECT_THROW(check(ConvertOptions{.in = {}, .out = "b", .quantize = QuantFormat::kFp8}),
                UsageError);
   EXPECT_THROW(parse_quant_format("int8"), UsageError);
+}
+
+TEST(Convert, RefusesDtypesThatCannotHoldTheValues) {
+  const TemporaryFolder folder;
+  const auto in = random_model(folder / "in.safetensors"), out = folder / "out.safetensors";
+  auto tensors = read_weights(in).tensors;
+  const std::string name = "txt_in.weight";
+  tensors[name] = tensors[name].clone();
+  tensors[name][1][2] = 70000;
+  const auto large = folder / "large.safetensors";
+  write_weights(large, tensors, {});
+  for (const DType dtype : {DType::kF16, DType::kF8E4M3}) {
+    const auto message =
+        message_of<InputError>([&] { convert({.in = large, .out = out, .dtype = dtype}); });
+    EXPECT_THAT(message, HasSubstr("tensor " + name));
+    EXPECT_THAT(message, HasSubstr("too large for"));
+    EXPECT_FALSE(fs::exists(out));
+  }
+  convert({.in = large, .out = out, .dtype = DType::kF32});
+  EXPECT_EQ(read_weights(out).tensors.at(name)[1][2].item<float>(),
+            tensors[name][1][2].item<float>());
+}
+
+TEST(Convert, LayoutsAndShardsHaveTheSameBits) {
+  const TemporaryFolder folder;
+  const auto in = random_model(folder / "in.safetensors");
+  const auto report = convert({.in = in,
+                               .out = folder / "d",
+                               .layout = dit::ModelLayout::kDiffusers,
+                               .shard_bytes = 1 << 20});
+  EXPECT_GT(report.files, 1u);
+  const auto wanted = dit::to_diffusers(kConfig, read_weights(in).tensors),
+             found = read_weights(folder / "d").tensors;
+  ASSERT_EQ(found.size(), wanted.size());
+  for (const auto& [name, tensor] : wanted) EXPECT_TRUE(at::equal(found.at(name), tensor)) << name;
+  convert(
+      {.in = folder / "d", .out = folder / "back.safetensors", .layout = dit::ModelLayout::kBfl});
+  EXPECT_EQ(engine::ModelFile(folder / "back.safetensors").weights_sha256(),
+            engine::ModelFile(in).weights_sha256());
+}
+
+TEST(Convert, QuantisedBecomesPlain) {
+  const TemporaryFolder folder;
+  const auto in = random_model(folder / "in.safetensors"), quantised = folder / "q.safetensors",
+             out = folder / "plain.safetensors";
+  for (const QuantFormat format : kFormats) {
+    convert({in, quantised, format});
+    convert({.in = quantised,
+             .out = out,
+             .layout = dit::ModelLayout::kDiffusers,
+             .dtype = DType::kF32});
+    const auto plain = dit::load_model(out, at::kFloat).canonical;
+    const auto stored = read_weights(quantised).tensors;
+    for (const auto& [name, tensor] : plain) {
+      const auto expected =
+          is_quantized_name(name)
+              ? dequantize(stored_weight(stored, name, format, quantised), at::kFloat)
+              : stored.at(name).to(at::kFloat);
+      EXPECT_TRUE(at::equal(tensor, expected)) << name;
+    }
+    convert({.in = quantised, .out = folder / "again.safetensors"});
+    EXPECT_EQ(engine::ModelFile(folder / "again.safetensors").weights_sha256(),
+              engine::ModelFile(quantised).weights_sha256());
+  }
 }
 
 TEST(Convert, LeavesNothingWhenItIsStopped) {
   const TemporaryFolder folder;
   const auto in = random_model(folder / "in.safetensors");
   cancel::set(ExitCode::kInterrupt);
-  EXPECT_THROW(convert({in, folder / "out", QuantFormat::kFp8}), Interrupted);
+  EXPECT_THROW(convert({in, folder / "out.safetensors", QuantFormat::kFp8}), Interrupted);
   cancel::set(std::nullopt);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path()), fs::directory_iterator()), 1);
 }
