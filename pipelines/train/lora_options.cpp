@@ -7,6 +7,8 @@
 
 #include "common/core/error.h"
 #include "common/core/tool.h"
+#include "common/models/flux/layout.h"
+#include "common/models/lora/layouts.h"
 
 namespace flux::train {
 namespace {
@@ -18,6 +20,9 @@ const Choices<Family> kFamilies{
 
 const Choices<lora::Algorithm> kAlgorithms{{"lora", lora::Algorithm::kLora},
                                            {"lokr", lora::Algorithm::kLokr}};
+
+const Choices<lora::Layout> kLayouts{{"sd-scripts", lora::Layout::kSdScripts},
+                                     {"diffusers", lora::Layout::kDiffusers}};
 
 /// Whether sd-scripts would train it with the network of LyCORIS.
 bool uses_lycoris(const Options& o) {
@@ -130,6 +135,25 @@ void add_lora_flags(Options& o, Tool& tool) {
             0.999);
 }
 
+void add_layout_flags(Options& o, Tool& tool) {
+  tool.flag("lora-layout",
+            o.lora_layout,
+            kLayouts,
+            "names of the saved LoRA; diffusers (PEFT) has q, k and v apart and alpha in the matrices");
+  tool.flag("model-layout",
+            o.model_layout,
+            dit::model_layouts(),
+            "names of the model that --method full saves");
+}
+
+void add_layouts(const Options& o, nlohmann::json& out) {
+  if (o.method == Method::kLora)
+    out["lora-layout"] = lora::layout_name(o.lora_layout);
+  else
+    for (const auto& [word, layout] : dit::model_layouts())
+      if (layout == o.model_layout) out["model-layout"] = word;
+}
+
 void check_lora(const Options& o, const Tool& tool) {
   if (o.method == Method::kFull) {
     for (const char* name : {"network-algo",
@@ -150,6 +174,9 @@ void check_lora(const Options& o, const Tool& tool) {
         throw UsageError(fmt::format("--{} has no effect with --method full", name),
                          "leave it out");
   }
+  if (is_lokr(o) && o.lora_layout == lora::Layout::kDiffusers)
+    throw UsageError("--lora-layout diffusers has no LoKr",
+                     "leave it out; flux-lora convert writes LoKr as a LoRA of a larger rank");
   if (is_lokr(o)) {
     // it has no ranks between two matrices, and its second one may not be there
     for (const char* name : {"network-dropout", "rank-dropout", "loraplus-lr-ratio"})

@@ -10,6 +10,10 @@
 namespace flux::train {
 
 void add_lora_flags(Options& options, Tool& tool);
+/// --lora-layout and --model-layout: how saved weights are named, which decides nothing else.
+void add_layout_flags(Options& options, Tool& tool);
+/// Adds the one that is in force.
+void add_layouts(const Options& options, nlohmann::json& out);
 /// Rules between them. Throws UsageError.
 void check_lora(const Options& options, const Tool& tool);
 /// Adds those that are in force to deciding_options().

@@ -259,6 +259,7 @@ void add_flags(Options& o, Tool& tool) {
   tool.flag("alpha", o.alpha, "A", "LoRA scale is alpha / rank; 0 = as rank", 0, 1e6);
   add_lora_flags(o, tool);
   tool.flag("lora-dtype", o.lora_dtype, kSaveDtypes, "of the saved LoRA; it is trained in f32");
+  add_layout_flags(o, tool);
   tool.flag("optimizer", o.optimizer, kOptimizers, "rule of the updates");
   tool.flag("optimizer-args",
             o.optimizer_args,
@@ -504,11 +505,14 @@ void check_schedule(const Options& o) {
 
 void check_memory(const Options& o, const Tool& tool) {
   if (o.method == Method::kFull) {
-    for (const char* name : {"rank", "alpha", "lora-dtype", "base-precision"})
+    for (const char* name : {"rank", "alpha", "lora-dtype", "lora-layout", "base-precision"})
       if (tool.given(name))
         throw UsageError(fmt::format("--{} has no effect with --method full", name),
                          "leave it out");
   }
+  if (o.method == Method::kLora && tool.given("model-layout"))
+    throw UsageError("--model-layout has no effect with --method lora",
+                     "--lora-layout says what a LoRA is saved as");
   if (o.method == Method::kLora && o.stream_states)
     throw UsageError("--stream-states has no effect with --method lora",
                      "--stream-adapters does the same for a LoRA");
@@ -687,6 +691,7 @@ nlohmann::json resolved_options(const Options& o) {
   all["save-every"] = value_of(o.save_every);
   all["keep-last"] = o.keep_last;
   if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
+  add_layouts(o, all);
   if (o.effective_clip() == engine::ClipMode::kNone) all.erase("max-grad-norm");
   if (has_own_states(o)) all.erase("state-dtype");
   if (o.device_memory > 0) all["device-memory"] = std::to_string(o.device_memory);

@@ -17,7 +17,13 @@
 
 namespace flux {
 class Tool;
+namespace dit {
+enum class ModelLayout;
 }
+namespace lora {
+enum class Layout;
+}
+}  // namespace flux
 
 namespace flux::train {
 
@@ -71,6 +77,8 @@ struct Options {
   double scale_weight_norms = 0;                                     // 0: off
   double network_dropout = 0, rank_dropout = 0, module_dropout = 0;  // shares
   SaveDtype lora_dtype = SaveDtype::kBF16;
+  lora::Layout lora_layout{};      // of the saved LoRA: kSdScripts or kDiffusers
+  dit::ModelLayout model_layout{};  // of the saved model
   int64_t max_steps = 0;
   LrOptions lr;  // without the numbers of steps: see effective_lr()
   StepsOrShare lr_warmup, lr_decay;

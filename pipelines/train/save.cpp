@@ -18,7 +18,9 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "common/core/version.h"
+#include "common/models/flux/layout.h"
 #include "common/models/flux/names.h"
+#include "common/models/lora/layouts.h"
 #include "common/tensor/tensor.h"
 #include "common/tensor/weight_file.h"
 #include "pipelines/train/metadata.h"
@@ -81,8 +83,10 @@ Named state_of(const engine::Trainable& t, Session& session) {
 
 void save_lora(Session& session, checkpoint::Writer& writer) {
   Outgoing adapters;
-  for (const auto& [name, tensor] :
-       lora::to_kohya(session.trainer->adapters(), scalar_type_of(session.options.lora_dtype)))
+  for (const auto& [name, tensor] : lora::to_layout(session.trainer->adapters(),
+                                                    session.options.lora_layout,
+                                                    session.config,
+                                                    scalar_type_of(session.options.lora_dtype)))
     adapters.add(name, tensor);
   auto metadata = lora_metadata(session);
   const auto hashes = checkpoint::lora_hashes(adapters.tensors(), metadata);
@@ -114,9 +118,12 @@ std::vector<Trained> all_trained(const Session& session) {
 /// state.safetensors, and the model of a full fine-tuning, in one pass over the blocks.
 void save_trained(Session& session, checkpoint::Writer& writer) {
   const bool full = session.options.method == Method::kFull;
+  const dit::FileTensors files(session.config, session.options.model_layout);
   std::vector<safetensors::TensorSpec> weights, states;
   for (const auto& [name, type, shape] : all_trained(session)) {
-    if (full) weights.push_back({name, dtype_of(type), shape});
+    if (full)
+      for (const auto& piece : files.pieces(name))
+        weights.push_back({piece.name, dtype_of(type), piece.shape});
     if (const auto prefix = weight_prefix(session))
       states.push_back({*prefix + name, dtype_of(type), shape});
     for (const auto& state : session.trainer->optimizer().state_layout(shape, type))
@@ -134,7 +141,9 @@ void save_trained(Session& session, checkpoint::Writer& writer) {
       if (model) {
         const at::Tensor kept =
             session.trainer->optimizer().evaluation_weights({t.value.detach(), {}, t.states, t.id});
-        model->write(t.name, host_bytes(kept.cpu().contiguous()));
+        files.split(t.name, kept, [&](const std::string& name, const at::Tensor& piece) {
+          model->write(name, host_bytes(piece));
+        });
       }
       for (const auto& [name, tensor] : state_of(t, session))
         state.write(name, host_bytes(tensor.cpu().contiguous()));
