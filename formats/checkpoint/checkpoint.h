@@ -1,5 +1,5 @@
 // formats/checkpoint/checkpoint.h - a run folder: RUN/step-000500/{lora.safetensors,
-// state.safetensors, state.json}.
+// ema.safetensors, state.safetensors, state.json}.
 //
 // A checkpoint is made in a folder of a temporary name and renamed when all of it is on the disk,
 // so a folder called step-* is whole. state.json says what the run was: a flat record that the

@@ -157,6 +157,8 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.seed = static_cast<uint64_t>(o.seed);
   t.optimizer = optimizer_options(o);
   t.precision = optimizer_precision(o);
+  t.ema_decay = o.ema_decay;
+  t.ema_dtype = o.ema_dtype == StateDtype::kF32 ? at::kFloat : at::kBFloat16;
   t.clip = o.effective_clip();
   t.max_norm = o.max_grad_norm;
   t.loss = o.loss;

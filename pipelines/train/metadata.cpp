@@ -133,4 +133,10 @@ std::map<std::string, std::string> model_metadata(const Session& s) {
   return out;
 }
 
+std::map<std::string, std::string> averaged(std::map<std::string, std::string> metadata,
+                                            const Session& session) {
+  metadata["flux_stages.ema_decay"] = python_float(session.options.ema_decay);
+  return metadata;
+}
+
 }  // namespace flux::train

@@ -16,4 +16,8 @@ std::map<std::string, std::string> lora_metadata(const Session& session);
 /// The same for a whole model: format and modelspec.
 std::map<std::string, std::string> model_metadata(const Session& session);
 
+/// `metadata` of a file of averaged weights: what the raw ones have, and `flux_stages.ema_decay`.
+std::map<std::string, std::string> averaged(std::map<std::string, std::string> metadata,
+                                            const Session& session);
+
 }  // namespace flux::train

@@ -270,7 +270,26 @@ void add_flags(Options& o, Tool& tool) {
             o.weight_mode,
             kWeightModes,
             "how bfloat16 weights of --method full take small updates");
-  tool.flag("max-steps", o.max_steps, "N", "optimizer updates in all; needed", 1, 1'000'000'000);
+  tool.flag("ema-decay",
+            "D",
+            "keep an average of the weights, in which a step's share is 1 - D; 0 < D < 1",
+            "none",
+            [&o](const std::string& text) {
+              const char* const end = text.data() + text.size();
+              const auto [stop, error] = std::from_chars(text.data(), end, o.ema_decay);
+              if (error != std::errc() || stop != end || !(o.ema_decay > 0 && o.ema_decay < 1))
+                throw UsageError("'" + printable(text) +
+                                 "' is not a number between 0 and 1 (both excluded)");
+            });
+  tool.flag("ema-dtype", o.ema_dtype, kStateDtypes, "of that average, which stays in host memory");
+  tool.flag("max-steps",
+            o.max_steps,
+            "N",
+            "optimizer updates in all; this or --max-epochs is needed",
+            1,
+            1'000'000'000);
+  tool.flag(
+      "max-epochs", o.max_epochs, "N", "instead: visits of the whole data set", 1, 1'000'000'000);
   tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
   tool.flag("lr-scheduler", o.lr.schedule, lr_schedules(), "learning rate over the steps");
   steps_flag(tool,
@@ -534,6 +553,8 @@ void check_optimizer(const Options& o, const Tool& tool) {
     if (tool.given(flag))
       throw UsageError(fmt::format("--{} has no effect with {}", flag, why), "leave it out");
   };
+  if (o.ema_decay == 0 && tool.given("ema-dtype"))
+    throw UsageError("--ema-dtype has no effect here", "it needs --ema-decay; or leave it out");
   if (o.method == Method::kLora) refuse("weight-mode", "--method lora, which trains float32");
   if (has_own_states(o))
     refuse("state-dtype",
@@ -645,7 +666,15 @@ nlohmann::json deciding_options(const Options& o) {
                      {"stratified-timesteps", o.timesteps.stratified},
                      {"prior-loss-weight", o.prior_loss_weight},
                      {"guidance", o.guidance.value_or(1)}};
+  if (o.validation_split > 0) {
+    out["validation-split"] = o.validation_split;
+    out["validation-seed"] = o.validation_seed.value_or(0);
+  }
   if (o.method == Method::kFull) out["weight-mode"] = word(kWeightModes, o.weight_mode);
+  if (o.ema_decay > 0) {
+    out["ema-decay"] = o.ema_decay;
+    out["ema-dtype"] = word(kStateDtypes, o.ema_dtype);
+  }
   if (o.method == Method::kLora) {
     out["rank"] = o.rank;
     out["alpha"] = o.effective_alpha();

@@ -87,7 +87,9 @@ struct Options {
   std::string optimizer_args;  // "beta2=0.99,eps=1e-6"
   StateDtype state_dtype = StateDtype::kF32;
   WeightMode weight_mode = WeightMode::kStochastic;  // of bfloat16 weights, with kFull
-  std::optional<double> weight_decay;                // nothing: the optimizer's default
+  double ema_decay = 0;                              // of an average of the weights; 0: none
+  StateDtype ema_dtype = StateDtype::kF32;
+  std::optional<double> weight_decay;    // nothing: the optimizer's default
   std::optional<engine::ClipMode> clip;  // nothing: global; none for Adafactor, which clips itself
   double max_grad_norm = 1;              // 0: no clipping
   int64_t gradient_accumulation = 1;     // batches an update

@@ -30,6 +30,7 @@ namespace {
 
 constexpr char kLoraName[] = "lora.safetensors";
 constexpr char kModelName[] = "model.safetensors";
+constexpr char kAverageName[] = "ema.safetensors";
 constexpr char kStateName[] = "state.safetensors";
 
 at::ScalarType scalar_type_of(SaveDtype dtype) {
@@ -81,18 +82,18 @@ Named state_of(const engine::Trainable& t, Session& session) {
   return out;
 }
 
-void save_lora(Session& session, checkpoint::Writer& writer) {
+void save_lora(Session& session, checkpoint::Writer& writer, bool average) {
   Outgoing adapters;
-  for (const auto& [name, tensor] : lora::to_layout(session.trainer->adapters(),
+  for (const auto& [name, tensor] : lora::to_layout(session.trainer->adapters(average),
                                                     session.options.lora_layout,
                                                     session.config,
                                                     scalar_type_of(session.options.lora_dtype)))
     adapters.add(name, tensor);
-  auto metadata = lora_metadata(session);
+  auto metadata = average ? averaged(lora_metadata(session), session) : lora_metadata(session);
   const auto hashes = checkpoint::lora_hashes(adapters.tensors(), metadata);
   metadata["sshs_model_hash"] = hashes.model_hash;
   metadata["sshs_legacy_hash"] = hashes.legacy_hash;
-  writer.add(kLoraName, adapters.tensors(), metadata);
+  writer.add(average ? kAverageName : kLoraName, adapters.tensors(), metadata);
 }
 
 /// Everything that is trained, with what state_of() gives of it.
@@ -118,6 +119,7 @@ std::vector<Trained> all_trained(const Session& session) {
 /// state.safetensors, and the model of a full fine-tuning, in one pass over the blocks.
 void save_trained(Session& session, checkpoint::Writer& writer) {
   const bool full = session.options.method == Method::kFull;
+  const Optimizer& optimizer = session.trainer->optimizer();
   const dit::FileTensors files(session.config, session.options.model_layout);
   std::vector<safetensors::TensorSpec> weights, states;
   for (const auto& [name, type, shape] : all_trained(session)) {
@@ -126,33 +128,42 @@ void save_trained(Session& session, checkpoint::Writer& writer) {
         weights.push_back({piece.name, dtype_of(type), piece.shape});
     if (const auto prefix = weight_prefix(session))
       states.push_back({*prefix + name, dtype_of(type), shape});
-    for (const auto& state : session.trainer->optimizer().state_layout(shape, type))
+    for (const auto& state : optimizer.state_layout(shape, type))
       states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
   }
   uint64_t needed = 0;
+  const bool average = full && optimizer.keeps_average();
   for (const auto* specs : {&weights, &states})
     for (const auto& spec : *specs) needed += safetensors::tensor_bytes(spec.dtype, spec.shape);
+  if (average)
+    for (const auto& spec : weights) needed += safetensors::tensor_bytes(spec.dtype, spec.shape);
   require_free_space(session.options.out, needed);  // rather than to find out at the end
   {
-    std::optional<safetensors::ScatteredWriter> model;
+    std::optional<safetensors::ScatteredWriter> model, ema;
     if (full) model.emplace(writer.path_of(kModelName), weights, model_metadata(session));
+    if (average)
+      ema.emplace(
+          writer.path_of(kAverageName), weights, averaged(model_metadata(session), session));
     safetensors::ScatteredWriter state(writer.path_of(kStateName), states, {});
     session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
-      if (model) {
-        const at::Tensor kept =
-            session.trainer->optimizer().evaluation_weights({t.value.detach(), {}, t.states, t.id});
-        files.split(t.name, kept, [&](const std::string& name, const at::Tensor& piece) {
-          model->write(name, host_bytes(piece));
+      const Slot slot{t.value.detach(), {}, t.states, t.id};
+      const auto write = [&](auto& file, const at::Tensor& tensor) {
+        files.split(t.name, tensor, [&](const std::string& name, const at::Tensor& piece) {
+          file->write(name, host_bytes(piece));
         });
-      }
+      };
+      if (model) write(model, optimizer.evaluation_weights(slot));
+      if (ema) write(ema, optimizer.averaged_weights(slot));
       for (const auto& [name, tensor] : state_of(t, session))
         state.write(name, host_bytes(tensor.cpu().contiguous()));
       return false;
     });
     if (model) model->commit();
+    if (ema) ema->commit();
     state.commit();
   }
   if (full) writer.added(kModelName);
+  if (average) writer.added(kAverageName);
   writer.added(kStateName);
 }
 
@@ -198,7 +209,10 @@ std::filesystem::path save(Session& session) {
   const at::NoGradGuard no_grad;
   session.trainer->flush();
   checkpoint::Writer writer(o.out, session.step);
-  if (o.method == Method::kLora) save_lora(session, writer);
+  if (o.method == Method::kLora) {
+    save_lora(session, writer, /*average=*/false);
+    if (session.trainer->optimizer().keeps_average()) save_lora(session, writer, /*average=*/true);
+  }
   save_trained(session, writer);
 
   nlohmann::json record = identity(session);

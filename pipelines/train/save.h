@@ -8,7 +8,8 @@
 namespace flux::train {
 
 /// Writes OUT/step-NNNNNN: lora.safetensors or model.safetensors for others to use, state.safetensors (what else the
-/// training needs: float32 adapters, states of the optimizer), state.json. Blocks that stream are written one at a time.
+/// training needs: float32 adapters, states of the optimizer), state.json; with --ema-decay ema.safetensors, the averaged
+/// weights as the first file has the others. Blocks that stream are written one at a time.
 /// Waits for the model's hash. Throws ResourceError if the disk is full; older checkpoints stay.
 std::filesystem::path save(Session& session);
 

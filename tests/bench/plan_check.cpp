@@ -134,9 +134,14 @@ Setting draw(int64_t seed, int64_t number) {
     if (form > 1) o.lora_form.algorithm = lora::Algorithm::kLokr;
     o.lora_form.factor = below(2) ? 8 : -1;
   }
+  // the last draws, so that settings stay what they were without
+  if (below(2)) {
+    o.ema_decay = 0.9;
+    o.ema_dtype = below(2) ? train::StateDtype::kF32 : train::StateDtype::kBF16;
+  }
   const auto yes = [](bool is, const char* word) { return is ? word : ""; };
   s.text = fmt::format(
-      "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}{}",
+      "{}M {} {}{} {} clip{} {}x{}x{}x{} txt{}{}{}{} loss{}{} {}/{}res {}kept {}slots{}{}{}{}{}",
       config.num_parameters() / 1000000,
       full ? "full"
            : fmt::format("{}{}{}",
@@ -168,7 +173,10 @@ Setting draw(int64_t seed, int64_t number) {
       yes(o.stream_adapters, " adapters"),
       yes(o.stream_states, " states"),
       yes(*o.block_inputs == engine::InputPlace::kDisk, " disk"),
-      yes(*o.stream_from == engine::StreamFrom::kHost, " host"));
+      yes(*o.stream_from == engine::StreamFrom::kHost, " host"),
+      o.ema_decay == 0                         ? ""
+      : o.ema_dtype == train::StateDtype::kF32 ? " ema"
+                                               : " ema16");
   return s;
 }
 

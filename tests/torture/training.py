@@ -15,8 +15,9 @@ COMMON = ["--save-every", "1", "--resume", "--seed", "5", "--learning-rate", "1e
 FLAGS = {
     # every third batch of an epoch of four ends an update: updates cross the ends of epochs
     "full": ["--method", "full", "--optimizer", "adamw8bit", "--precision", "bf16", "--block-inputs", "disk",
-             "--gradient-accumulation", "3"],
-    "lora": ["--rank", "4", "--stream-adapters", "--batch-size", "2", "--gradient-accumulation", "2"],
+             "--gradient-accumulation", "3", "--ema-decay", "0.8", "--ema-dtype", "bf16"],
+    "lora": ["--rank", "64", "--stream-adapters", "--batch-size", "2", "--gradient-accumulation", "2", "--optimizer", "adamw8bit",
+             "--ema-decay", "0.8"],
 }
 PLAIN = {"run.toml", "metrics.jsonl", "report.html", "tensorboard"}  # what else is in a run's folder
 

@@ -109,7 +109,22 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
     o.dropout = {.values = 0.2, .ranks = 0.1};
     return o;
   };
+  const auto averaged = [](TrainerOptions o, at::ScalarType type) {
+    o.ema_decay = 0.9;
+    o.ema_dtype = type;
+    return o;
+  };
   const Case cases[] = {
+      {"lora f32 averaged", averaged(lora(at::kFloat, all), at::kFloat), two},
+      {"lora f32 averaged, adapters streamed",
+       averaged(lora(at::kFloat, adapters), at::kBFloat16),
+       one},
+      {"full f32 schedulefree averaged",
+       averaged(full(at::kFloat, all, ScheduleFreeOptions{}), at::kFloat),
+       one},
+      {"full bf16 adamw8bit averaged, streamed",
+       averaged(full(at::kBFloat16, streamed, AdamW8bitOptions{}), at::kBFloat16),
+       two},
       {"lora f32 with its options", with_options(all, lora::Family::kAll), two},
       {"lora f32 of single blocks, kept", with_options(kept, lora::Family::kSingle), two},
       {"lora f32 with its options, streamed", with_options(adapters, lora::Family::kAll), one},
@@ -137,6 +152,75 @@ TEST_F(PlanTest, IsWhatAStepTakes) {
     EXPECT_NEAR(static_cast<double>(plan.device_bytes()), static_cast<double>(use.peak), bound)
         << c.name << "\n"
         << table(plan.causes, use.causes);
+  }
+}
+
+TEST_F(PlanTest, SaysWhatEvaluatingTakes) {
+  Residency all, streamed, adapters, states;
+  streamed.resident_blocks = 1;
+  adapters.resident_blocks = 0;
+  adapters.stream_adapters = true;
+  states.stream_states = true;
+  StepShape shape;
+  shape.width = shape.height = 256;
+  shape.text_length = 64;
+  shape.batch = 2;
+  for (const bool full : {false, true})
+    for (const Residency& residency : {all, streamed, full ? states : adapters})
+      for (const bool averages : {false, true}) {
+        TrainerOptions o;
+        o.compute = at::kFloat;
+        o.full = full;
+        o.residency = residency;
+        o.scratch = folder_;
+        if (averages) o.optimizer = ScheduleFreeOptions{};
+        const MemoryPlan step = plan_memory(config_, nullptr, o, shape);
+        MemoryPlan planned = step;
+        for (const int64_t count : {1, 4}) {
+          planned.causes = evaluation_memory(config_, o, shape, count);
+          ModelFileOptions read;
+          read.dtype = o.compute;
+          const int64_t before = cpu_memory().live;
+          reset_cpu_peak();
+          auto file = std::make_shared<ModelFile>(folder_ / "flux.safetensors", read);
+          Trainer trainer(config_, file, o);
+          std::vector<FlowInputs> batches;
+          for (int64_t i = 0; i < count; ++i) batches.push_back(test::random_batch(config_, shape));
+          trainer.evaluate(batches);
+          const MemoryUse use = cpu_memory();
+          const auto peak = static_cast<double>(use.peak - before);
+          EXPECT_NEAR(static_cast<double>(planned.device_bytes()), peak, std::max(0.01 * peak, 1048576.0))
+              << full << averages << residency.resident_blocks << count << "\n"
+              << table(planned.causes, use.causes);
+          if (count == 1) {
+            EXPECT_LE(planned.device_bytes(), step.device_bytes());
+          }
+        }
+      }
+}
+
+TEST_F(PlanTest, AveragesOfAGpuAreInHostMemory) {
+  TrainerOptions with;
+  with.compute = at::kFloat;
+  StepShape shape;
+  shape.width = shape.height = 64;
+  shape.text_length = 64;
+  for (const at::DeviceType device : {at::kCPU, at::kCUDA}) {
+    with.device = device;
+    with.ema_decay = 0;
+    const MemoryPlan before = plan_memory(config_, nullptr, with, shape);
+    with.ema_decay = 0.9;
+    const MemoryPlan after = plan_memory(config_, nullptr, with, shape);
+    const int64_t on_device = after.device_bytes() - before.device_bytes(),
+                  on_host = after.host_store_bytes - before.host_store_bytes;
+    const bool cpu = device == at::kCPU;
+    EXPECT_EQ(on_host == 0, cpu);
+    EXPECT_EQ(on_device == 0, !cpu);
+    // half of AdamW's two moments
+    const auto optimizer = static_cast<size_t>(MemoryCause::kOptimizer);
+    EXPECT_GE(cpu ? on_device : on_host, before.causes[optimizer] / 2);
+    EXPECT_LE(cpu ? on_device : on_host,
+              before.causes[optimizer] / 2 + 4 * config_.hidden * 16 * 7);
   }
 }
 

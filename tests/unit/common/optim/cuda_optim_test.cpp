@@ -77,5 +77,31 @@ TEST_F(CudaOptimizers, AverageAsTheirCpuTwin) {
   EXPECT_LE(cuda.cpu().ne(cpu).sum().item<int64_t>(), 5);
 }
 
+TEST_F(CudaOptimizers, KeepAveragesInHostMemoryToo) {
+  at::manual_seed(3);
+  const at::Tensor start = at::randn({301, 77}).to(at::kBFloat16);
+  const auto optimizer = make_optimizer(AdamWOptions{});
+  optimizer->keep_average({.decay = 0.7}, at::kFloat);
+  std::vector<at::Tensor> averages;
+  for (const auto average_on : {at::Device(at::kCPU), *device_}) {
+    Slot slot;
+    slot.parameter = start.to(*device_);
+    for (const StateTensor& s : optimizer->state_layout(start.sizes(), at::kBFloat16))
+      slot.states.push_back(
+          at::zeros(s.shape, at::device(s.on_host ? average_on : *device_).dtype(s.dtype)));
+    for (int64_t t = 1; t <= 3; ++t) {
+      const StepScalars step{.step = t, .learning_rate = 1e-2, .seed = 5};
+      at::manual_seed(static_cast<uint64_t>(t));
+      slot.gradient = at::randn(start.sizes()).to(*device_);
+      optimizer->step(slot, step);
+      optimizer->average(slot, step);
+    }
+    EXPECT_EQ(slot.states.back().device(), average_on);
+    EXPECT_EQ(optimizer->averaged_weights(slot).scalar_type(), at::kBFloat16);
+    averages.push_back(slot.states.back().cpu());
+  }
+  EXPECT_LT(test::relative_error(averages[1], averages[0]), 1e-6);
+}
+
 }  // namespace
 }  // namespace flux

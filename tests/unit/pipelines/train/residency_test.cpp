@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <map>
 
 #include "common/core/error.h"
 #include "common/core/file.h"
@@ -109,6 +111,94 @@ TEST(TrainMemory, StreamedAdaptersResumeBitForBit) {
   run(halves.options);
   EXPECT_TRUE(straight.saved("lora.safetensors") == halves.saved("lora.safetensors"));
   EXPECT_TRUE(straight.saved("state.safetensors") == halves.saved("state.safetensors"));
+}
+
+/// After step t, from the averages after step t - 1 and what the step made.
+at::Tensor next_average(const at::Tensor& before, const at::Tensor& weights, int64_t t) {
+  const double decay = std::min(0.6, static_cast<double>(t) / static_cast<double>(9 + t));
+  return before.defined() ? at::lerp(before, weights.to(at::kDouble), 1 - decay)
+                          : weights.to(at::kDouble);
+}
+
+TEST(TrainMemory, EveryCheckpointHoldsTheAverageOfTheStepsSoFar) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    Scene scene;
+    Options& o = scene.options;
+    o.method = method;
+    o.precision = Precision::kF32;
+    o.lora_dtype = SaveDtype::kF32;
+    o.ema_decay = 0.6;
+    o.save_every.steps = 1;
+    o.lr.learning_rate = 0.02;
+    if (method == Method::kLora) o.scale_weight_norms = 0.05;  // acts after the update
+    run(o);
+    std::map<std::string, at::Tensor> expected;
+    for (int64_t t = 1; t <= o.max_steps; ++t) {
+      const auto folder = o.out / checkpoint::step_name(t);
+      const auto raw = read_weights(
+          folder / (method == Method::kFull ? "model.safetensors" : "lora.safetensors"));
+      const auto average = read_weights(folder / "ema.safetensors");
+      ASSERT_EQ(average.tensors.size(), raw.tensors.size());
+      for (const auto& [name, tensor] : raw.tensors) {
+        at::Tensor& so_far = expected[name];
+        so_far = next_average(so_far, tensor, t);
+        const at::Tensor& found = average.tensors.at(name);
+        EXPECT_EQ(found.scalar_type(), tensor.scalar_type());
+        EXPECT_LT((found - so_far).abs().max().item<double>(), 1e-6) << name << " step " << t;
+      }
+      auto metadata = average.metadata;
+      EXPECT_EQ(metadata.at("flux_stages.ema_decay"), "0.6");
+      metadata.erase("flux_stages.ema_decay");
+      auto others = raw.metadata;
+      for (auto* of_file : {&metadata, &others})
+        std::erase_if(*of_file, [](const auto& entry) { return entry.first.starts_with("sshs_"); });
+      EXPECT_EQ(metadata, others);
+      EXPECT_THAT(metadata.at("flux_stages.run"), HasSubstr("\"ema-decay\":0.6"));
+    }
+  }
+}
+
+TEST(TrainMemory, AveragesAreTheSameWhereverTheyAreAndAfterAResume) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    for (const auto optimizer :
+         {OptimizerKind::kAdamW8bit, OptimizerKind::kProdigy, OptimizerKind::kScheduleFree}) {
+      Scene plain, all, streamed, halves;
+      for (Scene* scene : {&plain, &all, &streamed, &halves}) {
+        Options& o = scene->options;
+        o.method = method;
+        o.optimizer = optimizer;
+        o.gradient_accumulation = 2;
+        if (scene == &plain) continue;
+        o.ema_decay = 0.6;
+        o.ema_dtype = optimizer == OptimizerKind::kProdigy ? StateDtype::kF32 : StateDtype::kBF16;
+      }
+      stream(streamed.options);
+      streamed.options.stream_adapters = method == Method::kLora;
+      run(plain.options);
+      run(all.options);
+      run(streamed.options);
+      halves.options.max_steps = 2;
+      halves.options.stream_states = method == Method::kFull;
+      run(halves.options);
+      halves.options.resume = true;
+      halves.options.max_steps = 4;
+      halves.options.stream_states = false;
+      stream(halves.options);
+      run(halves.options);
+      const char* weights = method == Method::kFull ? "model.safetensors" : "lora.safetensors";
+      const auto a = read_weights(plain.options.out / "step-000004" / weights),
+                 b = read_weights(all.options.out / "step-000004" / weights);
+      for (const auto& [name, tensor] : a.tensors)
+        EXPECT_TRUE(at::equal(tensor, b.tensors.at(name))) << name;  // it changes nothing
+      for (const char* name : {weights, "ema.safetensors", "state.safetensors"}) {
+        EXPECT_TRUE(all.saved(name) == streamed.saved(name)) << name;
+        EXPECT_TRUE(all.saved(name) == halves.saved(name)) << name;
+      }
+      EXPECT_FALSE(all.saved(weights) == all.saved("ema.safetensors"));
+      halves.options.ema_decay = 0.7;
+      EXPECT_THAT(message_of(halves.options), AllOf(HasSubstr("--ema-decay"), HasSubstr("0.6")));
+    }
+  }
 }
 
 TEST(TrainMemory, ASavedModelIsAModelAndMoved) {
