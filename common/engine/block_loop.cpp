@@ -162,6 +162,10 @@ void BlockLoop::begin(std::span<const MicroBatch> batches,
 void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& hooks) {
   begin(batches, hooks.before_run, trains_outer());
   const at::NoGradGuard no_grad;
+  for (size_t m = 0; hooks.after_run && m < micros_.size(); ++m) {
+    const Micro& micro = micros_[m];
+    hooks.after_run(-1, m, Values{micro.values[0], micro.values[1], micro.vec});
+  }
   for (int64_t block = 0; block < num_blocks(); ++block) {
     blocks_.enter(block);
     const bool changed = hooks.before_forward && hooks.before_forward(block);
@@ -172,10 +176,11 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
       if (hooks.before_run) hooks.before_run(m);
       if (keeps_graph(block)) {
         micro.values = with_graph(block, micro, std::move(in));
-        continue;
+      } else {
+        micro.values = run_block(block, micro, in, micro.vec);
+        if (block >= options_.first_trained) inputs_.keep(block, m, std::move(in));
       }
-      micro.values = run_block(block, micro, in, micro.vec);
-      if (block >= options_.first_trained) inputs_.keep(block, m, std::move(in));
+      if (hooks.after_run) hooks.after_run(block, m, micro.values);
     }
     if (!keeps_graph(block))
       blocks_.leave(block, changed);
@@ -191,14 +196,17 @@ at::Tensor BlockLoop::velocity_of(const Micro& micro,
       blocks_.weights(), x.narrow(1, micro.text_length, micro.image_length), vec);
 }
 
-std::vector<at::Tensor> BlockLoop::losses(std::span<const MicroBatch> batches) {
+std::vector<at::Tensor> BlockLoop::losses(std::span<const MicroBatch> batches,
+                                          const LoopHooks& hooks) {
   std::vector<at::Tensor> losses;
   const at::AutoGradMode grad(true);
   for (size_t m = 0; m < micros_.size(); ++m) {
     Micro& micro = micros_[m];
     const at::Tensor x = leaf(std::exchange(micro.values, {})[0], true);
     const at::Tensor vec = leaf(micro.vec, trains_outer());
-    const at::Tensor loss = batches[m].loss(velocity_of(micro, x, vec));
+    const at::Tensor velocity = velocity_of(micro, x, vec);
+    if (hooks.after_run) hooks.after_run(num_blocks(), m, Values{velocity.detach()});
+    const at::Tensor loss = batches[m].loss(velocity);
     torch::autograd::backward({loss}, {});
     losses.push_back(loss.detach());
     micro.gradients = {std::exchange(x.mutable_grad(), at::Tensor())};
@@ -240,7 +248,7 @@ void BlockLoop::backward(const LoopHooks& hooks) {
 std::vector<at::Tensor> BlockLoop::step(std::span<const MicroBatch> micro_batches,
                                         const LoopHooks& hooks) {
   forward(micro_batches, hooks);
-  auto results = losses(micro_batches);
+  auto results = losses(micro_batches, hooks);
   if (hooks.after_forward) hooks.after_forward(results);
   backward(hooks);
   micros_.clear();

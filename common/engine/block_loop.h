@@ -84,6 +84,10 @@ struct LoopOptions {
 struct LoopHooks {
   /// Layers are about to compute for this micro-batch, for the first time or again.
   std::function<void(size_t micro_batch)> before_run{};
+  /// What the forward came to: before the first block (-1) img, txt and vec, after each block its outputs, and after all
+  /// of them (their number) the velocity. For looking only.
+  std::function<void(int64_t block, size_t micro_batch, std::span<const at::Tensor> values)>
+      after_run{};
   /// A block was entered for the forward: a deferred update is made here. Returns whether it was.
   std::function<bool(int64_t block)> before_forward{};
   /// The losses are known, nothing is updated yet: a loss that is not finite is refused here.
@@ -119,7 +123,7 @@ class BlockLoop {
              bool with_graph);
   at::Tensor velocity_of(const Micro& micro, const at::Tensor& x, const at::Tensor& vec) const;
   void forward(std::span<const MicroBatch> batches, const LoopHooks& hooks);
-  std::vector<at::Tensor> losses(std::span<const MicroBatch> batches);
+  std::vector<at::Tensor> losses(std::span<const MicroBatch> batches, const LoopHooks& hooks);
   void backward(const LoopHooks& hooks);
   int64_t num_blocks() const { return config_.num_double_blocks + config_.num_single_blocks; }
   bool keeps_graph(int64_t block) const;

@@ -1,8 +1,10 @@
 #include "common/engine/trainer.h"
 
 #include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <string>
@@ -215,6 +217,50 @@ std::vector<double> Trainer::evaluate(std::span<const FlowInputs> batches) {
 
 Trainer::~Trainer() = default;
 
+/// Those of a block, or (-1) of what is outside of blocks; codes of quantised weights are always finite.
+void Trainer::show_weights(int64_t block) {
+  const std::string prefix = block < 0 ? "" : block_prefix(config_, block);
+  dit::Weights weights = model_.weights();  // shares the tensors
+  dit::for_each_tensor(weights, [&](const std::string& name, const at::Tensor& tensor) {
+    const bool outer = name.find("_blocks.") == std::string::npos;
+    if (tensor.defined() && (block < 0 ? outer : name.starts_with(prefix)))
+      watch_("weight " + name, tensor.detach());
+  });
+  if (options_.full) return;
+  for (const Trainable& t : block < 0 ? model_.outer_trainables() : model_.trainables(block))
+    watch_("weight " + t.name, t.value.detach());
+}
+
+LoopHooks Trainer::watched(LoopHooks hooks) {
+  const auto before_forward = hooks.before_forward;
+  hooks.before_forward = [this, before_forward](int64_t block) {
+    const bool changed = before_forward && before_forward(block);
+    show_weights(block);
+    return changed;
+  };
+  hooks.after_run = [this](int64_t block, size_t micro_batch, std::span<const at::Tensor> values) {
+    const bool last = block == model_.num_blocks();
+    std::string where = block < 0 ? "before the blocks" : last ? "" : block_prefix(config_, block);
+    if (where.ends_with('.')) where = "after " + where.substr(0, where.size() - 1);
+    constexpr std::array<const char*, 3> kNames{"img", "txt", "vec"};
+    for (size_t i = 0; i < values.size(); ++i)
+      watch_(fmt::format("{}{}{}, micro-batch {}",
+                         last                 ? "velocity"
+                         : values.size() == 1 ? "x"
+                                              : kNames[i],
+                         last ? "" : " ",
+                         where,
+                         micro_batch),
+             values[i]);
+  };
+  hooks.ready = [this, ready = hooks.ready](int64_t block, std::span<Trainable> trainables) {
+    for (const Trainable& t : trainables)
+      if (t.gradient.defined()) watch_("gradient of " + t.name, t.gradient);
+    return ready(block, trainables);
+  };
+  return hooks;
+}
+
 TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
                           int64_t step,
                           double learning_rate) {
@@ -250,8 +296,17 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
     if (!std::isfinite(result.loss)) throw NotFinite("the loss");
     for (const at::Tensor& part : by_sample) append_values(part, result.sample_losses);
   };
-  loop_.step(batches, hooks);
-  result.grad_norm = updater_.finish();
+  try {
+    if (watch_) {
+      show_weights(-1);
+      hooks = watched(std::move(hooks));
+    }
+    loop_.step(batches, hooks);
+    result.grad_norm = updater_.finish();
+  } catch (NotFinite& reason) {
+    reason.loss = result.loss;
+    throw;
+  }
   return result;
 }
 

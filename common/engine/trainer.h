@@ -86,6 +86,12 @@ class Trainer {
   /// One update; `step` counts from 1. Throws NotFinite if loss or gradients are not finite: before anything is updated,
   /// but for gradients without global clipping. On Meta the result is zero.
   TrainResult step(std::span<const FlowInputs> micro_batches, int64_t step, double learning_rate);
+  /// From here on step() shows all that it computes with and comes to, in this order: weights and outputs of what is
+  /// before the blocks, of each block, the velocity; and gradients, as they come. By names such as "weight
+  /// double_blocks.0.img_mlp.0.bias", "img after double_blocks.0, micro-batch 1", "gradient of single_blocks.3.linear1.up".
+  using Watch = std::function<void(const std::string& name, const at::Tensor& value)>;
+  void watch(Watch watch) { watch_ = std::move(watch); }
+
   /// False after a step that failed when some blocks were updated and others were not.
   bool step_is_whole() const { return updater_.is_whole(); }
   /// Makes updates that wait for a block's next visit.
@@ -113,6 +119,8 @@ class Trainer {
   void take_evaluation_weights(int64_t block, std::vector<at::Tensor>& trained);
   void give_back(int64_t block, std::vector<at::Tensor>& trained);
   LoopOptions loop_options() const;
+  LoopHooks watched(LoopHooks hooks);
+  void show_weights(int64_t block);
   dit::Config config_;
   TrainerOptions options_;
   std::unique_ptr<Optimizer> optimizer_;
@@ -121,6 +129,7 @@ class Trainer {
   ModelBlocks model_;
   BlockLoop loop_;
   Updater updater_;
+  Watch watch_;
 };
 
 }  // namespace flux::engine

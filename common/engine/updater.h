@@ -28,6 +28,7 @@ struct UpdateOptions {
 /// "the loss", "the gradient of X": is infinite or NaN.
 struct NotFinite : std::runtime_error {
   explicit NotFinite(const std::string& what) : std::runtime_error(what + " is not finite") {}
+  double loss = 0;  // of the step
 };
 
 /// Applies an optimizer to the blocks of a loop:

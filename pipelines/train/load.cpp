@@ -123,6 +123,8 @@ engine::StepShape step_shape(const Session& session) {
   }
   shape.batch = data.largest_batch();
   shape.micro_batches = session.options.gradient_accumulation;
+  // those on their way to a GPU are in host memory, and few
+  if (session.device.is_cpu()) shape.batches_ahead = session.options.prefetch;
   shape.text_length = text.t5_length;
   shape.text_mask = data.has_text_mask();
   shape.loss_mask = data.has_loss_masks();
@@ -134,6 +136,12 @@ engine::StepShape step_shape(const Session& session) {
 }
 
 }  // namespace
+
+at::ScalarType compute_type(const Options& options, at::Device device) {
+  const bool bf16 = options.precision == Precision::kBF16 ||
+                    (options.precision == Precision::kAuto && !device.is_cpu());
+  return bf16 ? at::kBFloat16 : at::kFloat;
+}
 
 std::string precision_word(at::ScalarType compute) {
   return compute == at::kFloat ? "f32" : "bf16";
@@ -182,9 +190,7 @@ Session open_data(const Options& options) {
   Session session;
   session.options = options;
   session.device = resolve_device(options.device);
-  const bool bf16 = options.precision == Precision::kBF16 ||
-                    (options.precision == Precision::kAuto && !session.device.is_cpu());
-  session.compute = bf16 ? at::kBFloat16 : at::kFloat;
+  session.compute = compute_type(options, session.device);
   log::info("version {} device={} precision={} command: {}",
             tool_version(),
             session.device.str(),
@@ -250,13 +256,7 @@ void load_model(Session& session) {
   wanted.base = session.file->quant();
   const auto choice =
       choose(options, session.config, session.file.get(), wanted, step_shape(session));
-  if (!choice.fits)
-    throw ResourceError(fmt::format("{} would take {}, {} may take {}",
-                                    show(options.model),
-                                    show_bytes(static_cast<uint64_t>(choice.needed)),
-                                    choice.budget_name,
-                                    show_bytes(static_cast<uint64_t>(choice.budget))),
-                        choice.hint);
+  require_fit(options, choice);
   session.plan = choice.plan;
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());

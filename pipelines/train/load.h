@@ -37,6 +37,9 @@ struct Session {
   double guidance() const { return options.guidance.value_or(1); }
 };
 
+/// What the transformer computes in: kFloat or kBFloat16.
+at::ScalarType compute_type(const Options& options, at::Device device);
+
 /// The word of --precision that is in force: "f32" or "bf16".
 std::string precision_word(at::ScalarType compute);
 

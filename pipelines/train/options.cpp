@@ -243,6 +243,11 @@ void add_flags(Options& o, Tool& tool) {
             "NAME",
             "with --resume: a flag that may differ from the checkpoint's run, learning-rate or "
             "latents for two; may be repeated");
+  tool.flag("reproduce",
+            o.reproduce,
+            "FILE",
+            "make a step again that was not finite, from OUT/not-finite-*.safetensors, say where "
+            "the first such number is, and end; with --config OUT/run.toml");
   tool.flag("replace", o.replace, "start anew; a run in --out moves to DIR.old-N");
   tool.flag("no-tensorboard", o.no_tensorboard, "no event files in OUT/tensorboard");
   tool.flag(
@@ -475,6 +480,7 @@ void add_flags(Options& o, Tool& tool) {
             "DIR",
             "for scratch files, which leave nothing behind; --out if not given");
   tool.flag("reader-threads", o.reader_threads, "N", "threads that read batches ahead", 1, 256);
+  tool.flag("prefetch", o.prefetch, "N", "batches read ahead at most", 1, 4096);
   tool.flag("rehash", o.rehash, "hash the model anew instead of remembering its hash");
 }
 
@@ -487,8 +493,8 @@ void require_given(const std::string& name, bool given, const std::string& hint)
 void check_plan(const Options& o, const Tool& tool) {
   for (const char* name : {"model", "method", "resolution"})
     require_given(name, tool.given(name), "--plan needs --model, --method and --resolution WxH");
-  if (!o.resume && !o.replace) return;
-  throw UsageError("--plan does nothing with --resume or --replace", "leave it out");
+  if (!o.resume && !o.replace && o.reproduce.empty()) return;
+  throw UsageError("--plan does nothing with --resume, --replace or --reproduce", "leave it out");
 }
 
 void check_schedule(const Options& o) {
@@ -590,6 +596,9 @@ void check(const Options& o, const Tool& tool) {
   check_lora(o, tool);
   check_optimizer(o, tool);
   if (o.plan != PlanOutput::kNone) return check_plan(o, tool);
+  if (!o.reproduce.empty() && (o.resume || o.replace))
+    throw UsageError("--reproduce trains nothing: --resume and --replace have no effect with it",
+                     "leave them out");
   for (const auto& [name, path] :
        {std::pair{"latents", &o.latents}, {"text", &o.text}, {"model", &o.model}, {"out", &o.out}})
     require_given(name, !path->empty(), "--help has an example");
@@ -737,6 +746,7 @@ nlohmann::json resolved_options(const Options& o) {
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;
+  all["prefetch"] = o.prefetch;
   return all;
 }
 

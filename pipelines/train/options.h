@@ -120,9 +120,12 @@ struct Options {
   PlanOutput plan = PlanOutput::kNone;
   int64_t plan_width = 0, plan_height = 0, plan_t5_length = 512;  // of --plan: pixels, tokens
 
-  std::vector<std::string> import_sd_scripts;  // a command line of sd-scripts, and nothing is trained
+  std::vector<std::string>
+      import_sd_scripts;  // a command line of sd-scripts, and nothing is trained
 
-  int64_t reader_threads = 2;
+  std::filesystem::path reproduce;  // a dump of a step, which is made again, and nothing is trained
+
+  int64_t reader_threads = 2, prefetch = 4;
   bool rehash = false;
   std::string command_line;  // for provenance
 

@@ -314,6 +314,16 @@ std::string Choice::describe() const {
                      residency.kept_graphs);
 }
 
+void require_fit(const Options& options, const Choice& choice) {
+  if (choice.fits) return;
+  throw ResourceError(fmt::format("{} would take {}, {} may take {}",
+                                  show(options.model),
+                                  show_bytes(static_cast<uint64_t>(choice.needed)),
+                                  choice.budget_name,
+                                  show_bytes(static_cast<uint64_t>(choice.budget))),
+                      choice.hint);
+}
+
 Choice choose(const Options& options,
               const dit::Config& config,
               const engine::ModelFile* file,

@@ -26,6 +26,9 @@ struct Choice {
   std::string describe() const;
 };
 
+/// Throws ResourceError for a choice that does not fit: what is needed, and of what budget.
+void require_fit(const Options& options, const Choice& choice);
+
 /// Chooses what the user left open.
 Choice choose(const Options& options,
               const dit::Config& config,

@@ -218,7 +218,7 @@ Report run_in_memory(const Options& options) {
     require_same_run(session, *resumed);
   }
   const bool resumes_weights = resumed && options.method == Method::kFull;
-  open_model(session, resumes_weights ? weights_of(*resumed) : options.model);
+  open_model(session, resumes_weights ? weights_in(resumed->folder) : options.model);
   if (resumed && session.step == options.max_steps) {
     start_hashing(session);
     require_same_model(session, *resumed);
@@ -230,6 +230,7 @@ Report run_in_memory(const Options& options) {
       *session.data,
       session.position,
       {.num_threads = options.reader_threads,
+       .num_ahead = options.prefetch,
        .num_batches = (options.max_steps - session.step) * options.gradient_accumulation});
   load_model(session);
   start_hashing(session);

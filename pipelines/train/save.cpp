@@ -230,8 +230,8 @@ std::filesystem::path save(Session& session) {
   return folder;
 }
 
-std::filesystem::path weights_of(const checkpoint::Checkpoint& checkpoint) {
-  return checkpoint.folder / kModelName;
+std::filesystem::path weights_in(const std::filesystem::path& checkpoint) {
+  return checkpoint / kModelName;
 }
 
 DataPosition position_of(const checkpoint::Checkpoint& checkpoint) {

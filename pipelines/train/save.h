@@ -13,8 +13,8 @@ namespace flux::train {
 /// Waits for the model's hash. Throws ResourceError if the disk is full; older checkpoints stay.
 std::filesystem::path save(Session& session);
 
-/// The weights that a checkpoint of a full fine-tuning goes on with.
-std::filesystem::path weights_of(const checkpoint::Checkpoint& checkpoint);
+/// The weights that a checkpoint of a full fine-tuning goes on with, by its folder.
+std::filesystem::path weights_in(const std::filesystem::path& checkpoint);
 
 /// Where a checkpoint goes on. Throws CacheError if state.json lacks it.
 DataPosition position_of(const checkpoint::Checkpoint& checkpoint);

@@ -6,11 +6,13 @@
 #include <vector>
 
 #include "common/core/error.h"
+#include "common/core/log.h"
 #include "common/core/rng.h"
 #include "common/core/text.h"
 #include "common/tensor/tensor.h"
 #include "common/tensor/weight_file.h"
 #include "common/train/flow_loss.h"
+#include "pipelines/train/dump.h"
 
 namespace flux::train {
 namespace {
@@ -50,9 +52,29 @@ std::string spoilt_weight(const Session& session) {
   return {};
 }
 
-[[noreturn]] void refuse_not_finite(const Session& session,
+/// With the command that makes the step again; nothing if the disk has no room for it.
+std::string dumped(Session& session,
+                   std::span<const Batch> batches,
+                   std::span<const FlowInputs> inputs,
+                   const engine::NotFinite& reason) {
+  try {
+    const auto path = dump_step(session, batches, inputs, reason);
+    return fmt::format(
+        "\n  the step is in {}; flux-train --config {} --reproduce {} makes it again",
+        show(path),
+        show(session.options.out / "run.toml"),
+        show(path));
+  } catch (const ResourceError& error) {
+    log::warn("the step could not be saved: {}", error.what());
+    return {};
+  }
+}
+
+[[noreturn]] void refuse_not_finite(Session& session,
                                     std::span<const Batch> batches,
+                                    std::span<const FlowInputs> inputs,
                                     const engine::NotFinite& reason) {
+  const std::string dump = dumped(session, batches, inputs, reason);
   std::vector<std::string> names;
   bool data = false;
   for (const Batch& batch : batches) {
@@ -62,15 +84,19 @@ std::string spoilt_weight(const Session& session) {
            !batch.pooled_embedding.isfinite().all().item<bool>();
   }
   if (const std::string name = data ? "" : spoilt_weight(session); !name.empty())
-    throw InputError(fmt::format("{}: tensor '{}' has values that are not finite (step {}: {})",
+    throw InputError(fmt::format("{}: tensor '{}' has values that are not finite (step {}: {}){}",
                                  show(session.file->path()),
                                  printable(name),
                                  session.step + 1,
-                                 reason.what()),
+                                 reason.what(),
+                                 dump),
                      "the file is damaged: download or convert it again");
   throw InputError(
-      fmt::format(
-          "step {}: {}, on {}", session.step + 1, reason.what(), join_some(names, names.size())),
+      fmt::format("step {}: {}, on {}{}",
+                  session.step + 1,
+                  reason.what(),
+                  join_some(names, names.size()),
+                  dump),
       data ? "the cached values of these samples are not finite: make their caches "
              "anew"
            : "start again with a lower --learning-rate, or with --max-grad-norm if that was off");
@@ -111,7 +137,7 @@ StepResult train_step(Session& session, std::span<const Batch> batches) {
     result.grad_norm = trained.grad_norm;
     result.sample_loss = trained.sample_losses;
   } catch (const engine::NotFinite& reason) {
-    refuse_not_finite(session, batches, reason);
+    refuse_not_finite(session, batches, inputs, reason);
   }
   ++session.step;
   return result;

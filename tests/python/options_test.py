@@ -165,7 +165,7 @@ TRAIN = {
     "import-sd-scripts": scenes.train_import,
     "resume": scenes.train_resume,
     "allow-change": scenes.train_allow_change,
-    "reproduce": tested("tests/cli/step-that-is-not-finite/cmd", "--reproduce"),
+    "reproduce": scenes.train_reproduce,
     "replace": scenes.train_replace,
     "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
     "save-every": row(RUN, ["--save-every", "2"], files),

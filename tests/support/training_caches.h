@@ -22,8 +22,10 @@ struct TrainingItem {
   uint32_t rows = 8, columns = 8;  // of the latents
   uint32_t subset = 0, repeats = 1, flags = 0;
   int num_captions = 1;
+  uint32_t t5_tokens = 3;  // live ones of each caption
   bool flipped_too = false;
   bool masked = false;  // with a loss mask: element i of n is i / n
+  bool spoilt = false;  // element 2 of the latents is NaN
 };
 
 struct TrainingCaches {
@@ -86,6 +88,7 @@ struct TrainingCaches {
         RandomStream(
             1, Purpose::kDemo, std::hash<std::string>()(item.name), static_cast<uint64_t>(flip))
             .fill_normal(std::span(values).first(n));
+        if (item.spoilt) values[2] = NAN;
         std::vector<std::vector<std::byte>> tensors{bf16(values)};
         if (item.masked) tensors.push_back(ramp(item.rows * item.columns));
         add(writer, info, tensors);

@@ -4,6 +4,7 @@
 #include "common/core/log.h"
 #include "common/core/tool.h"
 #include "pipelines/train/options.h"
+#include "pipelines/train/reproduce.h"
 #include "pipelines/train/run.h"
 #include "pipelines/train/sd_scripts.h"
 
@@ -20,6 +21,11 @@ int main(int argc, char** argv) {
     }
     flux::train::check(opts, tool);
     if (opts.plan != flux::train::PlanOutput::kNone) return flux::train::run_plan(opts);
+    if (!opts.reproduce.empty()) {
+      const auto again = flux::train::reproduce(opts);
+      tool.summary(again.line(), again.object());
+      return again.same() ? flux::ExitCode::kOk : flux::ExitCode::kDiffers;
+    }
     const auto report = flux::train::run(opts);
     tool.summary(report.line(), report.object(), report.exit_code);
     return report.exit_code;

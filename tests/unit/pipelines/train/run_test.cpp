@@ -5,9 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <nlohmann/json.hpp>
 #include <functional>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "common/core/cancel.h"
@@ -18,6 +18,7 @@
 #include "formats/cache/lock.h"
 #include "formats/checkpoint/checkpoint.h"
 #include "formats/safetensors/reader.h"
+#include "pipelines/train/reproduce.h"
 #include "tests/support/training_scene.h"
 
 namespace flux::train {
@@ -149,13 +150,80 @@ TEST(Train, DropsMetricsThatWereNotSaved) {
   EXPECT_NE(lines[3]["loss"], 9);
 }
 
-TEST(Train, DoesNotDependOnReaderThreads) {
-  Scene one, four;
-  four.options.reader_threads = 4;
-  run(one.options);
-  run(four.options);
-  EXPECT_EQ(read_file(one.options.out / "step-000003/state.safetensors"),
-            read_file(four.options.out / "step-000003/state.safetensors"));
+test::TrainingCaches twelve_items() {
+  test::TrainingCaches caches;
+  for (int i = 0; i < 12; ++i)
+    caches.items.push_back(
+        {.name = fmt::format("{}.png", i), .rows = 4, .columns = i % 3 == 0 ? 6u : 4u});
+  caches.items[5].flags = cache::kItemRegularization;
+  return caches;
+}
+
+TEST(Train, DoesNotDependOnReaderThreadsAndPrefetch) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    std::string first;
+    for (const int64_t threads : {1, 2, 4}) {
+      for (const int64_t prefetch : {1, 3, 16}) {
+        Scene scene(twelve_items());
+        scene.options.method = method;
+        scene.options.max_steps = 7;  // across the end of an epoch
+        scene.options.gradient_accumulation = 2;
+        scene.options.reader_threads = threads;
+        scene.options.prefetch = prefetch;
+        run(scene.options);
+        const std::string state = read_file(scene.options.out / "step-000007/state.safetensors");
+        if (first.empty()) first = state;
+        EXPECT_TRUE(state == first) << threads << " threads, " << prefetch << " ahead";
+      }
+    }
+  }
+}
+
+/// The size of what `b` has otherwise than `a`, over the size of a.
+double difference(const at::Tensor& a, const at::Tensor& b) {
+  const double size = a.norm().item<double>();
+  return (a - b).norm().item<double>() / (size > 0 ? size : 1);
+}
+
+// The tolerances are those that docs/training.md states.
+TEST(Train, StepsAreTheSameHoweverTheyAreCutIntoMicroBatches) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    Scene whole(twelve_items()), halves(twelve_items()), ones(twelve_items());
+    for (Scene* scene : {&whole, &halves, &ones}) {
+      Options& o = scene->options;
+      o.method = method;
+      o.precision = Precision::kF32;
+      o.lora_dtype = SaveDtype::kF32;
+      o.max_steps = 8;  // 12 samples a bucket-wise epoch of 3 steps
+      o.timesteps.stratified = true;
+      o.prior_loss_weight = 0.3;
+      if (method == Method::kLora) o.network_dropout = o.rank_dropout = o.module_dropout = 0.2;
+    }
+    whole.options.batch_size = 4;
+    halves.options.batch_size = halves.options.gradient_accumulation = 2;
+    ones.options.batch_size = 1;
+    ones.options.gradient_accumulation = 4;
+    const char* const file =
+        method == Method::kFull ? "step-000008/model.safetensors" : "step-000008/lora.safetensors";
+    run(whole.options);
+    const auto expected = metrics(whole.options.out);
+    const auto weights = read_weights(whole.options.out / file);
+    for (Scene* scene : {&halves, &ones}) {
+      run(scene->options);
+      const auto lines = metrics(scene->options.out);
+      ASSERT_EQ(lines.size(), expected.size());
+      for (size_t i = 0; i < lines.size(); ++i) {
+        for (const char* field : {"loss", "grad_norm"}) {
+          const double a = expected[i][field], b = lines[i][field];
+          EXPECT_NEAR(a, b, 1e-5 * a) << field << " of step " << i + 1;
+        }
+        EXPECT_EQ(lines[i]["samples"], 4);
+        EXPECT_EQ(lines[i]["epoch"], expected[i]["epoch"]);
+      }
+      for (const auto& [name, tensor] : read_weights(scene->options.out / file).tensors)
+        EXPECT_LT(difference(weights.tensors.at(name), tensor), 1e-3) << name;
+    }
+  }
 }
 
 TEST(Train, SeedAndOptionsChangeTheResult) {
@@ -364,6 +432,10 @@ TEST(Train, NamesAWeightThatIsNotFinite) {
     scene.options.method = method;
     EXPECT_THAT(message_of(scene.options), AllOf(HasSubstr("spoilt.safetensors"), HasSubstr(name)));
     EXPECT_TRUE(checkpoint::steps_in(scene.options.out).empty());
+    scene.options.reproduce = scene.options.out / "not-finite-000001.safetensors";
+    const Reproduction again = reproduce(scene.options);
+    EXPECT_TRUE(again.same()) << again.line();
+    EXPECT_THAT(again.first, AllOf(HasSubstr("weight " + name + ": 1 of"), HasSubstr("is nan")));
   }
 }
 
@@ -482,6 +554,118 @@ TEST(Train, StopsWithTheSamplesNamesIfTheLossIsNotFinite) {
   scene.options.max_steps = 20;
   EXPECT_THAT(message_of(scene.options),
               AllOf(HasSubstr("loss is"), HasSubstr(".png"), HasSubstr("--learning-rate")));
+}
+
+/// The dump that a run left, if it left one.
+std::filesystem::path dump_of(const Options& options) {
+  std::filesystem::path found;
+  for (const auto& entry : std::filesystem::directory_iterator(options.out)) {
+    if (!entry.path().filename().native().starts_with("not-finite-")) continue;
+    EXPECT_TRUE(found.empty());
+    found = entry.path();
+  }
+  return found;
+}
+
+TEST(Train, AStepWithASpoiltSampleIsDumpedAndMadeAgain) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    for (const auto optimizer : {OptimizerKind::kAdamW, OptimizerKind::kScheduleFree}) {
+      test::TrainingCaches caches = twelve_items();
+      caches.items[7].spoilt = true;
+      Scene scene(caches);
+      Options& o = scene.options;
+      o.method = method;
+      o.optimizer = optimizer;
+      o.max_steps = 12;
+      o.gradient_accumulation = 2;
+      o.network_dropout = method == Method::kLora ? 0.3 : 0;
+      EXPECT_THAT(
+          message_of(o),
+          AllOf(HasSubstr("loss is not finite"), HasSubstr("7.png"), HasSubstr("--reproduce")));
+      o.reproduce = dump_of(o);
+      ASSERT_FALSE(o.reproduce.empty());
+      const WeightFile dump = read_weights(o.reproduce);
+      const auto about = nlohmann::json::parse(dump.metadata.at("flux_stages.step"));
+      EXPECT_EQ(about["loss"], "nan");
+      EXPECT_EQ(about["samples"].size(), 2u);
+      EXPECT_EQ(dump.tensors.count("lora.double_blocks.0.img_attn.qkv.up"),
+                method == Method::kLora ? 1u : 0u);
+      // the caches are not needed
+      std::filesystem::remove_all(o.latents);
+      std::filesystem::remove_all(o.text);
+      const Reproduction again = reproduce(o);
+      EXPECT_TRUE(again.same()) << again.line();
+      EXPECT_EQ(again.step, about["step"]);
+      EXPECT_THAT(
+          again.line(),
+          AllOf(HasSubstr("loss=nan as in the run"), HasSubstr("first: latents of 7.png: 1 of")));
+      Options other = o;
+      other.lr.learning_rate = 1e-4;
+      EXPECT_THAT([&] { reproduce(other); },
+                  testing::ThrowsMessage<CacheError>(HasSubstr("--learning-rate is 0.0001")));
+      other = o;
+      other.model = test::write_tiny_flux(scene.folder / "other.safetensors", true, 2);
+      EXPECT_THAT([&] { reproduce(other); },
+                  testing::ThrowsMessage<CacheError>(HasSubstr("other.safetensors")));
+    }
+  }
+}
+
+TEST(Train, AStepWhoseWeightsAreTooLargeIsMadeAgainWithThem) {
+  for (const auto method : {Method::kLora, Method::kFull}) {
+    for (const bool streams : {false, true}) {
+      Scene scene;
+      Options& o = scene.options;
+      o.method = method;
+      o.lr.learning_rate = 1e12;
+      o.max_steps = 20;
+      if (streams) {
+        o.resident_blocks = 0;
+        o.stream_adapters = method == Method::kLora;
+      }
+      EXPECT_THAT(message_of(o), HasSubstr("--learning-rate"));
+      o.reproduce = dump_of(o);
+      ASSERT_FALSE(o.reproduce.empty());
+      const Reproduction again = reproduce(o);
+      EXPECT_TRUE(again.same()) << again.line();
+      EXPECT_GT(again.step, 1);
+      EXPECT_THAT(again.first, HasSubstr("micro-batch 0")) << again.first;
+      // less in memory, the same numbers
+      o.resident_blocks = 1;
+      EXPECT_EQ(reproduce(o).line(), again.line());
+      // without what had made it so, the step is fine: the test would see weights that are not taken
+      if (method == Method::kFull) {
+        std::filesystem::remove_all(o.out / checkpoint::step_name(again.step - 1));
+        EXPECT_THROW(reproduce(o), Error);
+      }
+    }
+  }
+}
+
+TEST(Train, WhatIsNoDumpOrHasNoWeightsIsNotMadeAgain) {
+  Scene scene;
+  scene.options.reproduce = scene.options.model;
+  EXPECT_THAT([&] { reproduce(scene.options); },
+              testing::ThrowsMessage<InputError>(HasSubstr("is no dump of a step")));
+  // gradients overflow where the loss does not, and blocks behind were updated by then
+  test::TrainingCaches caches = small_caches();
+  for (auto& item : caches.items) item.flags = cache::kItemRegularization;
+  Scene gone(caches);
+  Options& o = gone.options;
+  o.method = Method::kFull;
+  o.clip = engine::ClipMode::kPerParameter;
+  o.prior_loss_weight = 1e37;
+  auto file = read_weights(o.model);
+  for (const auto& [name, factor] :
+       {std::pair{"0.weight", 1e-6}, {"0.bias", 1e-6}, {"2.weight", 1e6}}) {
+    at::Tensor& tensor = file.tensors.at(std::string("double_blocks.0.img_mlp.") + name);
+    tensor = tensor * factor;
+  }
+  o.model = gone.folder / "steep.safetensors";
+  write_weights(o.model, file.tensors, file.metadata);
+  EXPECT_THAT(message_of(o), HasSubstr("the gradient of"));
+  o.reproduce = dump_of(o);
+  EXPECT_THAT([&] { reproduce(o); }, testing::ThrowsMessage<CacheError>(HasSubstr("--resume")));
 }
 
 }  // namespace
