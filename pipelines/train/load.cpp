@@ -19,6 +19,7 @@
 #include "pipelines/train/optimizer.h"
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/plan.h"
+#include "pipelines/train/tags.h"
 
 namespace flux::train {
 namespace {
@@ -225,6 +226,9 @@ Session open_data(const Options& options) {
                             : "",
       data.num_regularization() ? fmt::format(", {} for regularisation", data.num_regularization())
                                 : "");
+  set_steps(session.options, data.num_batches());
+  if (options.max_epochs > 0)
+    log::info("--max-epochs {}: {} steps", options.max_epochs, session.options.max_steps);
   cancel::check();
   return session;
 }
@@ -285,6 +289,19 @@ void start_hashing(Session& session) {
         return to_hex(engine::ModelFile(model).weights_sha256(rehash));
       };
   session.model_sha256 = std::async(std::launch::async, std::move(task)).share();
+}
+
+void start_reading_captions(Session& session) {
+  auto task = [text = session.options.text, subsets = session.data->subsets()] {
+    std::map<std::string, std::string> out;
+    try {
+      out = dataset_metadata(text, subsets);
+    } catch (const Error& error) {
+      log::warn("the saved LoRA will hold no tags: {}", error.what());
+    }
+    return out;
+  };
+  session.dataset_metadata = std::async(std::launch::async, std::move(task)).share();
 }
 
 }  // namespace flux::train

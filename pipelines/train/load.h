@@ -4,6 +4,7 @@
 #include <c10/core/Device.h>
 
 #include <future>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ struct Session {
   engine::MemoryPlan plan;
   std::shared_future<std::string>
       model_sha256;  // weights_sha256 of --model in hex, computed beside the training
+  /// Of a LoRA without --no-tags: dataset_metadata(), read beside the training; empty where the cache could not be read.
+  std::shared_future<std::map<std::string, std::string>> dataset_metadata;
 
   int64_t step = 0;       // updates made
   DataPosition position;  // of the next batch
@@ -70,5 +73,8 @@ void load_model(Session& session);
 /// Starts to compute Session::model_sha256 in another thread; a file of 24 GB takes a while the
 /// first time.
 void start_hashing(Session& session);
+
+/// Starts to read Session::dataset_metadata in another thread.
+void start_reading_captions(Session& session);
 
 }  // namespace flux::train

@@ -50,7 +50,7 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
                               {"commit", commit()}};
   const int64_t epochs = (o.max_steps + data.num_batches() - 1) / data.num_batches();
   const std::string variant = s.config.guidance ? "flux-1-dev" : "flux-1-schnell";
-  return {
+  std::map<std::string, std::string> out{
       {"ss_v2", "False"},
       {"ss_base_model_version", "flux1"},
       {"ss_model_type", "flux"},
@@ -62,7 +62,6 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"ss_scale_weight_norms",
        o.scale_weight_norms > 0 ? python_float(o.scale_weight_norms) : "None"},
       {"ss_output_name", "lora"},
-      {"ss_sd_model_name", utf8(o.model.filename().native())},
       {"ss_learning_rate", python_float(o.lr.learning_rate)},
       {"ss_unet_lr", python_float(o.lr.learning_rate)},
       {"ss_text_encoder_lr", "None"},
@@ -121,6 +120,9 @@ std::map<std::string, std::string> lora_metadata(const Session& s) {
       {"modelspec.resolution", resolution},
       {"modelspec.prediction_type", "raw"},
   };
+  if (!o.no_tags) out["ss_sd_model_name"] = utf8(o.model.filename().native());
+  if (s.dataset_metadata.valid()) out.merge(std::map(s.dataset_metadata.get()));
+  return out;
 }
 
 std::map<std::string, std::string> model_metadata(const Session& s) {

@@ -8,8 +8,8 @@
 namespace flux::train {
 
 /// `ss_*` and `modelspec.*` entries, all strings, without the hashes, and `flux_stages.run`: a JSON object of the options that
-/// decide the result, the digests of both caches and the commit of this program. They hold no caption, tag or
-/// path but the model's file name, and no time: equal training gives equal files. Source:
+/// decide the result, the digests of both caches and the commit of this program. They hold no time: equal training gives equal files. With
+/// --no-tags they hold nothing of a caption and no name of a file or folder; without, the name of the model's file and dataset_metadata() too. Source:
 /// kohya-ss/sd-scripts, library/sai_model_spec.py; ModelSpec 1.0.1.
 std::map<std::string, std::string> lora_metadata(const Session& session);
 

@@ -258,6 +258,10 @@ void add_flags(Options& o, Tool& tool) {
       [&o](const std::string& text) { o.save_every = save_every_of(text); });
   tool.flag(
       "keep-last", o.keep_last, "N", "newest checkpoints that stay; 0 = all", 0, 1'000'000'000);
+  tool.flag("no-tags",
+            o.no_tags,
+            "saved LoRAs hold no tags of the captions, numbers of images and repeats, or name of "
+            "the model's file");
   tool.group("training");
   tool.flag("method", o.method, kMethods, "what is trained");
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
@@ -602,8 +606,11 @@ void check(const Options& o, const Tool& tool) {
   for (const auto& [name, path] :
        {std::pair{"latents", &o.latents}, {"text", &o.text}, {"model", &o.model}, {"out", &o.out}})
     require_given(name, !path->empty(), "--help has an example");
-  require_given(
-      "max-steps", o.max_steps != 0, "give the number of optimizer updates, 1000 for one");
+  require_given("max-steps",
+                o.max_steps != 0 || o.max_epochs != 0,
+                "give the number of optimizer updates, 1000 for one, or --max-epochs");
+  if (o.max_steps != 0 && o.max_epochs != 0)
+    throw UsageError("--max-steps and --max-epochs are both given", "give one of them");
   if (o.resume && o.replace)
     throw UsageError("--resume and --replace contradict each other", "give one of them");
   if (!o.resume && !o.allow_change.empty())
@@ -645,6 +652,22 @@ void check(const Options& o, const Tool& tool) {
                                  o.timesteps.min_timestep,
                                  o.timesteps.max_timestep),
                      "both are of 1000, pure noise");
+  if (o.max_epochs == 0) check_schedule(o);
+}
+
+void set_steps(Options& o, int64_t batches_an_epoch) {
+  if (o.max_epochs == 0) return;
+  constexpr int64_t kMost = 1'000'000'000;
+  if (o.max_epochs > kMost * o.gradient_accumulation / batches_an_epoch)
+    throw UsageError(
+        fmt::format(
+            "--max-epochs {}: an epoch has {} batches, and more than {} updates are out of range",
+            o.max_epochs,
+            batches_an_epoch,
+            kMost),
+        "give fewer");
+  const int64_t batches = o.max_epochs * batches_an_epoch;
+  o.max_steps = (batches + o.gradient_accumulation - 1) / o.gradient_accumulation;
   check_schedule(o);
 }
 
@@ -725,7 +748,12 @@ namespace {
 nlohmann::json resolved_options(const Options& o) {
   nlohmann::json all = deciding_options(o);
   if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
-  all["max-steps"] = o.max_steps;
+  if (o.max_epochs > 0) {
+    all.erase("max-steps");
+    all["max-epochs"] = o.max_epochs;
+  } else {
+    all["max-steps"] = o.max_steps;
+  }
   all["save-every"] = value_of(o.save_every);
   all["keep-last"] = o.keep_last;
   if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
@@ -743,6 +771,7 @@ nlohmann::json resolved_options(const Options& o) {
   if (o.stream_adapters) all["stream-adapters"] = true;
   if (o.stream_states) all["stream-states"] = true;
   if (o.no_tensorboard) all["no-tensorboard"] = true;
+  if (o.no_tags) all["no-tags"] = true;
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;

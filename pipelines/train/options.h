@@ -66,6 +66,7 @@ struct Options {
   bool no_tensorboard = false;
   SaveEvery save_every;
   int64_t keep_last = 0;  // checkpoints that stay; 0: all
+  bool no_tags = false;   // saved files hold nothing of captions and names
 
   Method method = Method::kLora;
   int64_t rank = 16;
@@ -79,7 +80,8 @@ struct Options {
   SaveDtype lora_dtype = SaveDtype::kBF16;
   lora::Layout lora_layout{};      // of the saved LoRA: kSdScripts or kDiffusers
   dit::ModelLayout model_layout{};  // of the saved model
-  int64_t max_steps = 0;
+  int64_t max_steps = 0;   // with max_epochs known once the caches are open
+  int64_t max_epochs = 0;  // 0: max_steps says it
   LrOptions lr;  // without the numbers of steps: see effective_lr()
   StepsOrShare lr_warmup, lr_decay;
   int64_t lr_cycles = 1;
@@ -140,6 +142,9 @@ void add_flags(Options& options, Tool& tool);
 /// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take
 /// effect is an error. Throws UsageError.
 void check(const Options& options, const Tool& tool);
+/// With --max-epochs: sets max_steps to as many updates as those epochs need, all batches of them, and checks the learning rate's
+/// schedule, which depends on it. Throws UsageError.
+void set_steps(Options& options, int64_t batches_an_epoch);
 
 /// The word of --block-inputs.
 std::string block_inputs_word(engine::InputPlace place);

@@ -197,11 +197,12 @@ Report report_of(const Session& session, Report report) {
   return report;
 }
 
-Report run_in_memory(const Options& options) {
+Report run_in_memory(const Options& asked) {
   RunLock lock;
-  lock_out(options, lock);
-  check_out(options);
-  Session session = open_data(options);
+  lock_out(asked, lock);
+  check_out(asked);
+  Session session = open_data(asked);
+  const Options& options = session.options;
   std::optional<checkpoint::Checkpoint> resumed;
   if (options.resume) {
     resumed = checkpoint::read_latest(options.out);
@@ -212,7 +213,10 @@ Report run_in_memory(const Options& options) {
     session.step = resumed->step;
     if (session.step > options.max_steps) {
       throw UsageError(
-          fmt::format("--max-steps {}, but {} is beyond", options.max_steps, show(resumed->folder)),
+          fmt::format("--{} {}, but {} is beyond",
+                      options.max_epochs > 0 ? "max-epochs" : "max-steps",
+                      options.max_epochs > 0 ? options.max_epochs : options.max_steps,
+                      show(resumed->folder)),
           "give the number of steps in all, those done included");
     }
     require_same_run(session, *resumed);
@@ -234,6 +238,7 @@ Report run_in_memory(const Options& options) {
        .num_batches = (options.max_steps - session.step) * options.gradient_accumulation});
   load_model(session);
   start_hashing(session);
+  if (options.method == Method::kLora && !options.no_tags) start_reading_captions(session);
   if (resumed) {
     restore(session, *resumed);
     log::info("resumed {} at epoch {} batch {}",

@@ -282,7 +282,13 @@ class Importer {
     copy("pretrained_model_name_or_path");
     copy("output_dir", "run");
     checkpoints();
-    copy("max_train_steps", "1600");
+    if (given("max_train_epochs")) {
+      copy("max_train_epochs");
+      if (given("max_train_steps"))
+        not_needed_.push_back("--max_train_steps: --max_train_epochs counts, as in sd-scripts");
+    } else {
+      copy("max_train_steps", "1600");
+    }
     copy("gradient_accumulation_steps");
     if (given("seed"))
       copy("seed");
@@ -594,6 +600,7 @@ class Importer {
     if (given("ip_noise_gamma_random_strength"))
       set_switch("ip-noise-gamma-random-strength", "ip_noise_gamma_random_strength");
     if (given("masked_loss")) set("masked-loss", "on", said("masked_loss"), "masked_loss");
+    if (given("no_metadata")) set_switch("no-tags", "no_metadata");
   }
 
   void machine() {

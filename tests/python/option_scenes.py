@@ -8,6 +8,7 @@ import ctypes.util
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -154,11 +155,67 @@ def train_allow_change(lab):
     lab.train(*change, "--allow-change", "guidance")
 
 
+def train_reproduce(lab):
+    data = (lab.models / "flux.safetensors").read_bytes()
+    (lab.folder / "nan.safetensors").write_bytes(data[:-4] + b"\xc0\x7f\xc0\x7f")  # in bfloat16 and in float32
+    lab.run("flux-train", "--latents", lab.fixtures / "latents", "--text", lab.fixtures / "text", "--model", "nan.safetensors", "--max-steps", "9",
+            "--out", "run", code=3)
+    step, = (lab.folder / "run").glob("not-finite-*.safetensors")
+    found = json.loads(lab.run("flux-train", "--config", "run/run.toml", "--reproduce", step, "--json").stdout_text)
+    assert found["reproduced"], found
+
+
 def train_replace(lab):
     lab.train("--out", "run", "--max-steps", "2")
     assert lab.train("--out", "run", "--max-steps", "1", code=None).returncode != 0
     lab.train("--out", "run", "--max-steps", "1", "--replace")
     assert len(lab.losses("run")) == 1 and len(lab.losses("run.old-1")) == 2
+
+
+def train_max_epochs(lab):
+    # 4 batches an epoch
+    lab.train("--out", "epochs", "--max-epochs", "2", "--gradient-accumulation", "3")
+    lab.train("--out", "steps", "--max-steps", "3", "--gradient-accumulation", "3")
+    assert lab.losses("epochs") == lab.losses("steps")
+    lab.train("--out", "more", "--max-epochs", "1", "--lr-scheduler", "cosine")
+    assert len(lab.losses("more")) == 4
+    told = (lab.folder / "more/run.toml").read_text()
+    assert "max-epochs = 1" in told and "\nmax-steps" not in told, told
+    lab.train("--out", "on", "--max-epochs", "1")
+    lab.train("--out", "on", "--max-epochs", "2", "--resume")
+    assert len(lab.losses("on")) == 8
+    lab.train("--out", "both", "--max-epochs", "1", "--max-steps", "2", code=2)
+
+
+def train_no_tags(lab):
+    folder = lab.pictures("secret-place", 2)
+    (folder / "0.txt").write_text("Zebra on a Bicycle, hidden words")
+    (folder / "1.txt").write_text("hidden words, a zebra")
+    model = lab.folder / "model-of-mine.safetensors"
+    model.write_bytes((lab.models / "flux.safetensors").read_bytes())
+    lab.latents("--resolution", "64x64", "--out", "hidden-latents", images="secret-place")
+    lab.text("--out", "hidden-text", images="secret-place")
+    found = {}
+    for name, more in (("plain", []), ("private", ["--no-tags"])):
+        lab.run("flux-train", "--latents", "hidden-latents", "--text", "hidden-text", "--model", model, "--out", f"run-of-{name}", "--max-steps", "2",
+                "--ema-decay", "0.5", *more)
+        step, = (lab.folder / f"run-of-{name}").glob("step-*")
+        found[name] = {}
+        for file in step.glob("*.safetensors"):
+            data = file.read_bytes()
+            found[name][file.name] = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
+            if name == "private":
+                for word in (b"zebra", b"hidden", b"bicycle", b"secret", b"mine", b"run-of", b"subset", str(lab.folder).encode(), b"stripes"):
+                    assert word not in data.lower(), f"{file.name} holds {word}"
+    about = found["plain"]["lora.safetensors"]
+    assert json.loads(about["ss_tag_frequency"]) == {"subset-0": {"zebra on a bicycle": 1, "hidden words": 2, "a zebra": 1}}, about
+    assert json.loads(about["ss_dataset_dirs"]) == {"subset-0": {"n_repeats": 1, "img_count": 2}}, about
+    assert json.loads(about["ss_reg_dataset_dirs"]) == {}
+    assert about["ss_sd_model_name"] == "model-of-mine.safetensors"
+    private = found["private"]["lora.safetensors"]
+    gone = {"ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_sd_model_name"}
+    # hashes are of all that is said
+    assert set(about) - set(private) == gone and all(about[key] == private[key] for key in private if not key.startswith("sshs_"))
 
 
 def weighted_caches(lab, subset):
@@ -477,3 +534,36 @@ def tiny_depth(lab):
         names = names_of_begun(lab, "--geometry", "dev", "--depth", f"{depth[0]},{depth[1]}")
         found = tuple(len({name.split(".")[1] for name in names if name.startswith(f"{kind}_blocks.")}) for kind in ("double", "single"))
         assert found == depth, (found, depth)
+
+
+# ---- sampling and decoding
+
+def sample_rehash(lab):
+    settled(lab)
+    arguments = ("--text", lab.fixtures / "prompts", "--model", lab.models / "flux.safetensors", "--size", "64x64", "--steps", "1")
+
+    def wrong_in(name, *more):
+        lab.run("flux-sample", *arguments, "--out", name, *more)
+        return WRONG.encode() in (lab.folder / name).read_bytes()
+    assert not wrong_in("first.h5")
+    remember_wrong_hashes(lab)
+    assert wrong_in("believed.h5") and not wrong_in("anew.h5", "--rehash")
+
+
+def decode_overwrite(lab):
+    arguments = (lab.fixtures / "samples.h5", "--ae", lab.models / "ae.safetensors", "--out", "out")
+    assert lab.report("flux-decode", *arguments)["decoded"] == 2
+    assert lab.report("flux-decode", *arguments)["kept"] == 2
+    assert lab.report("flux-decode", *arguments, "--overwrite")["decoded"] == 2
+
+
+def decode_scratch(lab):
+    lab.run("flux-sample", "--text", lab.fixtures / "prompts", "--model", lab.models / "flux.safetensors", "--size", "1024x768", "--steps", "1", "--out",
+            "large.h5")
+    arguments = ("large.h5", "--ae", lab.models / "ae.safetensors", "--limit", "1")
+    refusal = lab.run("flux-decode", *arguments, "--out", "none", "--memory", "1MB", code=5).stderr_text
+    least = re.search(r"takes ([0-9.]+) MiB", refusal).group(1)
+    memory = ("--memory", f"{float(least) + 8:.0f}MiB")
+    assert lab.report("flux-decode", *arguments, "--out", "small", *memory)["scratch_bytes"] > 0
+    lab.run("flux-decode", *arguments, "--out", "nowhere", *memory, "--scratch", "/proc/no", code=5)
+    assert lab.report("flux-decode", *arguments, "--out", "large")["scratch_bytes"] == 0

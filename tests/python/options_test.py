@@ -78,13 +78,19 @@ def stdout(r):
     return re.sub(r"[0-9.]+ s\b|\"seconds[a-z_]*\":[0-9.]+", "", r.out)
 
 
+@needs_success
+def validations(r):
+    """Losses of held-out samples in metrics.jsonl, without their time."""
+    lines = [json.loads(line) for line in (r.folder / "out/metrics.jsonl").read_text().splitlines()]
+    return [{**line["validation"], "seconds": None} for line in lines if "validation" in line]
+
+
 def logged(r):
     return bool(r.err)
 
 
-def check_device(r):
-    """Without a GPU "cuda" is refused; with one the report names it."""
-    return r.code, "cuda" in (r.out + r.err).lower().replace("--device cuda", "")
+def code_and_stdout(r):
+    return r.code, r.out
 
 
 def plan(r):
@@ -97,6 +103,10 @@ def plan(r):
 def planned(r):
     """Of the tensors of a run, batches that are read ahead among them."""
     return re.search(r"memory: tensors .* at most, (.*) planned", r.err).group(1)
+
+
+def host_bytes(r):
+    return json.loads(r.out)["host_bytes"]
 
 
 @needs_success
@@ -153,10 +163,6 @@ def lora(*more, base=(), observe=weights):
     return row([*LORA, *base], more, observe)
 
 
-def tested(path, pattern):
-    return (path, pattern)
-
-
 TRAIN = {
     "latents": other(RUN, "--latents", "nowhere", exit_code),
     "text": other(RUN, "--text", "nowhere", exit_code),
@@ -170,6 +176,11 @@ TRAIN = {
     "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
     "save-every": row(RUN, ["--save-every", "2"], files),
     "keep-last": row([*RUN, "--save-every", "1"], ["--keep-last", "2"], files),
+    "validation-split": lora("--validation-split", "0.3", observe=validations),
+    "validation-seed": lora("--validation-seed", "5", base=["--validation-split", "0.7"], observe=validations),
+    "validate-every": lora("--validate-every", "1", base=["--validation-split", "0.3"], observe=validations),
+    "validation-samples": lora("--validation-samples", "1", base=["--validation-split", "0.7"], observe=validations),
+    "validation-sigmas": lora("--validation-sigmas", "0.5", base=["--validation-split", "0.3"], observe=validations),
     "method": row(RUN, ["--method", "full"], files),
     "rank": lora("--rank", "4"),
     "alpha": lora("--alpha", "4"),
@@ -188,6 +199,8 @@ TRAIN = {
     "rank-dropout": lora("--rank-dropout", "0.5"),
     "module-dropout": lora("--module-dropout", "0.5"),
     "lora-dtype": row(RUN, ["--lora-dtype", "f16"], types),
+    "lora-layout": lora("--lora-layout", "diffusers"),
+    "model-layout": row(FULL, ["--model-layout", "diffusers"]),
     "optimizer": lora("--optimizer", "lion"),
     "optimizer-args": lora("--optimizer-args", "beta1=0.5"),
     "state-dtype": lora("--state-dtype", "bf16", observe=states),
@@ -195,6 +208,8 @@ TRAIN = {
     "ema-decay": other([*LORA, "--ema-decay", "0.5"], "--ema-decay", "0.1"),
     "ema-dtype": lora("--ema-dtype", "bf16", base=["--ema-decay", "0.5"], observe=states),
     "max-steps": other(LORA, "--max-steps", "2"),
+    "max-epochs": scenes.train_max_epochs,
+    "no-tags": scenes.train_no_tags,
     "learning-rate": other(LORA, "--learning-rate", "0.002"),
     "lr-scheduler": lora("--lr-scheduler", "cosine"),
     "lr-warmup-steps": lora("--lr-warmup-steps", "2", base=["--lr-scheduler", "constant_with_warmup"]),
@@ -253,6 +268,91 @@ TRAIN = {
     "scratch": row([*RUN, "--keep-graphs", "0", "--block-inputs", "disk"], ["--scratch", "elsewhere"], files),
 }
 
+PROMPTS = FIXTURES / "prompts"
+SAMPLING = [*RUN, "--sample-every", "2", "--prompts", PROMPTS, "--sample-steps", "2"]
+SAMPLE = ["--text", PROMPTS, "--model", MODELS / "flux.safetensors", "--size", "64x64", "--steps", "2", "--out", "out.h5"]
+SAMPLE_PLAN = ["--model", MODELS / "flux.safetensors", "--size", "64x64", "--plan=json", "--device", "cpu"]
+CFG = [*SAMPLE, "--cfg-scale", "2", "--negative-prompt", "0"]
+DECODE = [FIXTURES / "samples.h5", "--ae", MODELS / "ae.safetensors", "--out", "out"]
+
+
+def pixels(path):
+    """What is between the chunks of a PNG that hold its texts."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[data.index(b"IDAT"):]).hexdigest()
+
+
+@needs_success
+def sampled(r):
+    """The pictures of all latents that a run wrote."""
+    out = {}
+    for file in sorted(r.folder.rglob("*.h5")):
+        shown = r.folder.with_name(r.folder.name + "-" + file.stem)
+        done = subprocess.run([BIN / "flux-decode", file, "--ae", MODELS / "ae.safetensors", "--out", shown], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        out.update({path.name: pixels(path) for path in shown.iterdir()})
+    assert out
+    return out
+
+
+@needs_success
+def decoded(r):
+    return {str(path.relative_to(r.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in r.folder.rglob("*.*")
+            if path.suffix in (".png", ".jpg", ".webp") and path.is_file()}
+
+
+TRAIN |= {
+    "sample-every": other(SAMPLING, "--sample-every", "1", sampled),
+    "prompts": other(SAMPLING, "--prompts", "nowhere", exit_code),
+    "sample-size": row(SAMPLING, ["--sample-size", "32x48"], sampled),
+    "sample-steps": other(SAMPLING, "--sample-steps", "3", sampled),
+    "sample-guidance": row(SAMPLING, ["--sample-guidance", "1"], sampled),
+    "sample-seed": row(SAMPLING, ["--sample-seed", "9"], sampled),
+    "sample-count": row(SAMPLING, ["--sample-count", "2"], sampled),
+}
+
+SAMPLES = {
+    "text": other(SAMPLE, "--text", "nowhere", exit_code),
+    "model": other(SAMPLE, "--model", "nowhere", exit_code),
+    "lora": row(SAMPLE, ["--lora", f"{FIXTURES / 'lora.safetensors'}:3"], sampled),
+    "out": other(SAMPLE, "--out", "elsewhere.h5", files),
+    "size": other(SAMPLE, "--size", "48x32", sampled),
+    "count": row(SAMPLE, ["--count", "2"], sampled),
+    "seed": row(SAMPLE, ["--seed", "9"], sampled),
+    "schedule": row(SAMPLE, ["--schedule", "schnell"], sampled),
+    "steps": other(SAMPLE, "--steps", "3", sampled),
+    "guidance": row(SAMPLE, ["--guidance", "1"], sampled),
+    "cfg-scale": other(CFG, "--cfg-scale", "3", sampled),
+    "negative-prompt": other(CFG, "--negative-prompt", "1", sampled),
+    "device": row(SAMPLE, ["--device", "cuda"], exit_code if not CUDA else code_and_stdout),
+    "precision": row(SAMPLE, ["--precision", "f32" if CUDA else "bf16"], sampled),
+    "base-precision": row(SAMPLE, ["--base-precision", "nf4"], sampled),
+    "batch-size": row(SAMPLE_PLAN, ["--batch-size", "3"], plan),
+    "device-memory": other([*other(SAMPLE_PLAN, "--device", "cuda")[1], "--device-memory", "24GiB"], "--device-memory", "1MB", exit_code),
+    "host-memory": row(SAMPLE, ["--host-memory", "1MB"], exit_code),
+    "plan": row(SAMPLE, ["--plan"], files),
+    "resident-blocks": row(SAMPLE_PLAN, ["--resident-blocks", "1"], plan),
+    "ring-slots": row([*SAMPLE_PLAN, "--resident-blocks", "0"], ["--ring-slots", "4"], plan),
+    "stream-from": row([*SAMPLE_PLAN, "--resident-blocks", "0"], ["--stream-from", "host"], host_bytes),
+    "rehash": scenes.sample_rehash,
+}
+
+DECODES = {
+    "ae": other(DECODE, "--ae", "nowhere", exit_code),
+    "out": other(DECODE, "--out", "elsewhere", files),
+    "limit": row(DECODE, ["--limit", "1"], files),
+    "overwrite": scenes.decode_overwrite,
+    "format": row(DECODE, ["--format", "webp"], files),
+    "quality": row([*DECODE, "--format", "jpeg"], ["--quality", "20"], decoded),
+    "sheet": row(DECODE, ["--sheet", "sheet.png"], files),
+    "columns": row([*DECODE, "--sheet", "sheet.png"], ["--columns", "1"], decoded),
+    "cell": row([*DECODE, "--sheet", "sheet.png"], ["--cell", "32"], decoded),
+    "device": row(DECODE, ["--device", "cuda"], exit_code if not CUDA else code_and_stdout),
+    "precision": row(DECODE, ["--precision", "bf16"], decoded),
+    "memory": row(DECODE, ["--memory", "1MB"], exit_code),
+    "scratch": scenes.decode_scratch,
+}
+
 IMAGES = ["--images", FIXTURES / "images"]
 LATENTS_RUN = [*IMAGES, "--resolution", "64x64", "--ae", MODELS / "ae.safetensors", "--out", "out"]
 TEXT_RUN = [*IMAGES, "--t5", MODELS / "t5.safetensors", "--clip", MODELS / "clip.safetensors", "--t5-tokenizer",
@@ -304,6 +404,40 @@ TEXT = {
     "device-memory": row([*TEXT_RUN, "--device", "cuda"], ["--device-memory", "1MB"], exit_code),
 }
 
+KOHYA, PEFT = (SOURCE / f"tests/golden/models/lora/{name}.safetensors" for name in ("kohya", "peft"))
+BASE = SOURCE / "tests/golden/models/flux/weights_bfl.safetensors"  # what they are of
+OUT = ["--out", "out.safetensors"]
+CONVERT_MODEL = ["--in", MODELS / "flux.safetensors", *OUT]
+CONVERT_LORA = [KOHYA, "--to", "diffusers", *OUT]
+SUM = [f"{KOHYA}:0.5", KOHYA, *OUT]
+SMALLER = [KOHYA, "--rank", "3", *OUT]
+
+
+def extracted(flag, value):
+    """What flux-lora extract makes of a base and what a LoRA made of it, with a flag and without; of --base and --tuned, exchanged."""
+    def scene(lab):
+        lab.run("flux-lora merge", KOHYA, "--base", BASE, "--out", "tuned.safetensors")
+        made = []
+        for number, more in enumerate(({}, {flag: value})):
+            if flag in ("--base", "--tuned") and more:
+                more = {"--base": "tuned.safetensors", "--tuned": BASE}
+            given = {"--base": BASE, "--tuned": "tuned.safetensors", "--rank": 4, "--out": f"{number}.safetensors", **more}
+            lab.run("flux-lora extract", *(str(word) for pair in given.items() for word in pair))
+            made.append(tensors(lab.folder / given["--out"]))
+        # another name holds the same, and is where it was asked for
+        assert made[0] == made[1] if flag == "--out" else made[0] != made[1], flag
+    return scene
+
+
+def compared_on_a_base(lab):
+    """DoRA does other things to other weights."""
+    lab.train("--dora", "--max-steps", 1, "--out", "run")
+    file = lab.folder / "run/step-000001/lora.safetensors"
+    found = [lab.report("flux-lora check", file, f"{file}:0.5", "--tolerance", 1, *more)["layers"]
+             for more in ([], ["--base", lab.models / "flux.safetensors"])]
+    assert [layer["effect"] for layer in found[0]] != [layer["effect"] for layer in found[1]]
+
+
 CACHE = FIXTURES / "latents"
 VERBS = {
     "flux-cache inspect": {"samples": row([CACHE], ["--samples"], stdout),
@@ -317,14 +451,43 @@ VERBS = {
     "flux-model info": {"rehash": scenes.model_info_rehash},
     "flux-model convert": {"quantize": scenes.quantize,
                            "in": row(["--quantize", "fp8", "--out", "out.safetensors"], ["--in", MODELS / "flux.safetensors"], exit_code),
-                           "out": row(["--quantize", "fp8", "--in", MODELS / "flux.safetensors"], ["--out", "out.safetensors"], exit_code)},
+                           "out": row(["--quantize", "fp8", "--in", MODELS / "flux.safetensors"], ["--out", "out.safetensors"], exit_code),
+                           "layout": row(CONVERT_MODEL, ["--layout", "diffusers"], contents),
+                           "dtype": row(CONVERT_MODEL, ["--dtype", "f32"], contents),
+                           "shard-size": row(CONVERT_MODEL, ["--shard-size", "1MB"], files)},
+    "flux-lora convert": {"out": row([KOHYA, "--to", "diffusers"], OUT, exit_code),
+                          "to": other(CONVERT_LORA, "--to", "comfyui", contents),
+                          "dtype": row(CONVERT_LORA, ["--dtype", "f32"], contents)},
+    "flux-lora merge": {"out": row(SUM[:2], OUT, exit_code),
+                        "base": row(SUM, ["--base", BASE], contents),
+                        "dtype": row(SUM, ["--dtype", "f16"], contents),
+                        "model-layout": row([*SUM, "--base", BASE], ["--model-layout", "diffusers"], contents),
+                        "shard-size": row([*SUM, "--base", BASE], ["--shard-size", "1MB"], files),
+                        "to": row(SUM, ["--to", "diffusers"], contents),
+                        "rank": row(SUM, ["--rank", "2"], contents),
+                        "sv-ratio": row(SUM, ["--sv-ratio", "1.2"], contents),
+                        "sv-frobenius": row(SUM, ["--sv-frobenius", "0.8"], contents),
+                        "sv-cumulative": row(SUM, ["--sv-cumulative", "0.6"], contents)},
+    "flux-lora extract": {flag.lstrip("-"): extracted(flag, value) for flag, value in {
+        "--base": None, "--tuned": None, "--rank": 2, "--sv-ratio": 1.2, "--sv-frobenius": 0.8, "--sv-cumulative": 0.6,
+        "--out": "there.safetensors", "--to": "diffusers", "--dtype": "f32"}.items()},
+    "flux-lora resize": {"out": row(SMALLER[:3], OUT, exit_code),
+                         "rank": other(SMALLER, "--rank", "2", contents),
+                         "sv-ratio": row(SMALLER, ["--sv-ratio", "1.2"], contents),
+                         "sv-frobenius": row(SMALLER, ["--sv-frobenius", "0.8"], contents),
+                         "sv-cumulative": row(SMALLER, ["--sv-cumulative", "0.6"], contents),
+                         "to": row(SMALLER, ["--to", "diffusers"], contents),
+                         "dtype": row(SMALLER, ["--dtype", "f32"], contents)},
+    "flux-lora check": {"base": compared_on_a_base,
+                        "tolerance": row([KOHYA, f"{KOHYA}:1.001"], ["--tolerance", "0.1"], exit_code),
+                        "seed": row([KOHYA, PEFT, "--tolerance", "1", "--json"], ["--seed", "5"], stdout)},
     "flux-model tiny": {"out": row([], ["--out", "there"], exit_code), "geometry": scenes.tiny_geometry,
                         "depth": scenes.tiny_depth,
                         "seed": row(["--out", "there"], ["--seed", "5"], contents),
                         "clip-tokenizer": row(["--out", "there"], ["--clip-tokenizer", "nowhere"], exit_code),
                         "t5-tokenizer": row(["--out", "there"], ["--t5-tokenizer", "nowhere"], exit_code)},
     "flux-check": {"precision": row([SOURCE / "tests/golden/models", "--json"], ["--precision", "bf16"], stdout),
-                   "device": row([SOURCE / "tests/golden/models"], ["--device", "cuda"], check_device)},
+                   "device": row([SOURCE / "tests/golden/models"], ["--device", "cuda"], code_and_stdout)},
 }
 
 # Whose effect a GPU is needed to see.
@@ -333,7 +496,8 @@ ON_GPU = {("flux-cache-text", "device-memory")}
 
 def rows():
     out = {}
-    for tool, table in {"flux-train": TRAIN, "flux-cache-latents": LATENTS, "flux-cache-text": TEXT, **VERBS}.items():
+    for tool, table in {"flux-train": TRAIN, "flux-cache-latents": LATENTS, "flux-cache-text": TEXT, "flux-sample": SAMPLES,
+                        "flux-decode": DECODES, **VERBS}.items():
         for option, what in table.items():
             out[tool, option] = what
     return out
@@ -383,11 +547,6 @@ def failure(tool, option, what, top):
             what(scenes.Lab(BIN, FIXTURES, folder))
         except (AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             return f"{tool} --{option}: {error!r}"
-        return None
-    if len(what) == 2:
-        path, pattern = what
-        if not (SOURCE / path).exists() or pattern not in (SOURCE / path).read_text():
-            return f"{tool} --{option}: {path} holds no {pattern}"
         return None
     base, more, observe = what
     try:
