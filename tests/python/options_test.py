@@ -287,7 +287,7 @@ def sampled(r):
     """The pictures of all latents that a run wrote."""
     out = {}
     for file in sorted(r.folder.rglob("*.h5")):
-        shown = r.folder.with_name(r.folder.name + "-" + file.stem)
+        shown = r.folder.with_name(f"{r.folder.name}-pictures-{file.stem}")
         done = subprocess.run([BIN / "flux-decode", file, "--ae", MODELS / "ae.safetensors", "--out", shown], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         out.update({path.name: pixels(path) for path in shown.iterdir()})
