@@ -1,6 +1,8 @@
 #include "common/engine/trainer.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -10,6 +12,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "common/optim/norm.h"
 
 namespace flux::engine {
 namespace {
@@ -254,8 +258,13 @@ LoopHooks Trainer::watched(LoopHooks hooks) {
              values[i]);
   };
   hooks.ready = [this, ready = hooks.ready](int64_t block, std::span<Trainable> trainables) {
-    for (const Trainable& t : trainables)
-      if (t.gradient.defined()) watch_("gradient of " + t.name, t.gradient);
+    for (const Trainable& t : trainables) {
+      if (!t.gradient.defined()) continue;
+      watch_("gradient of " + t.name, t.gradient);
+      // squares may be too large where the numbers are not
+      watch_("norm of the gradient of " + t.name,
+             at::scalar_tensor(std::sqrt(sum_of_squares(t.gradient)), at::kDouble));
+    }
     return ready(block, trainables);
   };
   return hooks;

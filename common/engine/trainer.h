@@ -85,9 +85,14 @@ class Trainer {
 
   /// One update; `step` counts from 1. Throws NotFinite if loss or gradients are not finite: before anything is updated,
   /// but for gradients without global clipping. On Meta the result is zero.
-  TrainResult step(std::span<const FlowInputs> micro_batches, int64_t step, double learning_rate);
+  /// With several ranks: this rank's micro-batches, j mod world, and `batch_sizes` of all of the step, in order. The
+  /// result is of all, in every rank.
+  TrainResult step(std::span<const FlowInputs> micro_batches,
+                   int64_t step,
+                   double learning_rate,
+                   std::span<const int64_t> batch_sizes = {});
   /// From here on step() shows all that it computes with and comes to, in this order: weights and outputs of what is
-  /// before the blocks, of each block, the velocity; and gradients, as they come. By names such as "weight
+  /// before the blocks, of each block, the velocity; and gradients with their norms, as they come. By names such as "weight
   /// double_blocks.0.img_mlp.0.bias", "img after double_blocks.0, micro-batch 1", "gradient of single_blocks.3.linear1.up".
   using Watch = std::function<void(const std::string& name, const at::Tensor& value)>;
   void watch(Watch watch) { watch_ = std::move(watch); }
