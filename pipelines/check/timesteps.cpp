@@ -1,6 +1,6 @@
 // Kinds timesteps and euler: noise levels, densities, weightings, losses, schedules, and a short
 // sampling run.
-#include <ATen/ops/full.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
 #include <fmt/format.h>
 
@@ -13,6 +13,7 @@
 
 #include "common/models/flux/packing.h"
 #include "common/tensor/tensor.h"
+#include "common/train/euler.h"
 #include "common/train/flow_matching.h"
 #include "common/train/loss.h"
 #include "common/train/sampler.h"
@@ -239,13 +240,29 @@ void check_euler(const Case& c) {
         v.at("schedule"),
         c.limits());
   }
-  dit::Inputs in = inputs_of(c, v);
-  std::vector<at::Tensor> path;
-  for (size_t i = 0; i + 1 < sigmas.size(); ++i) {
-    in.timestep = at::full({noise.size(0)}, sigmas[i], in.img.options());
-    in.img = euler_step(in.img, predict(model, in), sigmas[i], sigmas[i + 1]);
-    path.push_back(dit::unpack_latents(in.img, h, w));
+  const dit::Inputs in = inputs_of(c, v);
+  std::vector<std::vector<at::Tensor>> paths(sigmas.size() - 1);  // by step, of each picture
+  for (int64_t b = 0; b < noise.size(0); ++b) {
+    SampleInputs picture{.noise = noise.narrow(0, b, 1),
+                         .prompt_embedding = in.txt.narrow(0, b, 1),
+                         .pooled_embedding = in.y.narrow(0, b, 1)};
+    if (in.text_mask) picture.text_mask = in.text_mask->narrow(0, b, 1);
+    EulerOptions euler{.sigmas = sigmas};
+    if (in.guidance.defined()) euler.guidance = in.guidance[b].item<double>();
+    euler_sample(
+        [&](std::span<const dit::Inputs> all) {
+          std::vector<at::Tensor> velocities;
+          for (const dit::Inputs& one : all) velocities.push_back(predict(model, one));
+          return velocities;
+        },
+        euler,
+        std::span(&picture, 1),
+        [&](int64_t done, std::span<const at::Tensor> packed) {
+          paths[static_cast<size_t>(done) - 1].push_back(dit::unpack_latents(packed[0], h, w));
+        });
   }
+  std::vector<at::Tensor> path;
+  for (const auto& of_step : paths) path.push_back(at::cat(of_step));
   c.output("latents_after_step", at::stack(path), golden(v, "latents_after_step"));
 }
 

@@ -29,6 +29,7 @@
 #include "common/tensor/memory.h"
 #include "common/tensor/memory_errors.h"
 #include "common/tensor/weight_file.h"
+#include "common/train/euler.h"
 #include "common/train/sampler.h"
 #include "formats/cache/folder.h"
 #include "formats/samples/samples.h"
@@ -166,7 +167,7 @@ nlohmann::json settings_json(const Options& o, const Settings& s, const dit::Con
 }
 
 /// Text beside a picture's noise, on the device.
-void add_prompt(engine::SampleInputs& in, const PromptEmbedding& text, at::Device device) {
+void add_prompt(SampleInputs& in, const PromptEmbedding& text, at::Device device) {
   in.prompt_embedding = on(text.prompt, device);
   in.pooled_embedding = on(text.pooled, device);
   in.text_mask = on(text.mask, device);
@@ -230,7 +231,7 @@ Report run_in_memory(const Options& o) {
   auto model_sha256 =
       std::async(std::launch::async, [&] { return to_hex(file->weights_sha256(o.rehash)); });
 
-  const engine::EulerOptions euler{
+  const EulerOptions euler{
       .sigmas = sampler_schedule(
           settings.steps, o.width / 16 * (o.height / 16), settings.schedule == Schedule::kDev),
       .guidance = settings.guidance,
@@ -256,17 +257,17 @@ Report run_in_memory(const Options& o) {
     Progress progress("sampling", "steps", all_steps);
     for (int64_t first = 0; first < report.wanted && !cancel::requested(); first += o.batch_size) {
       const int64_t count = std::min(o.batch_size, report.wanted - first);
-      std::vector<engine::SampleInputs> inputs;
+      std::vector<SampleInputs> inputs;
       for (int64_t i = first; i < first + count; ++i) {
         const Wanted& picture = pictures[static_cast<size_t>(i)];
         const MemoryScope scope(MemoryCause::kData);
-        engine::SampleInputs in;
-        in.noise = engine::sample_noise(static_cast<uint64_t>(o.seed),
-                                        picture.prompt->id,
-                                        static_cast<uint64_t>(picture.index),
-                                        samples::kChannels,
-                                        o.height / 8,
-                                        o.width / 8)
+        SampleInputs in;
+        in.noise = sample_noise(static_cast<uint64_t>(o.seed),
+                                picture.prompt->id,
+                                static_cast<uint64_t>(picture.index),
+                                samples::kChannels,
+                                o.height / 8,
+                                o.width / 8)
                        .to(device);
         add_prompt(in, prompts.load(*picture.prompt), device);
         if (negative) {
@@ -278,10 +279,11 @@ Report run_in_memory(const Options& o) {
       }
       std::vector<at::Tensor> latents;
       try {
-        latents = engine::euler_sample(predict, euler, inputs, [&](int64_t done) {
-          progress.update(first * settings.steps + done * count,
-                          fmt::format("picture {} of {}", first + 1, report.wanted));
-        });
+        latents =
+            euler_sample(predict, euler, inputs, [&](int64_t done, std::span<const at::Tensor>) {
+              progress.update(first * settings.steps + done * count,
+                              fmt::format("picture {} of {}", first + 1, report.wanted));
+            });
       } catch (const Interrupted&) {
         break;  // finished pictures stay
       }

@@ -17,6 +17,7 @@
 #include "common/core/tool.h"
 #include "common/data/stored_picture.h"
 #include "common/tensor/memory.h"
+#include "common/train/euler.h"
 #include "common/train/sampler.h"
 #include "formats/cache/folder.h"
 #include "formats/samples/samples.h"
@@ -123,7 +124,7 @@ void sample_if_due(Session& session) {
                                               session.device.str()},
                                .created = cache::utc_now()};
   if (is_made(path, header.settings, infos)) return;
-  const engine::EulerOptions euler{
+  const EulerOptions euler{
       .sigmas = sampler_schedule(
           sample_steps(session), width / 16 * (height / 16), session.config.guidance),
       .guidance = o.sample_guidance.value_or(3.5)};
@@ -134,23 +135,23 @@ void sample_if_due(Session& session) {
   Progress progress("sampling", "pictures", std::ssize(wanted));
   for (size_t first = 0; first < wanted.size(); first += kTogether) {
     const size_t last = std::min(wanted.size(), first + kTogether);
-    std::vector<engine::SampleInputs> inputs;
+    std::vector<SampleInputs> inputs;
     for (size_t i = first; i < last; ++i) {
       const MemoryScope scope(MemoryCause::kData);
       const PromptEmbedding text = prompts.load(*wanted[i].prompt);
-      inputs.push_back({.noise = moved(engine::sample_noise(wanted[i].info.seed,
-                                                            wanted[i].prompt->id,
-                                                            wanted[i].info.index,
-                                                            samples::kChannels,
-                                                            height / 8,
-                                                            width / 8)),
+      inputs.push_back({.noise = moved(sample_noise(wanted[i].info.seed,
+                                                    wanted[i].prompt->id,
+                                                    wanted[i].info.index,
+                                                    samples::kChannels,
+                                                    height / 8,
+                                                    width / 8)),
                         .prompt_embedding = moved(text.prompt),
                         .pooled_embedding = moved(text.pooled),
                         .text_mask = moved(text.mask)});
     }
     std::vector<at::Tensor> latents;
     try {
-      latents = engine::euler_sample(
+      latents = euler_sample(
           [&](std::span<const dit::Inputs> all) {
             cancel::check();
             return session.trainer->predict(all);
