@@ -1,6 +1,7 @@
 #include "common/data/prompts.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -68,9 +69,9 @@ PromptEmbedding Prompts::load(const Prompt& prompt) const {
   const std::span<std::byte> tensors[] = {bytes(out.prompt), bytes(out.pooled)};
   const cache::SampleInfo info = state_->text.read_into(state_->variant(prompt), tensors);
   if (masked()) {
-    out.mask = at::empty({1, layout.t5_length}, at::kBool);
-    bool* const mask = out.mask.mutable_data_ptr<bool>();
-    for (int64_t i = 0; i < layout.t5_length; ++i) mask[i] = i < int64_t{info.t5_tokens};
+    // padding that is not attended to is left out: the same picture, in less time
+    out.prompt = out.prompt.narrow(1, 0, std::max<int64_t>(info.t5_tokens, 1)).clone();
+    out.mask = at::ones({1, out.prompt.size(1)}, at::kBool);
   }
   return out;
 }

@@ -20,9 +20,9 @@ struct Prompt {
 
 /// A prompt as the transformer reads it, on the CPU, in the cache's dtype.
 struct PromptEmbedding {
-  at::Tensor prompt;  // [1, L, X], T5
+  at::Tensor prompt;  // [1, L, X], T5; L: the cache's, or with a mask the real tokens
   at::Tensor pooled;  // [1, V], CLIP
-  at::Tensor mask;    // [1, L] bool, true = real token; undefined if padding is attended to
+  at::Tensor mask;    // [1, L] bool, all true; undefined if padding is attended to
 };
 
 /// What `flux-cache-text --prompts` wrote; of a data set's text cache each caption once, items with several forms by the

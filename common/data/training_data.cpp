@@ -40,6 +40,12 @@ struct Item {
   bool regularization = false;
 };
 
+/// What names the random numbers of one use of an item.
+struct Draws {
+  uint64_t seed = 0, epoch = 0, visit = 0;
+  RandomStream operator()(Purpose purpose) const { return {seed, purpose, epoch, visit}; }
+};
+
 // Batches do not mix these: data set, rows and columns of the latents.
 using Group = std::tuple<int64_t, uint32_t, uint32_t>;
 
@@ -49,9 +55,18 @@ uint64_t first_bytes(const Sha256Digest& digest) {
   return value;
 }
 
+/// Where in [0, 1) an item stands for a split by hash.
+double split_place(uint64_t seed, std::string_view path) {
+  return std::ldexp(static_cast<double>(first_bytes(
+                        Sha256().add("held out").add_u64(seed).add_field(path).digest())),
+                    -64);
+}
+
 uint64_t visit_key(uint64_t item_key, int64_t repeat) {
   return item_key + static_cast<uint64_t>(repeat) * 0x9E3779B97F4A7C15ull;
 }
+
+constexpr auto kHeldOut = static_cast<uint64_t>(kHeldOutEpoch);
 
 constexpr double kWeightTolerance = 1e-6;
 
@@ -141,6 +156,16 @@ std::string content_digest(const cache::Cache& cache) {
   return to_hex(hash.digest());
 }
 
+std::vector<BucketVisits> by_size(const std::map<Group, int64_t>& group_visits) {
+  std::map<std::pair<uint32_t, uint32_t>, int64_t> visits;
+  for (const auto& [group, count] : group_visits)
+    visits[{std::get<2>(group), std::get<1>(group)}] += count;
+  std::vector<BucketVisits> out;
+  for (const auto& [size, count] : visits)
+    out.push_back({size.first * kPixelsPerLatent, size.second * kPixelsPerLatent, count});
+  return out;
+}
+
 }  // namespace
 
 struct TrainingData::State {
@@ -158,21 +183,22 @@ struct TrainingData::State {
   void count_batches();
   Group group(const Item& item) const;
   int64_t batch_size(int64_t dataset) const;
-  const IndexVariant& text_variant(const Item& item, int64_t epoch, uint64_t visit) const;
-  void draw_latents(std::span<const float> stored,
-                    int64_t epoch,
-                    uint64_t visit,
-                    std::span<float> out) const;
-  void perturb_noise(int64_t epoch,
-                     uint64_t visit,
-                     std::span<const float> noise,
-                     std::span<float> out) const;
+  void hold_out();
+  const IndexVariant& text_variant(const Item& item, const Draws& draws) const;
+  void draw_latents(std::span<const float> stored, const Draws& draws, std::span<float> out) const;
+  void perturb_noise(const Draws& draws, std::span<const float> noise, std::span<float> out) const;
+  /// What load() and load_held_out() return, of items with their draws.
+  Batch read(int64_t epoch,
+             int64_t index,
+             std::span<const std::pair<const Item*, Draws>> samples) const;
 
   DataOptions options;
   cache::ReaderLock latents_lock, text_lock;  // taken before the manifests are read
   cache::Cache latents, text;
   dataset::Plan plan;
-  std::vector<Item> items;  // sorted by digest, so that the caches' order changes nothing
+  std::vector<Item> items;     // sorted by digest, so that the caches' order changes nothing
+  std::vector<Item> held_out;  // those that are read, sorted as they are
+  std::vector<std::vector<const Item*>> held_out_batches;
   std::map<Group, int64_t> group_visits;
   int64_t largest_batch = 0;
   int64_t num_visits = 0, num_batches = 0, num_regularization = 0, num_quarantined = 0,
@@ -198,7 +224,7 @@ void TrainingData::State::join() {
   std::map<uint32_t, size_t> subsets;
   for (size_t i = 0; i < plan.subsets.size(); ++i)
     subsets[static_cast<uint32_t>(plan.subsets[i].index)] = i;
-  std::vector<std::pair<Sha256Digest, Item>> joined;
+  std::vector<std::pair<Sha256Digest, Item>> joined, apart;  // to train on, held out
   std::vector<std::string> latents_only, text_only;
   for (int64_t i = 0; i < latents.index().num_items(); ++i) {
     const cache::IndexItem& item = latents.index().item(i);
@@ -215,10 +241,6 @@ void TrainingData::State::join() {
                                    show(std::string(latents.index().path(i)))),
                        "make the cache anew");
     }
-    if (item.flags & cache::kItemValidation) {
-      ++num_validation;
-      continue;
-    }
     const auto subset = subsets.find(item.subset);
     if (subset == subsets.end()) {
       throw CacheError(fmt::format("{}: item {} is of subset {}, the plan has no such subset",
@@ -229,10 +251,12 @@ void TrainingData::State::join() {
     require_weights(latents, i);
     require_weights(text, in_text);
     const bool regularization = item.flags & cache::kItemRegularization;
-    num_regularization += regularization;
-    joined.push_back(
-        {item.item,
-         {first_bytes(item.item), i, in_text, subset->second, item.repeats, regularization}});
+    const bool validation = item.flags & cache::kItemValidation;
+    num_regularization += regularization && !validation;
+    (validation ? apart : joined)
+        .push_back(
+            {item.item,
+             {first_bytes(item.item), i, in_text, subset->second, item.repeats, regularization}});
   }
   for (const auto& [digest, i] : text_items) {
     if (i >= 0 && !quarantined.contains(digest))
@@ -251,10 +275,14 @@ void TrainingData::State::join() {
                                  join_some(*names)),
                      "run flux-cache-latents and flux-cache-text again on the same data set");
   }
-  std::sort(
-      joined.begin(), joined.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  items.reserve(joined.size());
-  for (const auto& [digest, item] : joined) items.push_back(item);
+  for (auto& [from, to] : {std::pair{&joined, &items}, {&apart, &held_out}}) {
+    std::sort(
+        from->begin(), from->end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    to->reserve(from->size());
+    for (const auto& [digest, item] : *from) to->push_back(item);
+  }
+  if (options.validation_split > 0) hold_out();
+  num_validation = std::ssize(held_out);
   if (items.empty()) {
     throw CacheError(fmt::format(
         "{} and {} have no item to train on ({} quarantined, {} held out for validation)",
@@ -263,6 +291,28 @@ void TrainingData::State::join() {
         num_quarantined,
         num_validation));
   }
+  if (options.validation_samples > 0 && num_validation > options.validation_samples)
+    held_out.resize(static_cast<size_t>(options.validation_samples));
+}
+
+void TrainingData::State::hold_out() {
+  if (!held_out.empty())
+    throw UsageError(fmt::format("--validation-split has no effect: {} holds out {} items already",
+                                 show(latents.folder()),
+                                 held_out.size()),
+                     "leave it out, or make the caches without validation_split");
+  const auto place = [&](const Item& item) {
+    return item.regularization
+               ? 1.0
+               : split_place(options.validation_seed, latents.index().path(item.in_latents));
+  };
+  double limit = options.validation_split;
+  double lowest = 1;
+  for (const Item& item : items) lowest = std::min(lowest, place(item));
+  if (lowest >= limit && lowest < 1) limit = std::nextafter(lowest, 1.0);
+  std::vector<Item> training;
+  for (const Item& item : items) (place(item) < limit ? held_out : training).push_back(item);
+  items = std::move(training);
 }
 
 void TrainingData::State::find_empty_caption() {
@@ -308,32 +358,40 @@ void TrainingData::State::count_batches() {
     largest_batch = std::max(largest_batch, std::min(size, visits));
     num_batches += (visits + size - 1) / size;
   }
+  std::map<Group, std::vector<const Item*>> of_group;
+  for (const Item& item : held_out) of_group[group(item)].push_back(&item);
+  for (const auto& [group, all] : of_group) {
+    const auto size = static_cast<size_t>(std::min(batch_size(std::get<0>(group)), largest_batch));
+    for (size_t i = 0; i < all.size(); i += size)
+      held_out_batches.emplace_back(
+          all.begin() + static_cast<std::ptrdiff_t>(i),
+          all.begin() + static_cast<std::ptrdiff_t>(std::min(i + size, all.size())));
+  }
 }
 
-const IndexVariant& TrainingData::State::text_variant(const Item& item,
-                                                      int64_t epoch,
-                                                      uint64_t visit) const {
+const IndexVariant& TrainingData::State::text_variant(const Item& item, const Draws& draws) const {
   const auto& subset = plan.subsets[item.subset];
-  const auto at = static_cast<uint64_t>(epoch);
-  // epochs are counted from 1 there, as in sd-scripts
-  const bool whole_epoch = subset.caption_dropout_every_n_epochs > 0 &&
-                           (epoch + 1) % subset.caption_dropout_every_n_epochs == 0;
-  const bool dropped =
-      whole_epoch || (subset.caption_dropout_rate > 0 &&
-                      RandomStream(options.seed, Purpose::kCaptionDropout, at, visit).uniform(0) <
-                          subset.caption_dropout_rate);
+  bool dropped = false;
+  if (draws.epoch != kHeldOut) {
+    // epochs are counted from 1 there, as in sd-scripts
+    const bool whole_epoch =
+        subset.caption_dropout_every_n_epochs > 0 &&
+        (draws.epoch + 1) % static_cast<uint64_t>(subset.caption_dropout_every_n_epochs) == 0;
+    dropped =
+        whole_epoch || (subset.caption_dropout_rate > 0 &&
+                        draws(Purpose::kCaptionDropout).uniform(0) < subset.caption_dropout_rate);
+  }
   return pick(text.index().variants(dropped ? empty_caption : item.in_text),
-              RandomStream(options.seed, Purpose::kCaptionVariant, at, visit).uniform(0));
+              draws(Purpose::kCaptionVariant).uniform(0));
 }
 
 // `stored` is one sample, or mean and then log-variance.
 void TrainingData::State::draw_latents(std::span<const float> stored,
-                                       int64_t epoch,
-                                       uint64_t visit,
+                                       const Draws& draws,
                                        std::span<float> out) const {
   const size_t n = out.size();
-  const bool draw = stored.size() == 2 * n && options.sample_posterior;
-  const RandomStream stream(options.seed, Purpose::kPosterior, static_cast<uint64_t>(epoch), visit);
+  const bool draw = stored.size() == 2 * n && options.sample_posterior && draws.epoch != kHeldOut;
+  const RandomStream stream = draws(Purpose::kPosterior);
   for (size_t i = 0; i < n; ++i) {
     double value = stored[i];
     if (draw)
@@ -343,12 +401,10 @@ void TrainingData::State::draw_latents(std::span<const float> stored,
   }
 }
 
-void TrainingData::State::perturb_noise(int64_t epoch,
-                                        uint64_t visit,
+void TrainingData::State::perturb_noise(const Draws& draws,
                                         std::span<const float> noise,
                                         std::span<float> out) const {
-  const RandomStream stream(
-      options.seed, Purpose::kInputNoise, static_cast<uint64_t>(epoch), visit);
+  const RandomStream stream = draws(Purpose::kInputNoise);
   double strength = options.input_noise;
   if (options.random_input_noise) strength *= stream.uniform(noise.size());
   for (size_t i = 0; i < noise.size(); ++i)
@@ -392,27 +448,19 @@ int64_t TrainingData::largest_batch() const { return state_->largest_batch; }
 int64_t TrainingData::num_regularization() const { return state_->num_regularization; }
 int64_t TrainingData::num_quarantined() const { return state_->num_quarantined; }
 int64_t TrainingData::num_validation() const { return state_->num_validation; }
+int64_t TrainingData::num_held_out() const { return std::ssize(state_->held_out); }
 bool TrainingData::has_text_mask() const { return state_->masked; }
 bool TrainingData::has_loss_masks() const {
   return state_->stores_masks && state_->options.loss_masks;
 }
 
-std::vector<BucketVisits> TrainingData::buckets() const {
-  std::map<std::pair<uint32_t, uint32_t>, int64_t> visits;
-  for (const auto& [group, count] : state_->group_visits)
-    visits[{std::get<2>(group), std::get<1>(group)}] += count;
-  std::vector<BucketVisits> out;
-  for (const auto& [size, count] : visits)
-    out.push_back({size.first * kPixelsPerLatent, size.second * kPixelsPerLatent, count});
-  return out;
-}
+std::vector<BucketVisits> TrainingData::buckets() const { return by_size(state_->group_visits); }
 
 std::vector<SubsetItems> TrainingData::subsets() const {
   std::vector<SubsetItems> out;
   for (const auto& subset : state_->plan.subsets)
-    out.push_back({.subset = subset.index,
-                   .dataset = subset.dataset,
-                   .regularization = subset.is_reg});
+    out.push_back(
+        {.subset = subset.index, .dataset = subset.dataset, .regularization = subset.is_reg});
   for (const Item& item : state_->items) {
     ++out[item.subset].items;
     out[item.subset].visits += item.repeats;
@@ -475,56 +523,106 @@ Batch TrainingData::State::read(int64_t epoch,
   batch.epoch = epoch;
   batch.index = index;
   batch.latents = at::empty({b, kLatentChannels, rows, columns}, at::kFloat);
-  batch.noise = at::empty({b, kLatentChannels, rows, columns}, at::kFloat);
-  if (s.options.input_noise > 0) batch.input_noise = at::empty(batch.noise.sizes(), at::kFloat);
-  batch.prompt_embedding = at::empty({b, text.t5_length, text.t5_width}, text_type);
-  batch.pooled_embedding = at::empty({b, text.clip_width}, text_type);
-  if (s.masked) batch.text_mask = at::empty({b, text.t5_length}, at::kBool);
-  batch.loss_weight = at::empty({b}, at::kFloat);
+  if (trains) batch.noise = at::empty({b, kLatentChannels, rows, columns}, at::kFloat);
+  if (trains && options.input_noise > 0)
+    batch.input_noise = at::empty(batch.noise.sizes(), at::kFloat);
+  // what no sample of the batch attends to is left out: the same velocity, in less time
+  int64_t length = masked ? 1 : of_text.t5_length;
+  if (masked)
+    for (const auto& [item, draws] : samples)
+      length = std::max<int64_t>(length, text.info(text_variant(*item, draws)).t5_tokens);
+  batch.prompt_embedding = at::empty({b, length, of_text.t5_width}, text_type);
+  batch.pooled_embedding = at::empty({b, of_text.clip_width}, text_type);
+  if (masked) batch.text_mask = at::empty({b, length}, at::kBool);
+  if (trains) batch.loss_weight = at::empty({b}, at::kFloat);
   const int64_t elements = kLatentChannels * rows * columns;
   const auto sample_of = [&](const at::Tensor& tensor, int64_t row) {
     return std::span(tensor.mutable_data_ptr<float>() + row * elements,
                      static_cast<size_t>(elements));
   };
-  std::vector<std::byte> unused_mask, stored(static_cast<size_t>(latents.channels * rows * columns *
-                                                                 dtype_bits(latents.dtype) / 8));
+  std::vector<std::byte> unused_mask,
+      stored(static_cast<size_t>(of_latents.channels * rows * columns *
+                                 dtype_bits(of_latents.dtype) / 8));
+
+  std::vector<std::byte> padded(masked ? static_cast<size_t>(of_text.t5_length * of_text.t5_width *
+                                                             dtype_bits(of_text.dtype) / 8)
+                                       : 0);
 
   for (int64_t row = 0; row < b; ++row) {
-    const Visit& visit = visits[static_cast<size_t>(row)];
-    const Item& item = s.items[static_cast<size_t>(visit.item)];
-    const uint64_t key = visit_key(item.key, visit.repeat);
-    const auto at = static_cast<uint64_t>(epoch);
-
+    const auto& [item, draws] = samples[static_cast<size_t>(row)];
     const IndexVariant& form =
-        pick(s.latents.index().variants(item.in_latents),
-             RandomStream(s.options.seed, Purpose::kFlip, at, key).uniform(0));
+        pick(latents.index().variants(item->in_latents), draws(Purpose::kFlip).uniform(0));
     std::vector<std::span<std::byte>> tensors{stored};
-    if (s.stores_masks && (s.latents.info(form).flags & cache::kSampleMasked)) {
-      if (!batch.loss_mask.defined() && s.options.loss_masks)
+    if (stores_masks && (latents.info(form).flags & cache::kSampleMasked)) {
+      if (!batch.loss_mask.defined() && options.loss_masks)
         batch.loss_mask = at::ones({b, 1, rows, columns}, at::kFloat);
-      if (!s.options.loss_masks) unused_mask.resize(static_cast<size_t>(rows * columns) * 4);
-      tensors.push_back(s.options.loss_masks ? row_bytes(batch.loss_mask, row)
-                                             : std::span<std::byte>(unused_mask));
+      if (!options.loss_masks) unused_mask.resize(static_cast<size_t>(rows * columns) * 4);
+      tensors.push_back(options.loss_masks ? row_bytes(batch.loss_mask, row)
+                                           : std::span<std::byte>(unused_mask));
     }
-    s.latents.read_into(form, tensors);
-    s.draw_latents(to_floats(stored, latents.dtype), epoch, key, sample_of(batch.latents, row));
-    RandomStream(s.options.seed, Purpose::kNoise, at, key).fill_normal(sample_of(batch.noise, row));
-    if (s.options.input_noise > 0)
-      s.perturb_noise(epoch, key, sample_of(batch.noise, row), sample_of(batch.input_noise, row));
+    latents.read_into(form, tensors);
+    draw_latents(to_floats(stored, of_latents.dtype), draws, sample_of(batch.latents, row));
+    if (trains) draws(Purpose::kNoise).fill_normal(sample_of(batch.noise, row));
+    if (batch.input_noise.defined())
+      perturb_noise(draws, sample_of(batch.noise, row), sample_of(batch.input_noise, row));
 
-    const std::array<std::span<std::byte>, 2> embeddings{row_bytes(batch.prompt_embedding, row),
+    const std::span<std::byte> prompt = row_bytes(batch.prompt_embedding, row);
+    const std::array<std::span<std::byte>, 2> embeddings{masked ? std::span(padded) : prompt,
                                                          row_bytes(batch.pooled_embedding, row)};
-    const cache::SampleInfo info = s.text.read_into(s.text_variant(item, epoch, key), embeddings);
-    if (s.masked) {
-      bool* const mask = batch.text_mask.mutable_data_ptr<bool>() + row * text.t5_length;
-      for (int64_t token = 0; token < text.t5_length; ++token) mask[token] = token < info.t5_tokens;
+    const cache::SampleInfo info = text.read_into(text_variant(*item, draws), embeddings);
+    if (masked) {
+      std::copy_n(padded.begin(), prompt.size(), prompt.begin());
+      bool* const mask = batch.text_mask.mutable_data_ptr<bool>() + row * length;
+      for (int64_t token = 0; token < length; ++token) mask[token] = token < info.t5_tokens;
     }
-    batch.loss_weight.mutable_data_ptr<float>()[row] =
-        static_cast<float>(item.regularization ? s.options.prior_loss_weight : 1);
-    batch.visits.push_back(key);
-    batch.names.emplace_back(s.latents.index().path(item.in_latents));
+    if (trains)
+      batch.loss_weight.mutable_data_ptr<float>()[row] =
+          static_cast<float>(item->regularization ? options.prior_loss_weight : 1);
+    batch.visits.push_back(draws.visit);
+    batch.names.emplace_back(latents.index().path(item->in_latents));
   }
   return batch;
+}
+
+Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const {
+  std::vector<std::pair<const Item*, Draws>> samples;
+  for (const Visit& visit : visits) {
+    const Item& item = state_->items[static_cast<size_t>(visit.item)];
+    samples.emplace_back(
+        &item,
+        Draws{
+            state_->options.seed, static_cast<uint64_t>(epoch), visit_key(item.key, visit.repeat)});
+  }
+  return state_->read(epoch, index, samples);
+}
+
+std::vector<BucketVisits> TrainingData::held_out_buckets() const {
+  std::map<Group, int64_t> items;
+  for (const Item& item : state_->held_out) ++items[state_->group(item)];
+  return by_size(items);
+}
+
+int64_t TrainingData::num_held_out_batches() const { return std::ssize(state_->held_out_batches); }
+
+Batch TrainingData::load_held_out(int64_t index) const {
+  std::vector<std::pair<const Item*, Draws>> samples;
+  for (const Item* item : state_->held_out_batches.at(static_cast<size_t>(index)))
+    samples.emplace_back(item, Draws{state_->options.validation_seed, kHeldOut, item->key});
+  return state_->read(kHeldOutEpoch, index, samples);
+}
+
+at::Tensor TrainingData::held_out_noise(const Batch& batch, int64_t number) const {
+  const at::Tensor noise = at::empty(batch.latents.sizes(), at::kFloat);
+  const int64_t elements = noise.numel() / batch.size();
+  for (int64_t row = 0; row < batch.size(); ++row) {
+    const Draws draws{state_->options.validation_seed,
+                      kHeldOut,
+                      visit_key(batch.visits[static_cast<size_t>(row)], number)};
+    draws(Purpose::kNoise)
+        .fill_normal(std::span(noise.mutable_data_ptr<float>() + row * elements,
+                               static_cast<size_t>(elements)));
+  }
+  return noise;
 }
 
 }  // namespace flux

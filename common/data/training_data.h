@@ -26,7 +26,15 @@ struct DataOptions {
   double input_noise = 0;  // see Batch::input_noise
   /// Its strength is uniform in [0, input_noise), drawn for each visit.
   bool random_input_noise = false;
+  /// Holds out about this share of the items by a hash of their paths, so that more items move none and an image at several
+  /// resolutions is held out at all of them; at least one, none of regularisation. Only for caches that hold out none.
+  double validation_split = 0;
+  uint64_t validation_seed = 0;    // of that, and of what held-out items draw
+  int64_t validation_samples = 0;  // held-out items that are read, the first by hash; 0: all
 };
+
+/// Sets the random draws of a held-out item apart from those of visits.
+inline constexpr int64_t kHeldOutEpoch = -1;
 
 /// One use of an item in an epoch.
 struct Visit {
@@ -41,7 +49,8 @@ struct Batch {
   at::Tensor noise;              // the same shape, standard normal, float32
   at::Tensor
       input_noise;  // noise + DataOptions::input_noise * another such draw; undefined if that is 0
-  at::Tensor prompt_embedding;  // [B, L, X] in the cache's dtype
+  /// [B, L, X] in the cache's dtype; L is the cache's, or with a mask what the longest text of the batch has
+  at::Tensor prompt_embedding;
   at::Tensor pooled_embedding;  // [B, V] in the cache's dtype
   at::Tensor text_mask;  // [B, L] bool, true = real token; undefined unless DataOptions::text_mask
   at::Tensor loss_mask;  // [B, 1, H/8, W/8] float32 in [0, 1], how much each latent pixel counts;
@@ -73,7 +82,8 @@ class TrainingData {
  public:
   /// Opens both caches, marks them as being read while this lives (cache::ReaderLock), and joins
   /// them by item. Items quarantined in either are left out, as are
-  /// held-out validation items; both are counted. Throws CacheError: a cache is absent or damaged,
+  /// held-out validation items; both are counted. Throws UsageError for a validation_split of caches that hold out items
+  /// already; CacheError: a cache is absent or damaged,
   /// the plans differ, items are in one of them only (their number and five names), the weights of
   /// an item's variants do not sum to 1, nothing is left to train on, a subset drops captions but there is no empty one.
   TrainingData(const std::filesystem::path& latents,
@@ -91,9 +101,10 @@ class TrainingData {
   int64_t largest_batch() const;  // samples of the largest batch of an epoch
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
-  int64_t num_validation() const;
-  bool has_text_mask() const;   // batches have one
-  bool has_loss_masks() const;  // some batches may have one
+  int64_t num_validation() const;  // held out
+  int64_t num_held_out() const;    // those of them that are read
+  bool has_text_mask() const;      // batches have one
+  bool has_loss_masks() const;     // some batches may have one
   /// By width, then height.
   std::vector<BucketVisits> buckets() const;
   /// Every subset of the plan, in its order.
@@ -108,6 +119,16 @@ class TrainingData {
   /// Reads one batch; safe from any thread, without LibTorch's thread pool. Throws CacheError if a
   /// segment is damaged.
   Batch load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const;
+
+  /// Of the held-out items that are read, as buckets().
+  std::vector<BucketVisits> held_out_buckets() const;
+  /// Batches of them, each of one data set and bucket, none larger than largest_batch().
+  int64_t num_held_out_batches() const;
+  /// The same at every call, of every `seed`: the mean of the latents, one caption, which is never dropped. Without noise and
+  /// loss_weight. Throws as load().
+  Batch load_held_out(int64_t index) const;
+  /// For Batch::noise of such a batch: fixed by validation_seed, the item and `number`.
+  at::Tensor held_out_noise(const Batch& batch, int64_t number) const;
 
  private:
   struct State;

@@ -1,6 +1,5 @@
 #include "pipelines/train/load.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
@@ -15,11 +14,14 @@
 #include "common/core/log.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "common/engine/budget.h"
 #include "common/ops/attention.h"
-#include "pipelines/train/optimizer.h"
 #include "pipelines/train/lora_options.h"
+#include "pipelines/train/optimizer.h"
 #include "pipelines/train/plan.h"
+#include "pipelines/train/samples.h"
 #include "pipelines/train/tags.h"
+#include "pipelines/train/validate.h"
 
 namespace flux::train {
 namespace {
@@ -92,7 +94,8 @@ void check_fit(const Options& options, const TrainingData& data, const dit::Conf
       !data.has_loss_masks()) {
     throw UsageError(
         fmt::format("--masked-loss has no effect: {} holds no masks", show(options.latents)),
-        "cache the latents of subsets with alpha_mask = true, or leave it out");
+        "cache the latents of subsets with alpha_mask = true or conditioning_data_dir, or leave it "
+        "out");
   }
   if (options.prior_loss_weight != 1 && data.num_regularization() == 0) {
     throw UsageError("--prior-loss-weight has no effect: the data set has no regularisation images",
@@ -105,19 +108,39 @@ void check_fit(const Options& options, const TrainingData& data, const dit::Conf
   }
 }
 
-// Threads that wait for each other at the end of every small operation cost more than they save: a
-// model of 7 M parameters has its first loss 1.5 empty LibTorch starts after its own with one
-// thread, and 3 to 6 with two while other programs are busy.
-void limit_threads(const dit::Config& config) {
-  constexpr int64_t kSmallModel = 50'000'000;
-  if (config.num_parameters() < kSmallModel) at::set_num_threads(1);
+void check_held_out(const Session& session) {
+  const Options& o = session.options;
+  if (session.data->num_validation() > 0) {
+    if (validates(session))
+      log::info("validation: {} samples at {} noise levels at every checkpoint",
+                session.data->num_held_out(),
+                o.effective_validation_sigmas().size());
+    return;
+  }
+  if (o.validation_split > 0)
+    throw UsageError(fmt::format("--validation-split {} has no effect: all samples are for "
+                                 "regularisation, which are not held out",
+                                 o.validation_split),
+                     "leave it out");
+  for (const auto& [name, given] : {std::pair{"validate-every", o.validate_every.any()},
+                                    {"validation-samples", o.validation_samples.has_value()},
+                                    {"validation-sigmas", !o.validation_sigmas.empty()},
+                                    {"validation-seed", o.validation_seed.has_value()}})
+    if (given)
+      throw UsageError(fmt::format("--{} has no effect: no samples are held out", name),
+                       "give --validation-split 0.1, or validation_split in the data set file");
 }
 
 engine::StepShape step_shape(const Session& session) {
   const TrainingData& data = *session.data;
   const auto text = cache::layout_of(cache::Kind::kText, data.text_manifest().recipe.parameters);
   engine::StepShape shape;
-  for (const auto& [width, height, visits] : data.buckets()) {
+  auto buckets = data.buckets();
+  if (validates(session)) {
+    const auto held_out = data.held_out_buckets();
+    buckets.insert(buckets.end(), held_out.begin(), held_out.end());
+  }
+  for (const auto& [width, height, visits] : buckets) {
     if (width * height <= shape.width * shape.height) continue;
     shape.width = width;
     shape.height = height;
@@ -133,6 +156,7 @@ engine::StepShape step_shape(const Session& session) {
   shape.text_type = data.text_manifest().recipe.parameters.value("dtype", "") == "f32"
                         ? at::kFloat
                         : at::kBFloat16;
+  shape.sample = sample_shape(session);
   return shape;
 }
 
@@ -211,7 +235,10 @@ Session open_data(const Options& options) {
                                    : std::optional(options.text_mask == TextMask::kOn),
                   .loss_masks = options.masked_loss != MaskedLoss::kOff,
                   .input_noise = options.ip_noise_gamma,
-                  .random_input_noise = options.ip_noise_gamma_random_strength});
+                  .random_input_noise = options.ip_noise_gamma_random_strength,
+                  .validation_split = options.validation_split,
+                  .validation_seed = static_cast<uint64_t>(options.validation_seed.value_or(0)),
+                  .validation_samples = options.validation_samples.value_or(0)});
   const TrainingData& data = *session.data;
   log::info(
       "{} items, {} visits in {} batches an epoch, {} buckets{}{}{}",
@@ -226,6 +253,7 @@ Session open_data(const Options& options) {
                             : "",
       data.num_regularization() ? fmt::format(", {} for regularisation", data.num_regularization())
                                 : "");
+  check_held_out(session);
   set_steps(session.options, data.num_batches());
   if (options.max_epochs > 0)
     log::info("--max-epochs {}: {} steps", options.max_epochs, session.options.max_steps);
@@ -250,7 +278,8 @@ void open_model(Session& session, const std::filesystem::path& weights) {
   require_trainable(options, *session.file);
   session.config = session.file->config();
   check_fit(options, *session.data, session.config);
-  limit_threads(session.config);
+  open_samples(session);
+  engine::limit_threads(session.config);
   cancel::check();
 }
 
@@ -265,6 +294,7 @@ void load_model(Session& session) {
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
+  if (validates(session)) plan_validation(session, wanted, step_shape(session));
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
   if (wanted.full)
     log::info("{}; all {} parameters are trained",

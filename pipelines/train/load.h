@@ -10,11 +10,13 @@
 #include <vector>
 
 #include "common/data/batch_reader.h"
+#include "common/data/prompts.h"
 #include "common/data/training_data.h"
 #include "common/engine/model_file.h"
 #include "common/engine/plan.h"
 #include "common/engine/trainer.h"
 #include "pipelines/train/options.h"
+#include "pipelines/train/validation.h"
 
 namespace flux::train {
 
@@ -24,6 +26,7 @@ struct Session {
   c10::Device device{c10::DeviceType::CPU};
   at::ScalarType compute = at::kFloat;
   std::unique_ptr<TrainingData> data;
+  std::unique_ptr<Prompts> prompts;  // of pictures on the way; null without --sample-every
   dit::Config config;
   /// The weights that the run begins with; of a resumed full fine-tuning, those of its checkpoint.
   std::shared_ptr<engine::ModelFile> file;
@@ -36,6 +39,10 @@ struct Session {
 
   int64_t step = 0;       // updates made
   DataPosition position;  // of the next batch
+
+  int64_t validation_batches = 0;  // that pass through the model at a time; 0: no validation
+  std::optional<Validation> validation;  // the newest; of the weights as they are if its step is `step`
+  std::optional<Validation> best;        // of the checkpoint that is marked
 
   double guidance() const { return options.guidance.value_or(1); }
 };

@@ -3,7 +3,9 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Device.h>
 
+#include <algorithm>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "common/core/file.h"
@@ -51,21 +53,23 @@ double StepMetrics::data_wait_share() const {
 }
 
 nlohmann::json StepMetrics::line() const {
-  return {{"step", step},
-          {"epoch", epoch},
-          {"loss", loss},
-          {"loss_smoothed", loss_smoothed},
-          {"learning_rate", learning_rate},
-          {"learning_rates", learning_rates},
-          {"grad_norm", grad_norm ? nlohmann::json(*grad_norm) : nlohmann::json()},
-          {"samples", samples},
-          {"images_per_second", images_per_second()},
-          {"seconds", seconds},
-          {"data_wait_seconds", data_wait_seconds},
-          {"data_wait_share", data_wait_share()},
-          {"memory_peak_bytes", memory_peak_bytes},
-          {"sigma", sigma},
-          {"sample_loss", sample_loss}};
+  nlohmann::json out{{"step", step},
+                     {"epoch", epoch},
+                     {"loss", loss},
+                     {"loss_smoothed", loss_smoothed},
+                     {"learning_rate", learning_rate},
+                     {"learning_rates", learning_rates},
+                     {"grad_norm", grad_norm ? nlohmann::json(*grad_norm) : nlohmann::json()},
+                     {"samples", samples},
+                     {"images_per_second", images_per_second()},
+                     {"seconds", seconds},
+                     {"data_wait_seconds", data_wait_seconds},
+                     {"data_wait_share", data_wait_share()},
+                     {"memory_peak_bytes", memory_peak_bytes},
+                     {"sigma", sigma},
+                     {"sample_loss", sample_loss}};
+  if (validation) out["validation"] = validation->object();
+  return out;
 }
 
 std::optional<StepMetrics> StepMetrics::from_line(const nlohmann::json& line) try {
@@ -86,6 +90,7 @@ std::optional<StepMetrics> StepMetrics::from_line(const nlohmann::json& line) tr
   out.memory_peak_bytes = line.value("memory_peak_bytes", int64_t{0});
   out.sigma = line.value("sigma", std::vector<double>());
   out.sample_loss = line.value("sample_loss", std::vector<double>());
+  out.validation = Validation::from_object(line.value("validation", nlohmann::json()));
   return out;
 } catch (const nlohmann::json::exception&) {
   return std::nullopt;
@@ -101,6 +106,7 @@ std::vector<std::pair<std::string, double>> StepMetrics::curves() const {
       {"memory/peak_bytes", static_cast<double>(memory_peak_bytes)}};
   if (grad_norm) out.emplace_back("grad_norm", *grad_norm);
   for (const auto& [group, rate] : learning_rates) out.emplace_back("learning_rate/" + group, rate);
+  if (validation) std::ranges::copy(validation->curves(), std::back_inserter(out));
   return out;
 }
 

@@ -21,17 +21,18 @@ struct StepMetrics {
   double loss_smoothed = 0;     // see SmoothedLoss
   double learning_rate = 0;
   std::map<std::string, double> learning_rates{};  // of groups, see group_learning_rates()
-  std::optional<double> grad_norm{};  // before clipping, where it is computed
+  std::optional<double> grad_norm{};               // before clipping, where it is computed
   int64_t samples = 0;
-  double seconds = 0;                      // of the step
-  double data_wait_seconds = 0;            // of them, waiting for the reader
-  int64_t memory_peak_bytes = 0;           // of tensors on the device, in this process so far
+  double seconds = 0;                          // of the step
+  double data_wait_seconds = 0;                // of them, waiting for the reader
+  int64_t memory_peak_bytes = 0;               // of tensors on the device, in this process so far
   std::vector<double> sigma{}, sample_loss{};  // of each sample
+  std::optional<Validation> validation{};      // after the step, where there was one
 
   double images_per_second() const;
   double data_wait_share() const;
   /// A line of metrics.jsonl. The fields are called as they are here, with images_per_second and
-  /// data_wait_share; grad_norm may be null.
+  /// data_wait_share; grad_norm may be null; validation is there where there was one.
   nlohmann::json line() const;
   /// Of a line that line() gave. Nothing if it is not one.
   static std::optional<StepMetrics> from_line(const nlohmann::json& line);

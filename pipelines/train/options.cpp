@@ -2,14 +2,17 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "common/core/tool.h"
+#include "common/engine/size.h"
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/optimizer.h"
 
@@ -128,6 +131,24 @@ SaveEvery save_every_of(const std::string& text) {
                    "such as 30min");
 }
 
+/// "0.1,0.5,0.9"
+std::vector<double> sigmas_of(const std::string& text) {
+  std::vector<double> out;
+  for (const std::string& part : split(text, ',')) {
+    const std::string_view word = trim(part);
+    const char* const end = word.data() + word.size();
+    double sigma = 0;
+    const auto [stop, error] = std::from_chars(word.data(), end, sigma);
+    if (error != std::errc() || stop != end || !(sigma > 0 && sigma <= 1))
+      throw UsageError("'" + printable(word) + "' is not a noise level in (0, 1]");
+    if (std::ranges::find(out, sigma) != out.end())
+      throw UsageError("'" + printable(word) + "' is there twice");
+    out.push_back(sigma);
+  }
+  if (out.size() > 100) throw UsageError("more than 100 noise levels");
+  return out;
+}
+
 nlohmann::json value_of(const SaveEvery& every) {
   if (every.epochs > 0) return fmt::format("{}ep", every.epochs);
   if (every.minutes > 0) return fmt::format("{}min", every.minutes);
@@ -145,21 +166,7 @@ void resolution_flag(Tool& tool, Options& o) {
             "of --plan: the largest pictures, in pixels",
             "",
             [&o](const std::string& text) {
-              const auto parts = split(text, 'x');
-              const auto side = [&](std::string_view word) -> int64_t {
-                int64_t value = 0;
-                const auto [end, error] =
-                    std::from_chars(word.data(), word.data() + word.size(), value);
-                if (error != std::errc() || end != word.data() + word.size() || value < 16 ||
-                    value > 16384 || value % 16 != 0)
-                  throw UsageError("'" + printable(text) +
-                                   "' is not a size such as 1024x768, in multiples of 16");
-                return value;
-              };
-              o.plan_width = side(parts.front());
-              o.plan_height = side(parts.size() == 1 ? parts.front() : parts.at(1));
-              if (parts.size() > 2)
-                throw UsageError("'" + printable(text) + "' is not a size such as 1024x768");
+              std::tie(o.plan_width, o.plan_height) = engine::picture_size(text);
             });
 }
 
@@ -262,6 +269,38 @@ void add_flags(Options& o, Tool& tool) {
             o.no_tags,
             "saved LoRAs hold no tags of the captions, numbers of images and repeats, or name of "
             "the model's file");
+  tool.group("validation");
+  tool.flag("validation-split",
+            o.validation_split,
+            "X",
+            "share of the samples that is held out by a hash of their paths; 0 = what the data set "
+            "file holds out",
+            0,
+            0.99);
+  tool.flag("validation-seed",
+            o.validation_seed,
+            "S",
+            "of that, and of the held-out samples' noise; 0 if not given");
+  tool.flag("validate-every",
+            "N|Nep|Nmin|off",
+            "steps, epochs or minutes between losses of held-out samples, beside those at every "
+            "checkpoint (0: only those; off: none)",
+            "0",
+            [&o](const std::string& text) {
+              o.no_validation = text == "off";
+              if (!o.no_validation) o.validate_every = save_every_of(text);
+            });
+  tool.flag("validation-samples",
+            o.validation_samples,
+            "N",
+            "held-out samples that are used; all if not given",
+            1,
+            1'000'000'000);
+  tool.flag("validation-sigmas",
+            "X,...",
+            "noise levels, each with noise that is always the same",
+            "0.1,0.25,0.5,0.75,0.9",
+            [&o](const std::string& text) { o.validation_sigmas = sigmas_of(text); });
   tool.group("training");
   tool.flag("method", o.method, kMethods, "what is trained");
   tool.flag("rank", o.rank, "R", "of the LoRA", 1, 4096);
@@ -299,7 +338,7 @@ void add_flags(Options& o, Tool& tool) {
             1'000'000'000);
   tool.flag(
       "max-epochs", o.max_epochs, "N", "instead: visits of the whole data set", 1, 1'000'000'000);
-  tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 100);
+  tool.flag("learning-rate", o.lr.learning_rate, "X", "of the optimizer", 0, 1e15);
   tool.flag("lr-scheduler", o.lr.schedule, lr_schedules(), "learning rate over the steps");
   steps_flag(tool,
              "lr-warmup-steps",
@@ -424,6 +463,36 @@ void add_flags(Options& o, Tool& tool) {
             o.ip_noise_gamma_random_strength,
             "a strength in [0, --ip-noise-gamma) for each visit");
   tool.flag("prior-loss-weight", o.prior_loss_weight, "X", "of regularisation images", 0, 1e6);
+  tool.group("pictures on the way");
+  tool.flag("sample-every",
+            o.sample_every,
+            "N",
+            "steps between pictures' latents in OUT/samples, for flux-decode; 0 = none; needs "
+            "--prompts",
+            0,
+            1'000'000'000);
+  tool.flag("prompts", o.prompts, "DIR", "text cache of flux-cache-text --prompts: what to sample");
+  tool.flag("sample-size",
+            "WxH",
+            "pixels, multiples of 16",
+            "the largest that are trained on",
+            [&o](const std::string& text) {
+              std::tie(o.sample_width, o.sample_height) = engine::picture_size(text);
+            });
+  tool.flag("sample-steps",
+            o.sample_steps,
+            "N",
+            "Euler steps of a picture; 20, 4 for a model without guidance, if not given",
+            1,
+            10'000);
+  tool.flag("sample-guidance",
+            o.sample_guidance,
+            "X",
+            "what the model is told, if it has a guidance input; 3.5 if not given",
+            0,
+            100);
+  tool.flag("sample-seed", o.sample_seed, "S", "of the pictures' noise: as in flux-sample");
+  tool.flag("sample-count", o.sample_count, "N", "pictures of each prompt", 1, 10'000);
   tool.group("machine");
   tool.flag("device", o.device, device_choices(), "where to train");
   tool.flag("precision",
@@ -647,6 +716,24 @@ void check(const Options& o, const Tool& tool) {
                        fmt::format("it needs {}; or leave it out", needs));
     }
   }
+  if (o.no_validation)
+    for (const char* name : {"validation-samples", "validation-sigmas"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect with --validate-every off", name),
+                         "leave one of them out");
+  if (o.sample_every > 0 && o.prompts.empty())
+    throw UsageError("--sample-every needs --prompts",
+                     "give a text cache of flux-cache-text --prompts");
+  if (o.sample_every == 0)
+    for (const char* name : {"prompts",
+                             "sample-size",
+                             "sample-steps",
+                             "sample-guidance",
+                             "sample-seed",
+                             "sample-count"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect without --sample-every", name),
+                         "leave it out, or give --sample-every 500 for one");
   if (o.timesteps.min_timestep >= o.timesteps.max_timestep)
     throw UsageError(fmt::format("--min-timestep {} is not below --max-timestep {}",
                                  o.timesteps.min_timestep,
@@ -756,6 +843,14 @@ nlohmann::json resolved_options(const Options& o) {
   }
   all["save-every"] = value_of(o.save_every);
   all["keep-last"] = o.keep_last;
+  if (o.no_validation)
+    all["validate-every"] = "off";
+  else if (o.validate_every.any())
+    all["validate-every"] = value_of(o.validate_every);
+  if (o.validation_samples) all["validation-samples"] = *o.validation_samples;
+  if (o.validation_seed) all["validation-seed"] = *o.validation_seed;
+  if (!o.validation_sigmas.empty())
+    all["validation-sigmas"] = fmt::format("{}", fmt::join(o.validation_sigmas, ","));
   if (o.method == Method::kLora) all["lora-dtype"] = word(kSaveDtypes, o.lora_dtype);
   add_layouts(o, all);
   if (o.effective_clip() == engine::ClipMode::kNone) all.erase("max-grad-norm");
@@ -772,6 +867,15 @@ nlohmann::json resolved_options(const Options& o) {
   if (o.stream_states) all["stream-states"] = true;
   if (o.no_tensorboard) all["no-tensorboard"] = true;
   if (o.no_tags) all["no-tags"] = true;
+  if (o.sample_every > 0) {
+    all["sample-every"] = o.sample_every;
+    all["sample-seed"] = o.sample_seed;
+    all["sample-count"] = o.sample_count;
+    if (o.sample_width > 0)
+      all["sample-size"] = fmt::format("{}x{}", o.sample_width, o.sample_height);
+    if (o.sample_steps) all["sample-steps"] = *o.sample_steps;
+    if (o.sample_guidance) all["sample-guidance"] = *o.sample_guidance;
+  }
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
   all["reader-threads"] = o.reader_threads;
@@ -786,6 +890,7 @@ std::string run_toml(const Options& o) {
   std::string out = "# flux-train --config run.toml\n";
   for (const auto& [name, path] : {std::pair{"latents", &o.latents},
                                    {"text", &o.text},
+                                   {"prompts", &o.prompts},
                                    {"model", &o.model},
                                    {"out", &o.out},
                                    {"scratch", &o.scratch}}) {

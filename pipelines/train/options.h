@@ -55,6 +55,7 @@ enum class SaveDtype { kBF16, kF16, kF32 };
 struct SaveEvery {
   int64_t steps = 0, epochs = 0;
   double minutes = 0;  // by a clock that nobody sets, since the checkpoint before
+  bool any() const { return steps > 0 || epochs > 0 || minutes > 0; }
 };
 
 /// Defaults train FLUX properly (design, section 3): raw velocity target, flux_shift timesteps,
@@ -68,6 +69,13 @@ struct Options {
   int64_t keep_last = 0;  // checkpoints that stay; 0: all
   bool no_tags = false;   // saved files hold nothing of captions and names
 
+  double validation_split = 0;  // share that is held out, of caches that hold out nothing
+  bool no_validation = false;   // none of the losses below
+  SaveEvery validate_every;     // beside those at every checkpoint
+  /// What the user said; see effective_validation_sigmas() for the second, 0 is the default of the others.
+  std::optional<int64_t> validation_samples, validation_seed;
+  std::vector<double> validation_sigmas;
+
   Method method = Method::kLora;
   int64_t rank = 16;
   double alpha = 0;       // 0: as rank
@@ -78,11 +86,11 @@ struct Options {
   double scale_weight_norms = 0;                                     // 0: off
   double network_dropout = 0, rank_dropout = 0, module_dropout = 0;  // shares
   SaveDtype lora_dtype = SaveDtype::kBF16;
-  lora::Layout lora_layout{};      // of the saved LoRA: kSdScripts or kDiffusers
+  lora::Layout lora_layout{};       // of the saved LoRA: kSdScripts or kDiffusers
   dit::ModelLayout model_layout{};  // of the saved model
-  int64_t max_steps = 0;   // with max_epochs known once the caches are open
-  int64_t max_epochs = 0;  // 0: max_steps says it
-  LrOptions lr;  // without the numbers of steps: see effective_lr()
+  int64_t max_steps = 0;            // with max_epochs known once the caches are open
+  int64_t max_epochs = 0;           // 0: max_steps says it
+  LrOptions lr;                     // without the numbers of steps: see effective_lr()
   StepsOrShare lr_warmup, lr_decay;
   int64_t lr_cycles = 1;
   OptimizerKind optimizer = OptimizerKind::kAdamW;
@@ -112,6 +120,13 @@ struct Options {
   double ip_noise_gamma = 0;
   bool ip_noise_gamma_random_strength = false;
 
+  int64_t sample_every = 0;                     // steps; 0: no pictures
+  std::filesystem::path prompts;                // text cache of the pictures
+  int64_t sample_width = 0, sample_height = 0;  // pixels; 0: the largest that are trained on
+  std::optional<int64_t> sample_steps;          // nothing: 20, 4 for a model without guidance
+  std::optional<double> sample_guidance;        // nothing: 3.5
+  int64_t sample_seed = 0, sample_count = 1;    // pictures of a prompt
+
   int64_t device_memory = 0, host_memory = 0;  // bytes; 0: 90 % and 80 % of what is free
   /// What the user fixed of where weights are; the plan chooses the rest.
   std::optional<int64_t> resident_blocks, kept_graphs, ring_slots;
@@ -132,6 +147,9 @@ struct Options {
   std::string command_line;  // for provenance
 
   double effective_weight_decay() const;
+  std::vector<double> effective_validation_sigmas() const {
+    return validation_sigmas.empty() ? std::vector{0.1, 0.25, 0.5, 0.75, 0.9} : validation_sigmas;
+  }
   /// With the steps of the whole run, of warm-up and of decay.
   LrOptions effective_lr() const;
   engine::ClipMode effective_clip() const;

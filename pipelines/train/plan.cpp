@@ -15,7 +15,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/text.h"
-#include "common/engine/record_file.h"
+#include "common/engine/budget.h"
 #include "common/ops/op.h"
 #include "pipelines/train/load.h"
 #include "pipelines/train/run.h"
@@ -25,13 +25,8 @@ namespace {
 
 using engine::Residency;
 
-// Of a process beyond what it has before its first step: code of kernels, threads, the driver's tables. Measured
-// (docs/benchmarks.md).
-constexpr int64_t kGrowth = int64_t{48} << 20;
-// Of a GPU: context and modules; not measured, see docs/cuda.md.
-constexpr int64_t kCudaContext = int64_t{500} << 20;
-// What LibTorch's allocator holds beyond live tensors with expandable segments: a 20 MiB page and a 2 MiB one.
-constexpr int64_t kCudaAllocator = int64_t{22} << 20;
+using engine::kCudaAllocator;
+using engine::kCudaContext;
 
 /// Rates that settings are compared by; only their ratio matters.
 struct Rates {
@@ -41,10 +36,6 @@ Rates rates(const engine::TrainerOptions& o) {
   if (o.device.is_cuda())
     return {1.5e14, o.residency.stream_from == engine::StreamFrom::kHost ? 2.5e10 : 2e9};
   return {o.compute == at::kBFloat16 ? 1e12 : 3e11, 1e9};
-}
-
-int64_t process_bytes_without_tensors() {
-  return std::max<int64_t>(0, static_cast<int64_t>(rss_bytes()) - cpu_memory().live);
 }
 
 /// One setting and what it needs.
@@ -66,12 +57,11 @@ class Planner {
           const engine::TrainerOptions& wanted,
           const engine::StepShape& shape)
       : options_(options), config_(config), file_(file), wanted_(wanted), shape_(shape) {
-    fixed_ = process_bytes_without_tensors() + kGrowth;
-    host_budget_ = options.host_memory > 0 ? options.host_memory
-                                           : engine::available_memory_bytes() / 5 * 4 + fixed_;
-    if (is_cuda())
-      device_budget_ = options.device_memory > 0 ? options.device_memory
-                                                 : device_free_bytes(wanted.device) / 10 * 9;
+    const auto budgets =
+        engine::budgets(wanted.device, options.host_memory, options.device_memory);
+    fixed_ = budgets.fixed;
+    host_budget_ = budgets.host;
+    device_budget_ = budgets.device;
     plan_kernels_for(wanted.device.type());
   }
 
@@ -289,7 +279,8 @@ std::string table(const Choice& choice, int64_t num_blocks, bool cuda) {
                      choice.fits ? "fits" : "does not fit");
   const Residency& r = choice.residency;
   out += fmt::format(
-      "{} --resident-blocks {} --keep-graphs {} --ring-slots {} --block-inputs {}{}{}  ({} blocks)\n",
+      "{} --resident-blocks {} --keep-graphs {} --ring-slots {} --block-inputs {}{}{}  ({} "
+      "blocks)\n",
       choice.fits ? "fastest that fits:" : "smallest there is:",
       r.resident_blocks,
       r.kept_graphs,
@@ -357,8 +348,8 @@ ExitCode run_plan(const Options& options) {
   shape.height = options.plan_height;
   shape.text_length = options.plan_t5_length;
   shape.text_mask = options.text_mask == TextMask::kOn;
-  shape.loss_mask = options.masked_loss == MaskedLoss::kOn ||
-                    options.masked_loss == MaskedLoss::kRenormalised;
+  shape.loss_mask =
+      options.masked_loss == MaskedLoss::kOn || options.masked_loss == MaskedLoss::kRenormalised;
   shape.input_noise = options.ip_noise_gamma > 0;
   const Choice choice = choose(options, file.config(), &file, wanted, shape);
   const int64_t blocks = file.num_records();

@@ -24,6 +24,7 @@ namespace flux::train {
 namespace {
 
 constexpr size_t kMostPoints = 20'000;               // of a curve; then every k-th step is shown
+constexpr size_t kMostValidations = 200;             // rows of the table, the newest
 constexpr size_t kSigmaBins = 10;                    // of [0, 1]
 constexpr uint64_t kMostPictureBytes = 24ull << 20;  // of all pictures; browsers are slow beyond
 
@@ -62,18 +63,18 @@ constexpr char kTail[] = R"(<script>
 "use strict";
 const data = JSON.parse(document.getElementById("curves").textContent);
 for (const svg of document.querySelectorAll("svg[data-curves]")) {
-  const names = svg.dataset.curves.split(" "), shown = svg.parentNode.querySelector("output"), cursor = svg.querySelector(".cursor");
-  const first = data.step[0], last = data.step[data.step.length - 1], left = 70, right = 750;
+  const names = svg.dataset.curves.split(" "), steps = data[svg.dataset.steps], shown = svg.parentNode.querySelector("output"), cursor = svg.querySelector(".cursor");
+  const first = steps[0], last = steps[steps.length - 1], left = 70, right = 750;
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * 760;
     const wanted = first + (x - left) / (right - left) * (last - first);
-    let low = 0, high = data.step.length - 1;
-    while (low < high) { const middle = (low + high) >> 1; if (data.step[middle] < wanted) low = middle + 1;
+    let low = 0, high = steps.length - 1;
+    while (low < high) { const middle = (low + high) >> 1; if (steps[middle] < wanted) low = middle + 1;
   else high = middle; }
-    if (low > 0 && wanted - data.step[low - 1] < data.step[low] - wanted) --low;
-    const at = last > first ? left + (data.step[low] - first) / (last - first) * (right - left) : (left + right) / 2;
+    if (low > 0 && wanted - steps[low - 1] < steps[low] - wanted) --low;
+    const at = last > first ? left + (steps[low] - first) / (last - first) * (right - left) : (left + right) / 2;
     cursor.setAttribute("x1", at); cursor.setAttribute("x2", at); cursor.style.visibility = "visible";
-    shown.textContent = "step " + data.step[low] + ": " + names.map(n => data[n][low] === null ? "-" : data[n][low].toPrecision(5)).join(", ");
+    shown.textContent = "step " + steps[low] + ": " + names.map(n => data[n][low] === null ? "-" : data[n][low].toPrecision(5)).join(", ");
   });
   svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; shown.textContent = ""; });
 }
@@ -90,6 +91,7 @@ struct History {
                             {"loss_smoothed", "smoothed", {}},
                             {"learning_rate", "learning rate", {}},
                             {"grad_norm", "norm before clipping", {}}};
+  std::vector<Validation> validations;
   StepMetrics last;
   int64_t num_steps = 0;
   double seconds = 0, data_wait_seconds = 0;
@@ -106,6 +108,7 @@ struct History {
       ++sigma_samples[bin];
       sigma_losses[bin] += step.sample_loss[i];
     }
+    if (step.validation) validations.push_back(*step.validation);
     if (static_cast<size_t>(num_steps++) % stride != 0) return;
     steps.push_back(step.step);
     const double none = std::numeric_limits<double>::quiet_NaN();
@@ -158,9 +161,49 @@ std::string curve_sections(const History& history) {
         fmt::format("<p>{} of {} steps are shown.</p>\n", history.steps.size(), history.num_steps);
   nlohmann::json data{{"step", history.steps}};
   for (const Curve& curve : history.curves) data[curve.name] = curve.values;  // NaN becomes null
+  if (!history.validations.empty()) {
+    std::vector<int64_t> steps;
+    Curve curve{"validation_loss", "mean loss of the held-out samples", {}};
+    for (const Validation& v : history.validations) {
+      steps.push_back(v.step);
+      curve.values.push_back(v.loss);
+    }
+    charts += curve_chart("Validation loss", steps, std::span(&curve, 1), "validation_step");
+    data["validation_step"] = steps;
+    data[curve.name] = curve.values;
+  }
   charts +=
       fmt::format("<script type=\"application/json\" id=\"curves\">{}</script>\n", data.dump());
   return section("training", "Training", charts);
+}
+
+/// Losses of the held-out samples by step and noise level; nothing without any.
+std::string validation_section(const Session& session, const History& history) {
+  const auto& all = history.validations;
+  if (all.empty()) return {};
+  const std::vector<double>& sigmas = all.back().sigmas;
+  std::vector<std::string> head{"step", "mean"};
+  for (const double sigma : sigmas) head.push_back(fmt::format("sigma {}", sigma));
+  head.push_back("samples");
+  head.push_back("");
+  std::vector<std::vector<std::string>> rows;
+  size_t left_out = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Validation& v = all[i];
+    const bool best = session.best && session.best->step == v.step;
+    if (v.sigmas != sigmas || (i + kMostValidations < all.size() && !best)) {
+      ++left_out;
+      continue;
+    }
+    std::vector<std::string> row{std::to_string(v.step), fmt::format("{:.6g}", v.loss)};
+    for (const double loss : v.losses) row.push_back(fmt::format("{:.6g}", loss));
+    row.push_back(std::to_string(v.samples));
+    row.push_back(best ? "best checkpoint" : "");
+    rows.push_back(std::move(row));
+  }
+  std::string content = html_table(head, rows);
+  if (left_out) content += fmt::format("<p>{} older ones are in metrics.jsonl.</p>\n", left_out);
+  return section("validation", "Validation", content);
 }
 
 std::string sigma_section(const History& history) {
@@ -321,6 +364,9 @@ int64_t step_in(const std::string& name) {
 std::string picture_section(const std::filesystem::path& folder) {
   std::vector<Picture> pictures;
   std::error_code none;
+  // flux-decode's table, of small pictures
+  if (const auto table = folder / "pictures.html"; std::filesystem::is_regular_file(table, none))
+    return section("samples", "Samples", read_file(table, kMostPictureBytes));
   for (const auto& entry : std::filesystem::recursive_directory_iterator(folder, none)) {
     if (entry.path().extension() != ".png" || !entry.is_regular_file(none)) continue;
     pictures.push_back({step_in(entry.path().lexically_relative(folder).native()), entry.path()});
@@ -360,10 +406,10 @@ void write_report(const Session& session) {
   const History history = read_history(o.out / "metrics.jsonl", session.step);
   write_file_atomic(o.out / "report.html",
                     kHead + summary_section(session, history) + curve_sections(history) +
-                        picture_section(o.out / "samples") + sigma_section(history) +
-                        data_section(session) + truncation_section(session) +
-                        memory_section(session) + settings_section(o) +
-                        provenance_section(session) + kTail);
+                        validation_section(session, history) + picture_section(o.out / "samples") +
+                        sigma_section(history) + data_section(session) +
+                        truncation_section(session) + memory_section(session) +
+                        settings_section(o) + provenance_section(session) + kTail);
 }
 
 }  // namespace flux::train

@@ -26,9 +26,11 @@
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/metrics.h"
 #include "pipelines/train/report.h"
+#include "pipelines/train/samples.h"
 #include "pipelines/train/save.h"
 #include "pipelines/train/step.h"
 #include "pipelines/train/tensorboard.h"
+#include "pipelines/train/validate.h"
 
 namespace flux::train {
 namespace {
@@ -71,25 +73,25 @@ void prepare_out(const Options& options, RunLock& lock) {
   write_file_atomic(options.out / "run.toml", run_toml(options));
 }
 
-/// When --save-every is due.
-class SaveClock {
+/// When --save-every or --validate-every is due.
+class Clock {
  public:
-  SaveClock(const SaveEvery& every, int64_t epoch) : every_(every), epoch_(epoch) {}
+  Clock(const SaveEvery& every, int64_t epoch) : every_(every), epoch_(epoch) {}
   /// After a step; `epoch`: whole ones so far.
   bool due(int64_t step, int64_t epoch) {
     const bool epoch_ends = every_.epochs > 0 && epoch / every_.epochs > epoch_ / every_.epochs;
     epoch_ = epoch;
-    const std::chrono::duration<double, std::ratio<60>> minutes = Clock::now() - saved_;
+    const std::chrono::duration<double, std::ratio<60>> minutes = Steady::now() - done_;
     return epoch_ends || (every_.steps > 0 && step % every_.steps == 0) ||
            (every_.minutes > 0 && minutes.count() >= every_.minutes);
   }
-  void saved() { saved_ = Clock::now(); }
+  void done() { done_ = Steady::now(); }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Steady = std::chrono::steady_clock;
   SaveEvery every_;
   int64_t epoch_;
-  Clock::time_point saved_ = Clock::now();
+  Steady::time_point done_ = Steady::now();
 };
 
 void compare_with_plan(const Session& session, const StepMetrics& step) {
@@ -100,8 +102,8 @@ void compare_with_plan(const Session& session, const StepMetrics& step) {
 }
 
 /// Of the progress line.
-std::string describe(const StepMetrics& step, int64_t planned_bytes) {
-  return fmt::format(
+std::string describe(const StepMetrics& step, const Session& session) {
+  const std::string text = fmt::format(
       "loss {:.4f} (smoothed {:.4f}), lr {:.3g}{}, {:.3g} images/s, {:.0f} % waiting for data, "
       "memory "
       "{} of {} planned",
@@ -112,7 +114,21 @@ std::string describe(const StepMetrics& step, int64_t planned_bytes) {
       step.images_per_second(),
       100 * step.data_wait_share(),
       show_bytes(static_cast<uint64_t>(step.memory_peak_bytes)),
-      show_bytes(static_cast<uint64_t>(planned_bytes)));
+      show_bytes(static_cast<uint64_t>(planned_peak_bytes(session))));
+  if (!session.validation) return text;
+  return fmt::format(
+      "{}, validation {:.4f} at step {}", text, session.validation->loss, session.validation->step);
+}
+
+/// After a step whose checkpoint is on the disk: marks it if it is the best one.
+void mark_if_best(Session& session) {
+  const auto& now = session.validation;
+  if (!now || now->step != session.step) return;
+  // other noise levels or samples begin another series
+  if (session.best && now->comparable(*session.best) && now->loss >= session.best->loss) return;
+  session.best = now;
+  mark_best(session.options.out, session.best);
+  log::info("step {} has the lowest validation loss so far, {:.6g}", now->step, now->loss);
 }
 
 void train_steps(Session& session, BatchReader& reader, Report& report) {
@@ -123,7 +139,8 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   Progress progress("training", "steps", options.max_steps - session.step);
   const int64_t first = session.step;
   int64_t saved = first;
-  SaveClock clock(options.save_every, session.position.epoch);
+  Clock save_clock(options.save_every, session.position.epoch);
+  Clock validate_clock(options.validate_every, session.position.epoch);
   // weights may be read from the one that was resumed all the time
   const std::set<int64_t> needed{first};
   const auto save_now = [&] {
@@ -131,11 +148,33 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     metrics.flush();
     save(session);
     saved = session.step;
-    clock.saved();
-    if (options.keep_last > 0)
-      checkpoint::remove_older(options.out, saved, options.keep_last, needed);
+    save_clock.done();
+    mark_if_best(session);
+    if (options.keep_last > 0) {
+      std::set<int64_t> spared = needed;
+      if (session.best) spared.insert(session.best->step);
+      checkpoint::remove_older(options.out, saved, options.keep_last, spared);
+    }
     write_report(session);
   };
+  // Whatever it was, the last whole step stays: a damaged segment can be made again, a batch
+  // made smaller. Of a full fine-tuning that updates in the backward it may not be whole any more.
+  const auto save_and_rethrow = [&](const std::exception_ptr& failure) {
+    try {
+      if (session.trainer->step_is_whole()) save_now();
+    } catch (const std::exception& error) {
+      log::error("the last step could not be saved either: {}", error.what());
+    }
+    std::rethrow_exception(failure);
+  };
+  const auto sample = [&] {
+    try {
+      sample_if_due(session);
+    } catch (...) {
+      save_and_rethrow(std::current_exception());
+    }
+  };
+  if (first > 0) sample();  // what an interruption left out
   double waited = 0;
   while (session.step < options.max_steps && !cancel::requested()) {
     const auto start = std::chrono::steady_clock::now();
@@ -145,15 +184,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
       for (int64_t i = 0; i < options.gradient_accumulation; ++i) batches.push_back(reader.next());
       result = train_step(session, batches);
     } catch (...) {
-      // Whatever it was, the last whole step stays: a damaged segment can be made again, a batch
-      // made smaller. Of a full fine-tuning that updates in the backward it may not be whole any more.
-      const std::exception_ptr failure = std::current_exception();
-      try {
-        if (session.trainer->step_is_whole()) save_now();
-      } catch (const std::exception& error) {
-        log::error("the last step could not be saved either: {}", error.what());
-      }
-      std::rethrow_exception(failure);
+      save_and_rethrow(std::current_exception());
     }
     session.position = reader.position();
     const double seconds =
@@ -180,11 +211,29 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                      .sigma = result.sigma,
                      .sample_loss = result.sample_loss};
     waited = reader.wait_seconds();
+    batches.clear();
+    if (session.step == first + 1) compare_with_plan(session, line);
+    const bool saves =
+        save_clock.due(session.step, session.position.epoch) || session.step == options.max_steps;
+    const bool wanted = validate_clock.due(session.step, session.position.epoch) || saves;
+    std::exception_ptr failure;
+    if (wanted && session.validation_batches > 0) {
+      try {
+        if (auto found = validate(session)) {
+          session.validation = line.validation = std::move(found);
+          report.validation_loss = session.validation->loss;
+        }
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      validate_clock.done();
+    }
     metrics.write(line);
     if (events) events->add(line.step, line.curves());
-    if (session.step == first + 1) compare_with_plan(session, line);
-    progress.update(session.step - first, describe(line, planned_peak_bytes(session)));
-    if (clock.due(session.step, session.position.epoch)) save_now();
+    progress.update(session.step - first, describe(line, session));
+    if (failure) save_and_rethrow(failure);
+    if (saves) save_now();
+    sample();
   }
   save_now();
 }
@@ -194,6 +243,10 @@ Report report_of(const Session& session, Report report) {
   report.steps = session.step;
   report.seconds = process_seconds();
   report.peak_rss_bytes = peak_rss_bytes();
+  if (session.best) {
+    report.best_step = session.best->step;
+    report.best_loss = session.best->loss;
+  }
   return report;
 }
 
@@ -247,6 +300,8 @@ Report run_in_memory(const Options& asked) {
               session.position.batch + 1);
   }
   prepare_out(options, lock);
+  if (resumed) session.best = best_checkpoint(options.out, session.step);
+  mark_best(options.out, session.best);
 
   Report report;
   train_steps(session, reader, report);
@@ -259,12 +314,17 @@ std::string Report::line() const {
   const auto shown = [](const std::optional<double>& loss) {
     return loss ? fmt::format("{:.4f}", *loss) : std::string("none");
   };
-  return fmt::format("steps={} loss_first={} loss_last={} seconds={:.1f} peak_rss={}",
-                     steps,
-                     shown(loss_first),
-                     shown(loss_last),
-                     seconds,
-                     show_bytes(peak_rss_bytes));
+  const std::string best =
+      best_step ? fmt::format(" best_step={} best_loss={:.4f}", *best_step, *best_loss) : "";
+  return fmt::format(
+      "steps={} loss_first={} loss_last={}{}{} seconds={:.1f} peak_rss={}",
+      steps,
+      shown(loss_first),
+      shown(loss_last),
+      validation_loss ? fmt::format(" validation_loss={:.4f}", *validation_loss) : "",
+      best,
+      seconds,
+      show_bytes(peak_rss_bytes));
 }
 
 nlohmann::json Report::object() const {
@@ -276,6 +336,9 @@ nlohmann::json Report::object() const {
           {"loss_last", value(loss_last)},
           {"seconds", seconds},
           {"seconds_to_first_step", value(seconds_to_first_step)},
+          {"validation_loss", value(validation_loss)},
+          {"best_step", best_step ? nlohmann::json(*best_step) : nlohmann::json()},
+          {"best_loss", value(best_loss)},
           {"peak_rss_bytes", peak_rss_bytes}};
 }
 

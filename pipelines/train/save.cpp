@@ -218,6 +218,8 @@ std::filesystem::path save(Session& session) {
   nlohmann::json record = identity(session);
   record["model_sha256"] = session.model_sha256.get();
   record["position"] = {{"epoch", session.position.epoch}, {"batch", session.position.batch}};
+  if (session.validation && session.validation->step == session.step)
+    record["validation"] = session.validation->object();
   record["optimizer_numbers"] = session.trainer->optimizer().numbers();
   record["provenance"] = {{"tool", "flux-train"},
                           {"tool_version", tool_version()},

@@ -104,6 +104,7 @@ class Importer {
     optimizer();
     learning_rate();
     objective();
+    validation();
     machine();
     settle();
     return {text(), warnings_};
@@ -603,6 +604,44 @@ class Importer {
     if (given("no_metadata")) set_switch("no-tags", "no_metadata");
   }
 
+  void validation() {
+    const bool split = given("validation_split") && one("validation_split") != "0" &&
+                       one("validation_split") != "0.0";
+    const bool may_split = !full_ && (split || given("dataset_config"));
+    bool any = split && !full_;
+    for (const char* name :
+         {"validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"}) {
+      if (!given(name)) continue;
+      if (!may_split)
+        not_needed_.push_back(said(name) +
+                              (full_ ? ": no flag of flux_train.py"
+                                     : ": nothing is held out without --validation_split"));
+      any = may_split;
+    }
+    if (!any) return;
+    if (given("validate_every_n_steps")) {
+      copy("validate_every_n_steps");
+      if (given("validate_every_n_epochs"))
+        refuse(said("validate_every_n_epochs"), "it comes by steps, as is asked for too");
+    } else if (given("validate_every_n_epochs")) {
+      set("validate-every",
+          one("validate_every_n_epochs") + "ep",
+          said("validate_every_n_epochs"),
+          "validate_every_n_epochs");
+    } else {
+      set("validate-every", "1ep", "sd-scripts' default of --validate_every_n_epochs");
+    }
+    if (given("max_validation_steps")) {
+      int64_t batch = 1;
+      if (!given("dataset_config") && given("train_batch_size")) batch = whole("train_batch_size");
+      set("validation-samples",
+          std::to_string(whole("max_validation_steps") * batch),
+          said("max_validation_steps") + "; batches there, samples here",
+          "max_validation_steps");
+    }
+    set("validation-sigmas", "0.2,0.4,0.6,0.8", "sd-scripts' fixed timesteps");
+  }
+
   void machine() {
     const std::string precision = one_or("mixed_precision", "no");
     if (precision == "fp16")
@@ -674,7 +713,7 @@ class Importer {
 
   /// What the data set file must hold, as the command line of sd-scripts has it.
   std::string data_set_text() const {
-    std::string options;
+    std::string options, of_subsets;  // the second: what cannot stand in [general]
     for (const SdFlag& flag : sd_flags()) {
       const std::string name(flag.name);
       if (flag.fate != SdFate::kDataset || !given(name)) continue;
@@ -683,15 +722,22 @@ class Importer {
         continue;
       const std::string value = flag.values == '0' ? "true" : one(name);
       const bool plain = flag.values == '0' || nlohmann::json::accept(value);
-      options += fmt::format("#     {} = {}\n",
-                             name == "dataset_repeats" ? "num_repeats" : name,
-                             plain ? value : toml_string(value).value_or("\"\""));
+      const bool of_subset = name == "alpha_mask" || name == "conditioning_data_dir";
+      (of_subset ? of_subsets : options) +=
+          fmt::format("#     {} = {}\n",
+                      name == "dataset_repeats" ? "num_repeats" : name,
+                      plain ? value : toml_string(value).value_or("\"\""));
     }
     if (given("dataset_config")) {
-      if (options.empty()) return "";
-      return fmt::format("# {} takes these, in [general], where it does not say otherwise:\n{}",
-                         printable(one("dataset_config")),
-                         options);
+      std::string out;
+      for (const auto& [where, lines] :
+           {std::pair{"in [general]", options}, {"in its subsets", of_subsets}})
+        if (!lines.empty())
+          out += fmt::format("# {} takes these, {}, where it does not say otherwise:\n{}",
+                             printable(one("dataset_config")),
+                             where,
+                             lines);
+      return out;
     }
     std::string out = "# dataset.toml:\n#     [general]\n" + options;
     out += "#     [[datasets]]\n";
@@ -699,7 +745,7 @@ class Importer {
     for (const char* name : {"train_data_dir", "reg_data_dir"}) {
       if (!given(name) || given("in_json")) continue;
       const std::string more =
-          name == std::string_view("reg_data_dir") ? "#     is_reg = true\n" : "";
+          name == std::string_view("reg_data_dir") ? "#     is_reg = true\n" : of_subsets;
       std::set<std::pair<std::string, std::string>> folders;  // path, repeats
       std::error_code none;
       for (const auto& entry : std::filesystem::directory_iterator(one(name), none)) {
@@ -720,9 +766,10 @@ class Importer {
     }
     if (given("in_json"))
       out += fmt::format(
-          "#     [[datasets.subsets]]\n#     metadata_file = {}\n#     image_dir = {}\n",
+          "#     [[datasets.subsets]]\n#     metadata_file = {}\n#     image_dir = {}\n{}",
           toml_string(one("in_json")).value_or("\"\""),
-          toml_string(one_or("train_data_dir", ".")).value_or("\"\""));
+          toml_string(one_or("train_data_dir", ".")).value_or("\"\""),
+          of_subsets);
     return out;
   }
 

@@ -139,6 +139,21 @@ class Import(unittest.TestCase):
         self.assertIn("no FLUX trainer", self.refused("accelerate", "launch", "sdxl_train.py", "--seed", "1"))
         self.assertIn("stray", self.refused(*LORA, "stray"))
 
+    def test_validation_comes_by_steps_or_epochs_where_samples_are_held_out(self):
+        toml, _ = self.imported(*LORA, "--validation_split", "0.1", "--validate_every_n_steps", "50", "--max_validation_steps", "3",
+                                "--train_batch_size", "2")
+        self.assertEqual((toml["validate-every"], toml["validation-samples"], toml["validation-sigmas"]), ("50", "6", "0.2,0.4,0.6,0.8"))
+        toml, _ = self.imported(*LORA, "--dataset_config", "data.toml", "--validate_every_n_epochs", "2")
+        self.assertEqual(toml["validate-every"], "2ep")
+        toml, _ = self.imported(*LORA, "--validation_split", "0.1")
+        self.assertEqual(toml["validate-every"], "1ep")
+        for more in ((), ("--validation_split", "0.0")):
+            toml, result = self.imported(*LORA, "--validate_every_n_steps", "50", *more)
+            self.assertNotIn("validate-every", toml)
+            self.assertIn("--validate_every_n_steps 50: nothing is held out", result.stdout)
+        toml, result = self.imported(*FULL, "--validation_split", "0.1", "--validate_every_n_steps", "50")
+        self.assertNotIn("validate-every", toml)
+
     def test_every_flag_is_said_something_of(self):
         """Each flag of the table given by itself is in what is printed, under its own name or that of what it becomes."""
         values = {"optimizer_type": "lion", "network_args": "train_blocks=all", "lr_scheduler": "constant",

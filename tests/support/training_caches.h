@@ -3,6 +3,7 @@
 #pragma once
 #include <fmt/format.h>
 
+#include <cmath>
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -101,8 +102,8 @@ struct TrainingCaches {
     writer.publish(what);
   }
 
-  /// Text: every element of caption number k of an item is k + 1; of the empty caption, 0. Live
-  /// tokens: 3.
+  /// Text: every element of caption number k of an item is k + 1; of the empty caption, 0 (3 live
+  /// tokens).
   void write_text(const std::filesystem::path& folder) const {
     cache::Recipe recipe;
     recipe.kind = cache::Kind::kText;
@@ -117,11 +118,11 @@ struct TrainingCaches {
     recipe.tokenizers = {{"t5", std::string(64, 'd')}, {"clip", std::string(64, 'e')}};
     cache::Writer writer(folder, recipe, {"test", "0", "test", "cpu"});
     std::vector<cache::WantedItem> all;
-    const auto add_caption = [&](const std::string& caption, float value) {
+    const auto add_caption = [&](const std::string& caption, float value, uint32_t tokens) {
       cache::SampleInfo info;
       info.key = sha256("text " + caption);
       info.text = caption;
-      info.t5_tokens = info.clip_tokens = 3;
+      info.t5_tokens = tokens, info.clip_tokens = 3;
       add(writer,
           info,
           {bf16(std::vector<float>(static_cast<size_t>(t5_length * t5_width), value)),
@@ -133,7 +134,8 @@ struct TrainingCaches {
       cache::WantedItem want = wanted(item);
       for (int k = 0; k < item.num_captions; ++k) {
         want.variants.push_back(
-            {add_caption(fmt::format("{} {}", item.name, k), static_cast<float>(k + 1)),
+            {add_caption(
+                 fmt::format("{} {}", item.name, k), static_cast<float>(k + 1), item.t5_tokens),
              1.0 / item.num_captions,
              0});
       }
@@ -143,7 +145,7 @@ struct TrainingCaches {
       cache::WantedItem want;
       want.item = sha256("empty caption");
       want.flags = cache::kItemEmptyCaption;
-      want.variants.push_back({add_caption("", 0), 1.0, 0});
+      want.variants.push_back({add_caption("", 0, 3), 1.0, 0});
       all.push_back(want);
     }
     writer.publish(publication(std::move(all)));

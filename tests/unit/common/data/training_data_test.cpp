@@ -237,6 +237,30 @@ TEST(TrainingData, MasksTextOnlyWhereTheCacheDoes) {
   }
 }
 
+TEST(TrainingData, LeavesOutTextThatNoSampleOfTheBatchAttendsTo) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  caches.t5_length = 6;
+  caches.items[1].t5_tokens = 5;
+  caches.write(folder.path());
+  const TrainingData all(folder / "latents", folder / "text", {});
+  const TrainingData masked(folder / "latents", folder / "text", {.text_mask = true});
+  const auto visit_of = [&](const std::string& name) -> Visit {
+    int64_t item = 0;
+    while (all.load(0, 0, {{item, 0}}).names.at(0) != name) ++item;
+    return {item, 0};
+  };
+  const std::vector<Visit> both{visit_of("a.png"), visit_of("b.png")};
+  EXPECT_EQ(all.load(0, 0, both).prompt_embedding.size(1), 6);
+  const Batch batch = masked.load(0, 0, both);
+  const Batch one = masked.load(0, 0, {visit_of("a.png")});
+  EXPECT_TRUE(
+      at::equal(batch.prompt_embedding, all.load(0, 0, both).prompt_embedding.narrow(1, 0, 5)));
+  EXPECT_TRUE(at::equal(batch.text_mask.sum(1), at::tensor({3, 5})));
+  EXPECT_EQ(one.prompt_embedding.size(1), 3);
+  EXPECT_TRUE(one.text_mask.all().item<bool>());
+}
+
 TEST(TrainingData, WeighsRegularisationAndLeavesOutValidation) {
   TemporaryFolder folder;
   TrainingCaches caches = five_items();
@@ -367,6 +391,109 @@ TEST(TrainingData, RefusesAbsentCachesAndCachesOfTheOtherKind) {
   five_items().write(folder.path());
   EXPECT_THROW(TrainingData(folder / "nothing", folder / "text", {}), CacheError);
   EXPECT_THROW(TrainingData(folder / "text", folder / "latents", {}), CacheError);
+}
+
+std::set<std::string> trained_on(const TrainingData& data) {
+  std::set<std::string> names;
+  for (int64_t epoch = 0; epoch < 2; ++epoch)
+    for (const auto& visits : data.epoch_batches(epoch))
+      for (const std::string& name : data.load(epoch, 0, visits).names) names.insert(name);
+  return names;
+}
+
+std::set<std::string> held_out(const TrainingData& data) {
+  std::set<std::string> names;
+  for (int64_t i = 0; i < data.num_held_out_batches(); ++i)
+    for (const std::string& name : data.load_held_out(i).names)
+      EXPECT_TRUE(names.insert(name).second) << name;
+  return names;
+}
+
+TEST(TrainingData, HoldsOutWhatTheCachesSayOrAShareByHash) {
+  TemporaryFolder folder;
+  TrainingCaches caches;
+  for (int i = 0; i < 60; ++i)
+    caches.items.push_back({.name = fmt::format("{}.png", i), .columns = i % 3 ? 8u : 12u});
+  caches.items[7].flags = cache::kItemRegularization;
+  caches.t5_length = 4;
+  caches.write(folder / "few");
+  const auto split = [&](const char* name, double share, uint64_t seed, int64_t samples = 0) {
+    return TrainingData(folder / name / "latents",
+                        folder / name / "text",
+                        {.batch_size = 4,
+                         .validation_split = share,
+                         .validation_seed = seed,
+                         .validation_samples = samples});
+  };
+  std::set<std::string> few;
+  {
+    const TrainingData data = split("few", 0.25, 0);
+    few = held_out(data);
+    EXPECT_EQ(std::ssize(few), data.num_validation());
+    EXPECT_EQ(data.num_held_out(), data.num_validation());
+    EXPECT_GT(few.size(), 6u);
+    EXPECT_LT(few.size(), 26u);
+    EXPECT_FALSE(few.contains("7.png"));
+    const auto trained = trained_on(data);
+    EXPECT_EQ(trained.size() + few.size(), 60u);
+    for (const std::string& name : few) EXPECT_FALSE(trained.contains(name)) << name;
+    EXPECT_NE(held_out(split("few", 0.25, 1)), few);
+    const TrainingData limited = split("few", 0.25, 0, 3);
+    EXPECT_EQ(held_out(limited).size(), 3u);
+    EXPECT_EQ(limited.num_held_out(), 3);
+    EXPECT_EQ(trained_on(limited), trained);
+  }
+  // more samples move none
+  for (int i = 60; i < 90; ++i) caches.items.push_back({.name = fmt::format("{}.png", i)});
+  caches.write(folder / "more");
+  const auto more = held_out(split("more", 0.25, 0));
+  EXPECT_GT(more.size(), few.size());
+  for (int i = 0; i < 60; ++i) {
+    const std::string name = fmt::format("{}.png", i);
+    EXPECT_EQ(more.contains(name), few.contains(name)) << name;
+  }
+  // of a share too small for any, one
+  EXPECT_EQ(held_out(split("more", 1e-6, 0)).size(), 1u);
+  caches.items[3].flags = caches.items[8].flags = cache::kItemValidation;
+  caches.write(folder / "said");
+  EXPECT_EQ(held_out(split("said", 0, 0)), (std::set<std::string>{"3.png", "8.png"}));
+  EXPECT_THROW(split("said", 0.25, 0), UsageError);
+}
+
+TEST(TrainingData, HeldOutSamplesAreTheSameWheneverTheyAreRead) {
+  TemporaryFolder folder;
+  TrainingCaches caches = five_items();
+  for (auto& item : caches.items) item.num_captions = 3, item.flipped_too = true;
+  caches.items[0].flags = caches.items[1].flags = caches.items[2].flags = cache::kItemValidation;
+  caches.plan["subsets"][0]["caption_dropout_rate"] = 1.0;
+  caches.empty_caption = true;
+  caches.write(folder.path());
+  const auto open = [&](uint64_t seed, uint64_t validation_seed) {
+    return TrainingData(
+        folder / "latents",
+        folder / "text",
+        {.seed = seed, .batch_size = 1, .input_noise = 0.5, .validation_seed = validation_seed});
+  };
+  const TrainingData one = open(1, 0), two = open(2, 0), three = open(1, 3);
+  ASSERT_EQ(one.num_held_out_batches(), 3);
+  EXPECT_EQ(one.held_out_buckets(), (std::vector<BucketVisits>{{64, 64, 2}, {96, 64, 1}}));
+  std::set<float> noises;
+  for (int64_t i = 0; i < 3; ++i) {
+    const Batch a = one.load_held_out(i), b = two.load_held_out(i);
+    EXPECT_EQ(a.names, b.names);
+    EXPECT_TRUE(at::equal(a.latents, b.latents));
+    EXPECT_TRUE(at::equal(a.prompt_embedding, b.prompt_embedding));
+    EXPECT_GT(a.prompt_embedding.min().item<float>(), 0) << "the caption was dropped";
+    EXPECT_FALSE(a.noise.defined());
+    EXPECT_FALSE(a.loss_weight.defined());
+    for (int64_t sigma = 0; sigma < 3; ++sigma) {
+      const at::Tensor noise = one.held_out_noise(a, sigma);
+      EXPECT_TRUE(at::equal(noise, two.held_out_noise(b, sigma)));
+      EXPECT_FALSE(at::equal(noise, three.held_out_noise(a, sigma)));
+      EXPECT_NEAR(noise.std().item<double>(), 1, 0.1);
+      EXPECT_TRUE(noises.insert(noise.flatten()[0].item<float>()).second);
+    }
+  }
 }
 
 TEST(TrainingData, MarksBothCachesAsBeingRead) {
