@@ -80,6 +80,7 @@ constexpr Key kKeys[] = {
     {"metadata_file", Type::kText, kMetadataSubset},
     {"is_reg", Type::kBool, kFolderSubset},
     {"alpha_mask", Type::kBool, kSubsets},
+    {"conditioning_data_dir", Type::kText, kSubsets},
 };
 
 constexpr const char* kInterpolations[] = {
@@ -234,9 +235,6 @@ void check_table(const toml::value& value,
     if (skip != nullptr && name == skip) continue;
     const Key* key = find_key(name);
     if (key == nullptr || (key->where & where) == 0) {
-      if (name == "conditioning_data_dir") {
-        place.fail("conditioning_data_dir (ControlNet and masked-loss data sets) is not supported");
-      }
       if (key != nullptr) {
         const bool other_kind = (where & kDataset && key->where & kDataset) ||
                                 (where & kSubsets && key->where & kSubsets);
@@ -517,6 +515,12 @@ Subset read_subset(const toml::value& table,
   s.random_crop = scope.flag("random_crop");
   s.face_crop = scope.find("face_crop_aug_range") != nullptr;
   s.alpha_mask = table.contains("alpha_mask") && table.at("alpha_mask").as_boolean();
+  if (table.contains("conditioning_data_dir")) {
+    s.mask_folder = base / table.at("conditioning_data_dir").as_string().str;
+    if (s.alpha_mask)
+      place.fail("conditioning_data_dir and alpha_mask contradict each other: both make masks",
+                 "leave one of them out");
+  }
   const auto* attributes = scope.find("custom_attributes");
   s.custom_attributes = attributes != nullptr && !attributes->as_table().empty();
   return s;

@@ -36,6 +36,7 @@ struct Subset {
   int64_t dataset = 0;                  // index of its [[datasets]]
   std::filesystem::path folder;         // image_dir; empty if only metadata_file is given
   std::filesystem::path metadata_file;  // .json or .jsonl; empty in a DreamBooth subset
+  std::filesystem::path mask_folder;    // conditioning_data_dir; empty = none, see find_masks()
   std::string where;  // for messages: "set.toml: [[datasets]] 1: ..."; empty with --images
   std::vector<std::string> caption_extensions;  // tried in order, ".txt"
   std::string class_tokens;                     // caption of images without one; empty = none
@@ -112,6 +113,20 @@ Resolved resolve_folder(const std::filesystem::path& folder,
                         int64_t width,
                         int64_t height,
                         Profile profile);
+
+/// The picture that says how much of an image counts in the loss, or why there is none.
+struct MaskFile {
+  std::filesystem::path file;  // empty: the image's subset has no masks, or `reason` says why
+  std::string reason;
+};
+/// By image of `resolved`: the picture of the same name but for its ending in the subset's mask_folder, in the same
+/// sub-folder for images that metadata_file names. Only names are read. Warns of masks that belong to no image of a folder.
+/// Throws InputError naming the subset if a folder of masks is not there or cannot be read.
+std::vector<MaskFile> find_masks(const Resolved& resolved);
+
+/// The names of the pictures in a folder, not in its sub-folders, sorted. Throws InputError: no such folder, or it may not
+/// be read.
+std::vector<std::string> list_images(const std::filesystem::path& folder, Profile profile);
 
 /// Throws InputError if an option cannot be honoured by a cache, or is not supported yet, with the
 /// option, the reason and what to do.

@@ -47,7 +47,9 @@ bool is_image_name(std::string_view name, Profile profile) {
   return std::find(known.begin(), known.end(), lower) != known.end();
 }
 
-// Names of the images in a folder, bytewise sorted. A link to nothing is listed: it fails as an
+}  // namespace
+
+// Bytewise sorted. A link to nothing is listed: it fails as an
 // item, not silently.
 std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
   std::error_code error;
@@ -68,6 +70,8 @@ std::vector<std::string> list_images(const fs::path& folder, Profile profile) {
   std::sort(names.begin(), names.end());
   return names;
 }
+
+namespace {
 
 // Text of a member, empty if it is absent. null counts as absent.
 std::optional<std::string> text_member(const Json& entry,

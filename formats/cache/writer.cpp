@@ -122,7 +122,11 @@ void Writer::State::add_changes(const SampleInfo& now,
   }
   if (old.row >= segment->samples().size()) return;
   const SampleInfo& was = segment->samples()[old.row];
-  const auto differs = [&](const char* field, bool yes) { changed_by[field] += yes; };
+  bool any = false;
+  const auto differs = [&](const char* field, bool yes) {
+    changed_by[field] += yes;
+    any = any || yes;
+  };
   const Recipe& then = previous->recipe;
   if (recipe.kind == Kind::kText) {
     // with other draws of the same caption the text differs too
@@ -149,6 +153,8 @@ void Writer::State::add_changes(const SampleInfo& now,
     for (const auto& [field, value] : b->items())
       differs(fmt::format("{}.{}", what, field).c_str(), !a->contains(field));
   }
+  // the tables do not name the picture that a mask is of
+  differs("mask", !any && (was.flags & now.flags & kSampleMasked));
   std::erase_if(changed_by, [](const auto& entry) { return entry.second == 0; });
 }
 

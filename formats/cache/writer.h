@@ -43,7 +43,7 @@ struct Comparison {
   int64_t changed = 0;      // absent, and an item that wants it was there with other samples
   int64_t unwanted = 0;     // in the folder, and no item wants it: left to flux-cache gc
   /// Of the changed samples: what differs from the one that their item had -> how many.
-  /// "source_sha256", "bucket", "resized", "crop_top_left", "flip_aug", "alpha_mask", "caption", or a
+  /// "source_sha256", "bucket", "resized", "crop_top_left", "flip_aug", "alpha_mask", "mask", "caption", or a
   /// field of the recipe ("parameters.precision"). A sample counts for each of its fields.
   std::map<std::string, int64_t> changed_by;
   /// The recipe's and plan's fields that differ from the last manifest's: "parameters.resolution:

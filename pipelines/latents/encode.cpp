@@ -28,12 +28,30 @@ struct Pixels {
   std::string reason;
 };
 
+/// The mask that another picture is: its red, as sd-scripts takes it; what is transparent counts nothing.
+std::vector<float> mask_of_picture(const Sample& sample, image::DecodeOptions options) {
+  options.alpha = false;
+  options.background = {0, 0, 0};
+  try {
+    const auto bytes = read_picture(sample.mask_file);
+    if (sha256(bytes) != sample.mask_sha256) throw InputError("changed while it was being read");
+    const image::Rgb picture = image::decode(as_bytes(bytes), options);
+    if (picture.size != sample.original) throw InputError("its head and its pixels differ in size");
+    image::Rgb mask{picture.size, {}};
+    mask.alpha.resize(picture.data.size() / 3);
+    for (size_t i = 0; i < mask.alpha.size(); ++i) mask.alpha[i] = picture.data[3 * i];
+    return image::alpha_mask(mask, sample.placement, sample.interpolation, sample.flip);
+  } catch (const InputError& error) {
+    throw InputError("its mask: " + stage::reason_of(error.what(), sample.mask_file.parent_path()));
+  }
+}
+
 Pixels load_pixels(const std::filesystem::path& file,
                    const Sample& sample,
                    image::DecodeOptions options,
                    stage::StageTime& decode_time,
                    stage::StageTime& resize_time) {
-  options.alpha = sample.mask;
+  options.alpha = sample.mask && sample.mask_file.empty();
   try {
     const auto picture = [&] {
       const stage::StageTime::Scope busy(decode_time);
@@ -48,7 +66,9 @@ Pixels load_pixels(const std::filesystem::path& file,
     Pixels pixels;
     pixels.values.resize(placed.data.size());
     image::to_pixels(placed, pixels.values);
-    if (sample.mask && !picture.alpha.empty()) {
+    if (!sample.mask_file.empty()) {
+      pixels.mask = mask_of_picture(sample, options);
+    } else if (sample.mask && !picture.alpha.empty()) {
       pixels.mask = image::alpha_mask(picture, sample.placement, sample.interpolation, sample.flip);
     } else if (sample.mask) {  // all of an opaque picture counts
       const auto& bucket = sample.placement.bucket;
@@ -73,7 +93,8 @@ int64_t bytes_decoded(const Sample& sample) {
 // 8-bit colours, once more while they are turned upright, the scaled picture, and the result.
 int64_t bytes_decoding(const Sample& sample) {
   const auto &original = sample.original, &resized = sample.placement.resized;
-  return 6 * original.width * original.height + 3 * resized.width * resized.height +
+  const int64_t per_pixel = sample.mask_file.empty() ? 6 : 10;  // a mask is decoded beside it
+  return per_pixel * original.width * original.height + 3 * resized.width * resized.height +
          bytes_decoded(sample);
 }
 

@@ -15,6 +15,7 @@
 #include "common/core/error.h"
 #include "common/core/file.h"
 #include "common/core/progress.h"
+#include "common/core/text.h"
 #include "common/core/threads.h"
 #include "common/image/bucket.h"
 #include "pipelines/latents/memo.h"
@@ -61,16 +62,16 @@ Found look_at(const std::filesystem::path& file, Memo& memo, std::mutex& memo_lo
 }
 
 // All pictures, in several threads: hashing is bound by the disk and one core each.
-std::vector<Found> look_at_all(const dataset::Resolved& resolved, bool rehash) {
+std::vector<Found> look_at_all(const std::vector<std::filesystem::path>& files, bool rehash) {
   std::map<std::filesystem::path, Memo> memos;
-  std::map<std::filesystem::path, bool> folders;
-  for (const auto& image : resolved.images) folders[image.file.parent_path()] = true;
-  for (const auto& [folder, ignored] : folders) {
+  std::set<std::filesystem::path> folders;
+  for (const auto& file : files) folders.insert(file.parent_path());
+  for (const auto& folder : folders) {
     std::error_code error;
     const auto real = folder.empty() ? std::filesystem::path(".") : folder;
     if (std::filesystem::is_directory(real, error)) memos.emplace(folder, Memo(real, rehash));
   }
-  std::vector<Found> found(resolved.images.size());
+  std::vector<Found> found(files.size());
   std::mutex memo_lock, error_lock;
   std::exception_ptr failure;
   std::atomic<size_t> next{0}, done{0}, ended{0};
@@ -78,7 +79,7 @@ std::vector<Found> look_at_all(const dataset::Resolved& resolved, bool rehash) {
   const auto work = [&] {
     try {
       for (size_t i; (i = next++) < found.size() && !cancel::requested() && !failed; ++done) {
-        const auto& file = resolved.images[i].file;
+        const auto& file = files[i];
         const auto memo = memos.find(file.parent_path());
         if (memo == memos.end()) {
           found[i].reason = "there is no such file";
@@ -134,7 +135,10 @@ Sha256Digest sample_key(const Sample& s, const KeyParameters& p) {
                      {"dtype", p.dtype},
                      {"store", p.store}};
   if (p.store == "sample") key["seed"] = p.seed;
-  if (s.mask) key["alpha_mask"] = true;
+  if (!s.mask_file.empty())
+    key["mask_sha256"] = to_hex(s.mask_sha256);
+  else if (s.mask)
+    key["alpha_mask"] = true;
   if (s.interpolation != image::Interpolation::kAuto)
     key["interpolation"] = image::interpolation_name(s.interpolation);
   return sha256(cache::canonical_json(key));
@@ -144,14 +148,23 @@ Scan scan(const dataset::Resolved& resolved,
           const KeyParameters& parameters,
           Animated animated,
           bool rehash) {
-  const auto found = look_at_all(resolved, rehash);
+  const std::vector<dataset::MaskFile> masks = dataset::find_masks(resolved);
+  std::vector<std::filesystem::path> files;  // those of the images, then those of masks
+  for (const auto& image : resolved.images) files.push_back(image.file);
+  std::vector<size_t> mask_at(masks.size(), 0);
+  for (size_t i = 0; i < masks.size(); ++i) {
+    if (masks[i].file.empty()) continue;
+    mask_at[i] = files.size();
+    files.push_back(masks[i].file);
+  }
+  const auto found = look_at_all(files, rehash);
   std::map<int64_t, image::Buckets> buckets;
   for (const auto& s : resolved.subsets)
     buckets.emplace(s.index, buckets_of(s.pixels, resolved.profile));
 
   Scan out;
   std::set<Sha256Digest> seen;
-  for (size_t i = 0; i < found.size(); ++i) {
+  for (size_t i = 0; i < resolved.images.size(); ++i) {
     const auto& image = resolved.images[i];
     const auto& subset = resolved.subset(image.subset);
     const auto fail = [&](const std::string& reason) {
@@ -172,6 +185,26 @@ Scan scan(const dataset::Resolved& resolved,
     sample.original = found[i].picture->header.decoded_size(resolved.profile);
     sample.interpolation = image::interpolation_from_name(subset.pixels.interpolation);
     sample.mask = subset.alpha_mask;
+    if (!subset.mask_folder.empty()) {
+      const Found& mask = found[mask_at[i]];
+      if (!masks[i].reason.empty() || !mask.picture) {
+        fail(masks[i].reason.empty() ? "its mask: " + mask.reason : masks[i].reason);
+        continue;
+      }
+      const image::Size size = mask.picture->header.decoded_size(resolved.profile);
+      if (size != sample.original) {
+        fail(fmt::format("its mask {} is {}x{}, the picture {}x{}",
+                         show(masks[i].file),
+                         size.width,
+                         size.height,
+                         sample.original.width,
+                         sample.original.height));
+        continue;
+      }
+      sample.mask = true;
+      sample.mask_file = masks[i].file;
+      sample.mask_sha256 = mask.picture->sha256;
+    }
     try {
       sample.placement = buckets.at(image.subset).place(sample.original);
     } catch (const InputError& error) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,9 @@ struct Sample {
   image::Placement placement;
   image::Interpolation interpolation = image::Interpolation::kAuto;
   bool flip = false;
-  bool mask = false;  // with a loss mask, from the picture's alpha
+  bool mask = false;                // with a loss mask: from the picture's alpha, or
+  std::filesystem::path mask_file;  // from another picture, if not empty
+  Sha256Digest mask_sha256{};       // of that one
 
   uint32_t flags() const;  // cache::kSample*
 };
@@ -40,11 +43,12 @@ struct Sample {
 struct Scan {
   std::vector<cache::WantedItem> items;  // in the order of the images, without those that failed
   std::vector<Sample> samples;           // distinct
-  std::vector<cache::Quarantined> quarantined;  // unreadable or not pictures
+  std::vector<cache::Quarantined>
+      quarantined;  // unreadable or not pictures, or without a mask that fits
 };
 
-/// Reads pictures that no earlier run has hashed (all with `rehash`), in several threads; decodes
-/// none. Animations are left out if `animated` says so. Throws Interrupted.
+/// Reads pictures and masks that no earlier run has hashed (all with `rehash`), in several threads; decodes
+/// none. Animations are left out if `animated` says so. Throws Interrupted; what find_masks() throws.
 Scan scan(const dataset::Resolved& resolved,
           const KeyParameters& parameters,
           Animated animated,

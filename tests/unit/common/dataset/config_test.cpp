@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -135,8 +136,54 @@ TEST_F(DatasetFile, RefusesByNameWhatACacheCannotHonour) {
       error_of("[general]\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = 8\n" +
                kCats),
       "multiple of 16");
-  EXPECT_HAS(error_of(kCats + "conditioning_data_dir = 'x'\n"), "not supported");
+  EXPECT_HAS(error_of(kCats + "conditioning_data_dir = 'x'\nalpha_mask = true\n"),
+             "conditioning_data_dir and alpha_mask contradict each other");
+  EXPECT_HAS(error_of("[general]\nconditioning_data_dir = 'x'\n" + kCats), "cannot stand here");
+  EXPECT_EQ(error_of(kCats + "conditioning_data_dir = 'x'\n"), "accepted");
   EXPECT_EQ(error_of(kCats + "cache_info = true\ncustom_attributes = {}\n"), "accepted");
+}
+
+TEST_F(DatasetFile, MasksAreThePicturesOfTheSameNames) {
+  folder.write("cats/two.png", "x");
+  folder.write("cats/none.png", "x");
+  for (const char* name :
+       {"masks/a.webp", "masks/b.jpg", "masks/two.png", "masks/two.bmp", "masks/z.png"})
+    folder.write(name, "x");
+  const auto masks_of = [&](const std::string& toml) {
+    const Resolved resolved = resolve(toml);
+    const auto found = find_masks(resolved);
+    EXPECT_EQ(found.size(), resolved.images.size());
+    std::map<std::string, std::string> out;
+    for (size_t i = 0; i < found.size(); ++i)
+      out[resolved.images[i].name] = found[i].file.empty()
+                                         ? found[i].reason
+                                         : found[i].file.lexically_relative(folder.path()).native();
+    return out;
+  };
+  testing::internal::CaptureStderr();
+  auto found = masks_of(kCats + "conditioning_data_dir = 'masks'\n");
+  EXPECT_HAS(testing::internal::GetCapturedStderr(), "a mask of no image: z.png");
+  EXPECT_EQ(found["a.png"], "masks/a.webp");
+  EXPECT_EQ(found["b.JPG"], "masks/b.jpg");
+  EXPECT_HAS(found["two.png"], "two masks: two.bmp and two.png in ");
+  EXPECT_HAS(found["none.png"], "no mask: ");
+  found = masks_of(kCats);
+  EXPECT_EQ(found["a.png"], "");
+
+  folder.write("m.json", R"({"cats/a.png": {"caption": "x"}, "style/s.webp": {"caption": "y"}})");
+  folder.write("masks/cats/a.png", "x");
+  found = masks_of(
+      "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n"
+      "image_dir = '.'\nconditioning_data_dir = 'masks'\n");
+  EXPECT_EQ(found["cats/a.png"], "masks/cats/a.png");
+  EXPECT_HAS(found["style/s.webp"], "no mask: ");
+  try {
+    find_masks(resolve(kCats + "conditioning_data_dir = 'nowhere'\n"));
+    FAIL();
+  } catch (const InputError& error) {
+    EXPECT_HAS(std::string(error.what()), "[[datasets.subsets]] 1: conditioning_data_dir ");
+    EXPECT_HAS(std::string(error.what()), "there is no such folder");
+  }
 }
 
 TEST_F(DatasetFile, ListsByExtensionOfTheProfile) {

@@ -265,6 +265,66 @@ TEST_F(Latents, AlphaBecomesALossMask) {
   EXPECT_EQ(run(options).encoded, 0);
 }
 
+/// A BMP of two colours: `left` in the left half. Values are red; blue and green are another.
+std::string halves(uint32_t width, uint32_t height, uint8_t left, uint8_t right) {
+  std::string rows;
+  for (uint32_t y = 0; y < height; ++y)
+    for (uint32_t x = 0; x < width; ++x)
+      rows += std::string{'\x11', '\x22', static_cast<char>(x < width / 2 ? left : right)};
+  return "BM" + le(54 + static_cast<uint32_t>(rows.size()), 4) + le(0, 4) + le(54, 4) + le(40, 4) +
+         le(width, 4) + le(height, 4) + le(1, 2) + le(24, 2) + le(0, 24) + rows;
+}
+
+TEST_F(Latents, MaskPicturesBecomeLossMasks) {
+  for (const char* name : {"a", "b", "c", "d"})
+    folder.write(fmt::format("photos/{}.bmp", name),
+                 picture(128, 128, static_cast<uint64_t>(name[0])));
+  folder.write("masks/a.bmp", halves(128, 128, 0, 255));
+  folder.write("masks/b.bmp", halves(128, 128, 255, 51));
+  folder.write("masks/c.bmp", halves(64, 128, 255, 51));
+  options.data.images.clear();
+  options.data.dataset =
+      folder.write("d.toml",
+                   "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n"
+                   "image_dir = '" +
+                       (folder / "photos").string() + "'\nconditioning_data_dir = '" +
+                       (folder / "masks").string() + "'\nflip_aug = true\n");
+  options.width = options.height = 0;
+  options.encode.max_failed = 2;
+  const auto first = run(options);
+  EXPECT_EQ(first.encoded, 4);
+  const std::string bad = read_file(options.encode.out / "quarantine.jsonl");
+  EXPECT_NE(bad.find("c.bmp is 64x128, the picture 128x128"), std::string::npos) << bad;
+  EXPECT_NE(bad.find("no mask: "), std::string::npos) << bad;
+  const auto mask = [&](int64_t item, size_t variant) {
+    const cache::Cache cache(options.encode.out, cache::Kind::kLatents);
+    const auto sample = cache.read(cache.index().variants(item)[variant]);
+    EXPECT_EQ(sample.tensors.size(), 2u);
+    std::vector<float> values(64);
+    std::memcpy(values.data(), sample.tensors.at(1).data(), 256);
+    return values;
+  };
+  for (const size_t flip : {0u, 1u})
+    for (size_t i = 0; i < 64; ++i) {
+      const bool left = (i % 8 < 4) == (flip == 0);
+      EXPECT_EQ(mask(0, flip)[i], left ? 0.0f : 1.0f) << i;
+      EXPECT_FLOAT_EQ(mask(1, flip)[i], left ? 1.0f : 0.2f) << i;
+    }
+  EXPECT_EQ(run(options).encoded, 0);
+  // an edited mask: its sample and its mirror image, no other
+  folder.write("masks/b.bmp", halves(128, 128, 102, 51));
+  const auto edited = run(options);
+  EXPECT_EQ(edited.encoded, 2);
+  EXPECT_EQ(edited.changed_by, (nlohmann::json{{"mask", 2}}));
+  EXPECT_FLOAT_EQ(mask(1, 0)[0], 0.4f);
+  // one that cannot be read, and a mask that comes later
+  folder.write("masks/b.bmp", "no picture");
+  folder.write("masks/d.bmp", halves(128, 128, 0, 255));
+  EXPECT_EQ(run(options).encoded, 2);
+  EXPECT_NE(read_file(options.encode.out / "quarantine.jsonl").find("its mask: "),
+            std::string::npos);
+}
+
 TEST(Halving, TriesSmallerBatchesUntilOneFits) {
   std::vector<int64_t> tried, done;
   int64_t batch_size = 8;
