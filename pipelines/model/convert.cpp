@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/isfinite.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -27,26 +26,14 @@
 #include "common/quant/quant.h"
 #include "common/tensor/tensor.h"
 #include "formats/safetensors/set_writer.h"
+#include "pipelines/model/convert_net.h"
 
 namespace flux::model {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr uint64_t kProgressUnit = 1000000;
-constexpr char kMadeHere[] = "flux_stages.converted";
-
 const Choices<DType> kDtypes{
     {"bf16", DType::kBF16}, {"f16", DType::kF16}, {"f32", DType::kF32}, {"fp8", DType::kF8E4M3}};
-
-bool is_finite_tensor(const at::Tensor& tensor) {
-  return at::isfinite(to_dtype(tensor, at::kFloat)).all().item<bool>();
-}
-
-void require_finite(const at::Tensor& scales, const std::string& name, const fs::path& path) {
-  if (!is_finite_tensor(scales))
-    throw InputError(fmt::format("{}: tensor {} holds infinite values or NaN", show(path), name),
-                     "the file is damaged: download it again");
-}
 
 /// What is written of one BFL tensor.
 struct Item {
@@ -94,7 +81,7 @@ class Conversion {
     }
     auto metadata = model_.metadata();
     metadata.merge(safetensors::pt_metadata());
-    metadata[kMadeHere] = fmt::format("flux-model {}", tool_version());
+    metadata[kConvertedKey] = fmt::format("flux-model {}", tool_version());
     const std::string key(kQuantMetadataKey);
     metadata.erase(key);
     if (keeps_codes_) metadata[key] = report.format = stored_quant_name(*model_.quant());
@@ -103,7 +90,7 @@ class Conversion {
     const safetensors::SetPlace place{options_.out,
                                       diffusers ? "diffusion_pytorch_model" : "model",
                                       static_cast<uint64_t>(options_.shard_bytes)};
-    safetensors::SetWriter writer(place, specs, metadata, kMadeHere, "flux-model convert");
+    safetensors::SetWriter writer(place, specs, metadata, kConvertedKey, "flux-model convert");
     Progress progress("convert", "MB", static_cast<int64_t>(writer.total_bytes() / kProgressUnit));
     for (const Item& item : items_) {
       cancel::check();
@@ -190,16 +177,7 @@ class Conversion {
   }
 
   void write_plain(const Item& item, const at::Tensor& tensor, safetensors::SetWriter& writer) {
-    at::Tensor written = to_dtype(tensor, item.written);
-    if (item.written != tensor.scalar_type() && !is_finite_tensor(written)) {
-      require_finite(tensor, item.name, options_.in);
-      throw InputError(fmt::format("{}: tensor {} holds values up to {:.4g}, too large for {}",
-                                   show(options_.in),
-                                   item.name,
-                                   to_dtype(tensor, at::kFloat).abs().max().item<float>(),
-                                   dtype_name(dtype_of(item.written))),
-                       "choose another --dtype");
-    }
+    const at::Tensor written = narrowed(tensor, item.written, item.name, options_.in);
     tensors_->split(item.name, written, [&](const std::string& name, const at::Tensor& piece) {
       writer.write(name, host_bytes(piece));
     });
@@ -220,17 +198,24 @@ class Conversion {
 
 void add_flags(ConvertOptions& options, Tool& tool) {
   tool.about(
-      "Writes a FLUX transformer in another layout, dtype or number of files, or with the matrices "
-      "of its blocks in 8 or 4 bits, so that training a LoRA reads half or a quarter of the bytes.",
+      "Writes a FLUX transformer, an autoencoder or a text encoder in another layout, dtype or "
+      "number "
+      "of files; a transformer also with the matrices of its blocks in 8 or 4 bits, so that "
+      "training "
+      "a LoRA reads half or a quarter of the bytes.",
       "flux-model convert --quantize fp8 --in flux1-dev.safetensors --out "
       "flux1-dev-fp8.safetensors");
-  tool.flag("in", options.in, "FILE", "transformer: a file, a sharded index, or a folder");
+  tool.flag("in", options.in, "FILE", "weights: a file, a sharded index, or a folder");
   tool.flag("out",
             options.out,
             "FILE",
             "what to write: NAME.safetensors, or a folder for model.safetensors or, in diffusers' "
             "layout, diffusion_pytorch_model.safetensors and config.json");
-  tool.flag("layout", options.layout, dit::model_layouts(), "names of the tensors", "as in --in");
+  tool.flag("layout",
+            options.layout,
+            dit::model_layouts(),
+            "names of the tensors of a transformer or an autoencoder",
+            "as in --in");
   tool.flag("dtype",
             options.dtype,
             kDtypes,
@@ -265,7 +250,9 @@ ConvertReport convert(const ConvertOptions& options) {
   if (fs::equivalent(options.in, options.out, error))
     throw UsageError(show(options.out) + ": --out is the file that --in reads",
                      "write to another file");
-  ConvertReport report = Conversion(options).run();
+  const auto kinds = nets_in(read_weights(options.in));
+  const bool other = kinds.size() == 1 && kinds[0] != NetKind::kFlux;
+  ConvertReport report = other ? convert_net(options, kinds[0]) : Conversion(options).run();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }

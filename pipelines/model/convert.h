@@ -39,8 +39,8 @@ struct ConvertReport {
   nlohmann::json json() const;
 };
 
-/// Writes the transformer in `in` (any layout and dtype that training takes) in `layout`: the same bits, so that
-/// weights_sha256 stays, unless `dtype` or `quantize` asks for others. With `quantize` the matrices of the blocks are as
+/// Writes the net in `in` (any layout and dtype that training takes) in `layout`: the same bits, so that weights_sha256
+/// stays, unless `dtype` or `quantize` asks for others. With `quantize` the matrices of the blocks are as
 /// common/quant/quant.h says, the bits that training makes on the fly; all else is bfloat16. A quantised model becomes a
 /// plain one with `dtype`, and otherwise stays what it is. One tensor at a time is in memory. Files appear when they are
 /// complete. A folder of the diffusers layout gets a config.json.

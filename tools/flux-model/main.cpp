@@ -54,6 +54,6 @@ int main(int argc, char** argv) {
                         argv,
                         "looks into model files, quantises them, and makes random ones",
                         {{"info", "which nets a file holds, their sizes and identity", info},
-                         {"convert", "write a transformer in 8 or 4 bits", convert},
+                         {"convert", "write weights in another layout, dtype or number of files, or a transformer in 8 or 4 bits", convert},
                          {"tiny", "write small random models that the whole chain accepts", tiny}});
 }
