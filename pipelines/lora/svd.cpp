@@ -22,7 +22,10 @@ constexpr int64_t kSmall = 768;  // sides up to here take less than a second
 constexpr int64_t kOversampling = 16;
 constexpr int kIterations = 6;
 
-at::Tensor wide(const at::Tensor& tensor) { return to_dtype(tensor, at::kFloat).to(at::kDouble); }
+at::Tensor wide(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? tensor
+                                             : to_dtype(tensor, at::kFloat).to(at::kDouble);
+}
 
 Svd dense(const at::Tensor& matrix) {
   auto [u, s, v] = at::linalg_svd(wide(matrix), /*full_matrices=*/false);

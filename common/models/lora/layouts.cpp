@@ -524,6 +524,9 @@ struct AdapterFile::Impl {
     const bool infers = !given;
     auto parts = collect(tensors, metadata, infers ? symbolic(blocks) : blocks);
     config = infers ? infer_config(blocks, parts, replaced) : blocks;
+    for (const auto& [name, tensor] : replaced)
+      if (tensor.size(0) != config.head_dim())
+        refuse(name, fmt::format("shape {}, expected [{}]", shape_text(tensor), config.head_dim()));
     const Places names = infers ? module_names(config) : Places();
     const PeftConfig peft(metadata, "transformer.");
     bool has_magnitude = false;

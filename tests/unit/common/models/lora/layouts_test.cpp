@@ -161,7 +161,10 @@ TEST(FromTensors, RefusesByName) {
   };
   EXPECT_THAT(with_bias("lora_unet_double_blocks_0_img_attn_qkv.diff_b"), HasSubstr("a bias"));
   EXPECT_THAT(with_bias("double_blocks.0.img_attn.norm.query_norm.scale"),
-              HasSubstr("replaced norms"));
+              HasSubstr("shape [384], expected [128]"));
+  auto with_norm = good;
+  with_norm["double_blocks.0.img_attn.norm.query_norm.scale"] = at::zeros({config().head_dim()});
+  EXPECT_THAT(refusal(with_norm), HasSubstr("replaced norms"));
   EXPECT_THAT(with_bias("bundle_emb.word.clip_l"), HasSubstr("embeddings"));
   auto with_text = good;
   with_text["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = at::zeros({2, 8});
