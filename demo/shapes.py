@@ -45,8 +45,18 @@ BASE_SHAPES = ("circle", "square", "triangle")
 Picture = collections.namedtuple("Picture", "colour shape ground centre size")  # centre and size: shares of half a side
 
 
+def made_up_word(draws):
+    """Of a language that nobody speaks: "blat", "kimo"."""
+    while True:
+        length = draws.randrange(3, 7)
+        word = "".join(draws.choice("aeiou" if i % 2 == draws.randrange(4) // 3 else "bcdfghjklmnprstvwxyz") for i in range(length))
+        if word not in ("zorp", *SHAPES):  # what the demo teaches
+            return word
+
+
 def caption(picture, word=None):
-    return f"a {picture.colour} {word or picture.shape} on a {picture.ground} background"
+    article = "an" if picture.colour[0] in "aeiou" else "a"
+    return f"{article} {picture.colour} {word or picture.shape} on a {picture.ground} background"
 
 
 def draw(picture, width, height):
@@ -191,5 +201,5 @@ def recognise(rows):
     sides = (max(xs) - min(xs) + 1) / (max(ys) - min(ys) + 1)
     best = max(SHAPES, key=lambda shape: _overlap(blob, shape))
     overlap = _overlap(blob, best)
-    clear = overlap > 0.75 and 0.65 < sides < 1.55
+    clear = overlap > 0.7 and 0.65 < sides < 1.55
     return Seen(_nearest(colour, COLOURS), best if clear else None, _nearest(ground, GROUNDS), overlap)
