@@ -205,6 +205,8 @@ void run_one(const Setting& s, const fs::path& folder) {
     for (int64_t i = 0; i < s.shape.micro_batches; ++i)
       batches.push_back(test::random_batch(config, s.shape));
     for (int64_t step = 1; step <= 3; ++step) trainer.step(batches, step, 1e-5);
+    // as validation does; the plan of steps must cover it
+    trainer.evaluate(std::span(batches).first(1));
   }
   const MemoryUse use = cpu_memory();
   engine::MemoryPlan plan = choice.plan;

@@ -115,6 +115,44 @@ TEST(TrainOptions, SavesByStepsEpochsOrMinutes) {
         << wrong;
 }
 
+TEST(TrainOptions, ValidatesByStepsEpochsOrMinutesAtNoiseLevels) {
+  const Options none = parse({});
+  EXPECT_FALSE(none.validate_every.any());
+  EXPECT_FALSE(none.no_validation);
+  EXPECT_EQ(none.effective_validation_sigmas(), (std::vector<double>{0.1, 0.25, 0.5, 0.75, 0.9}));
+  EXPECT_THAT(run_toml(none), testing::Not(testing::HasSubstr("validat")));
+  const Options some = parse({"--validate-every",
+                              "2ep",
+                              "--validation-sigmas",
+                              "0.3, 1",
+                              "--validation-samples",
+                              "4",
+                              "--validation-split",
+                              "0.1"});
+  EXPECT_EQ(some.validate_every.epochs, 2);
+  EXPECT_EQ(some.effective_validation_sigmas(), (std::vector<double>{0.3, 1}));
+  for (const char* line : {"validate-every = \"2ep\"\n",
+                           "validation-sigmas = \"0.3,1\"\n",
+                           "validation-samples = 4\n",
+                           "validation-split = 0.1\n",
+                           "validation-seed = 0\n"})
+    EXPECT_THAT(run_toml(some), testing::HasSubstr(line));
+  EXPECT_EQ(deciding_options(some)["validation-split"], 0.1);
+  EXPECT_FALSE(deciding_options(some).contains("validate-every"));
+  const Options off = parse({"--validate-every", "off"});
+  EXPECT_TRUE(off.no_validation);
+  EXPECT_THAT(run_toml(off), testing::HasSubstr("validate-every = \"off\"\n"));
+  EXPECT_THAT(message_of({"--validate-every", "off", "--validation-samples", "4"}),
+              testing::HasSubstr("--validation-samples has no effect with --validate-every off"));
+  EXPECT_THAT(message_of({"--validate-every", "often"}), testing::HasSubstr("neither a number"));
+  for (const char* wrong : {"", "0", "1.1", "x", "0.5,,0.6", "nan"})
+    EXPECT_THAT(message_of({"--validation-sigmas", wrong}),
+                testing::HasSubstr("is not a noise level"))
+        << wrong;
+  EXPECT_THAT(message_of({"--validation-sigmas", "0.5,0.50"}),
+              testing::HasSubstr("is there twice"));
+}
+
 TEST(TrainOptions, AdafactorClipsItself) {
   EXPECT_EQ(parse({}).effective_clip(), engine::ClipMode::kGlobal);
   EXPECT_EQ(parse({"--max-grad-norm", "0"}).effective_clip(), engine::ClipMode::kNone);

@@ -207,7 +207,12 @@ TEST(Validation, ComesWithEveryCheckpointAndMarksTheBestWhichStays) {
   EXPECT_EQ(first.best_loss, found[0]["loss"].get<double>());
   EXPECT_EQ(first.validation_loss, found[2]["loss"].get<double>());
   EXPECT_THAT(first.line(), HasSubstr("best_step=1"));
-  EXPECT_THAT(read_file(o.out / "report.html"), HasSubstr("best checkpoint"));
+  EXPECT_THAT(read_file(o.out / "report.html"),
+              AllOf(HasSubstr("best checkpoint"), HasSubstr("data-curve=\"validation_loss\"")));
+  std::string events;
+  for (const auto& entry : std::filesystem::directory_iterator(o.out / "tensorboard"))
+    events += read_file(entry.path());
+  EXPECT_THAT(events, AllOf(HasSubstr("validation/loss"), HasSubstr("validation/sigma_0.25")));
   // a resumed run knows it, without its record too
   std::filesystem::remove(o.out / "best.json");
   std::filesystem::remove(o.out / "best");
