@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Trains the demo's autoencoder, FLUX's layout with narrow channels, on drawn shapes: train_ae.py OUT.safetensors [--minutes M].
-Needs torch and safetensors (scripts/setup --peers). The weights are those that were best for their size, not the same bits
-on every machine."""
+"""Trains the demo's autoencoder, FLUX's layout with narrow channels, on drawn shapes: train_ae.py OUT.safetensors.
+Needs torch and safetensors (scripts/setup --peers); 40 minutes on one core. It trains by the clock, so that the weights are not
+the same on every machine, and the base has to be trained on them anew (train_base)."""
 import argparse
 import itertools
 import math
@@ -148,29 +148,24 @@ def pictures(seed, count):
     return (out.unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
-    parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
-    net = AutoEncoder()
-    print(f"{sum(p.numel() for p in net.parameters())} parameters", flush=True)
-    data = pictures(options.seed, 4000)
-    print("pictures are drawn", flush=True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+KL_WEIGHT = 2e-3
+NOISE = 0.15  # in latents, when the decoder trains alone: what a transformer leaves
+
+
+def train(net, data, options, minutes, decoder_alone):
+    net.encoder.requires_grad_(not decoder_alone)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    rate = 7e-4 if decoder_alone else 1.5e-3
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    draws = torch.Generator().manual_seed(options.seed + decoder_alone)
     start = time.monotonic()
-    draws = torch.Generator().manual_seed(options.seed)
     sums, counted = torch.zeros(4), 0
     for step in itertools.count():
-        done = (time.monotonic() - start) / (60 * options.minutes)
+        done = (time.monotonic() - start) / (60 * minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1, (step + 1) / 50) * max(0.02, (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = rate * min(1, (step + 1) / 50) * max(0.02, (1 + math.cos(math.pi * done)) / 2)
         batch = data[torch.randint(len(data), (options.batch,), generator=draws)]
         flips = torch.rand(2, generator=draws)
         batch = batch.flip([axis + 2 for axis in range(2) if flips[axis] < 0.5])
@@ -178,6 +173,8 @@ def main():
             mean, logvar = net.encoder(batch)
             mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
             raw = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+            if decoder_alone:
+                raw += NOISE / SCALE * torch.rand(len(raw), 1, 1, 1, generator=draws) * torch.randn_like(raw)
             output = net.decoder(raw).float()
         # the latents that the transformer sees are to be near a standard normal distribution
         scaled, log_variance = SCALE * (mean - SHIFT), logvar + 2 * math.log(SCALE)
@@ -186,7 +183,7 @@ def main():
         loss = error.mean() + 2 * error.square().mean() + KL_WEIGHT * kl
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         sums += torch.tensor([loss.item(), error.mean().item(), kl.item(), log_variance.exp().mean().sqrt().item()])
         counted += 1
@@ -199,12 +196,30 @@ def main():
     save(net, options.out)
 
 
-KL_WEIGHT = 2e-3
-
-
 def save(net, path):
     safetensors.torch.save_file({k: v.to(torch.bfloat16).contiguous() for k, v in net.state_dict().items()}, path,
                                 {"format": "pt"})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--minutes", type=float, default=25, help="of both halves")
+    parser.add_argument("--decoder-minutes", type=float, default=15, help="after that, of the decoder alone")
+    parser.add_argument("--start", help="weights to go on from, with --minutes 0 in their decoder alone: the latents stay")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_flush_denormal(True)
+    net = AutoEncoder()
+    if options.start:
+        net.load_state_dict({k: v.float() for k, v in safetensors.torch.load_file(options.start).items()})
+    print(f"{sum(p.numel() for p in net.parameters())} parameters", flush=True)
+    data = pictures(options.seed, 4000)
+    print("pictures are drawn", flush=True)
+    train(net, data, options, options.minutes, False)
+    train(net, data, options, options.decoder_minutes, True)
 
 
 if __name__ == "__main__":
