@@ -77,7 +77,7 @@ def work(tool, numbers):
             before = set(tool.read(out))
             continue
         scale = max(0.4, scale * 0.9)
-        tool.check_complete(out, where)
+        tool.check_complete(out, where, leftovers if tool.steps in before else frozenset())
         count(finished=1)
         shutil.rmtree(out)
         before = set()

@@ -103,16 +103,18 @@ class Training:
         other = sorted(self.leftovers(out) - before)
         torture.require(not other, f"{where}: left {other}")
 
-    def check_complete(self, out, where):
+    def check_complete(self, out, where, before=frozenset()):
+        """`before`: what killed runs had left in a folder whose steps were all made; a run changes nothing there."""
         steps = self.check(out, where)
         torture.require(self.steps in steps, f"{where}: the last step was not saved, but {sorted(steps)}")
-        self.check_tidy(out, where)
+        self.check_tidy(out, where, before)
         torture.require(metrics(out) == self.log, f"{where}: the log differs from the uninterrupted run's")
 
     def complete(self, out, where, scratch=None):
+        before = self.leftovers(out) if self.steps in self.read(out) else frozenset()
         code, report, stderr = self.run(out, scratch=scratch)
         torture.require(code == 0 and report["steps"] == self.steps, f"{where}: the next run ended with {code}:\n{stderr}")
-        self.check_complete(out, where)
+        self.check_complete(out, where, before)
 
 
 class Workspace:
