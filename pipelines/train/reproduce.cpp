@@ -98,8 +98,18 @@ Dump read_dump(const std::filesystem::path& path) {
         const auto at = dump.file.tensors.find(fmt::format("{}.{}", i, name));
         if (at != dump.file.tensors.end()) tensor = at->second;
       });
-      if (!inputs.latents.defined() || !inputs.sigma.defined() ||
-          !inputs.prompt_embedding.defined() || !inputs.pooled_embedding.defined())
+      const auto is = [&](const at::Tensor& tensor, int64_t dim) {
+        return tensor.defined() && tensor.dim() == dim &&
+               tensor.size(0) == inputs.latents.size(0) && tensor.numel() > 0;
+      };
+      const auto may_be = [&](const at::Tensor& tensor, int64_t dim) {
+        return !tensor.defined() || is(tensor, dim);
+      };
+      if (!inputs.latents.defined() || inputs.latents.dim() != 4 || !is(inputs.noise, 4) ||
+          inputs.noise.sizes() != inputs.latents.sizes() || !is(inputs.sigma, 1) ||
+          !is(inputs.prompt_embedding, 3) || !is(inputs.pooled_embedding, 2) ||
+          !may_be(inputs.input_noise, 4) || !may_be(inputs.text_mask, 2) ||
+          !may_be(inputs.loss_mask, 4) || !may_be(inputs.loss_weight, 1))
         refuse();
       inputs.guidance = dump.about.at("guidance");
       // which safetensors keeps as bytes
