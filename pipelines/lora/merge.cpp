@@ -63,6 +63,7 @@ std::string merged_text(const Inputs& inputs) {
 struct Change {
   lora::Entry entry;
   double weight = 1;
+  LowRank added{};  // in float32, with the scale that the rows are given
 };
 
 LowRank low_rank_of(const lora::Module& module, double scale) {
@@ -81,16 +82,16 @@ void add_rows(const at::Tensor& rows, int64_t first, const std::vector<Change>& 
     needs_before = needs_before || change.entry.module.magnitude.defined();
   const at::Tensor before = needs_before ? rows.clone() : rows;
   const int64_t count = rows.size(0);
-  for (const auto& [entry, weight] : changes) {
+  for (const auto& [entry, weight, added] : changes) {
     if (entry.diff.defined())
       rows.add_(to_dtype(entry.diff.narrow(0, first, count), at::kFloat), weight);
     if (!entry.module.down.defined()) continue;
     if (!entry.module.magnitude.defined()) {
-      add_delta(rows, first, low_rank_of(entry.module, weight * entry.module.scale()));
+      add_delta(rows, first, added);
       continue;
     }
     const at::Tensor alone = before.clone();
-    add_delta(alone, first, low_rank_of(entry.module, entry.module.scale()));
+    add_delta(alone, first, added);
     alone.mul_(
         to_dtype(entry.module.magnitude.narrow(0, first, count), at::kFloat) /
         alone.norm(2, {1}, /*keepdim=*/true).clamp_min_(std::numeric_limits<float>::epsilon()));
@@ -218,7 +219,7 @@ class ModelMerge {
       if (input->has(path)) changes.push_back({input->entry(path), input->weight()});
     if (name.ends_with(".bias")) {
       at::Tensor sum;
-      for (const auto& [entry, weight] : changes) {
+      for (const auto& [entry, weight, added] : changes) {
         if (!entry.bias.defined()) continue;
         if (!sum.defined()) sum = to_dtype(tensor, at::kFloat).clone();
         sum.add_(to_dtype(entry.bias, at::kFloat), weight);
@@ -228,7 +229,11 @@ class ModelMerge {
       return true;
     }
     bool by_groups = false;  // LoKr works on whole groups of rows
-    for (const Change& c : changes) {
+    for (Change& c : changes) {
+      const lora::Module& module = c.entry.module;
+      if (module.down.defined())
+        c.added =
+            low_rank_of(module, module.scale() * (module.magnitude.defined() ? 1 : c.weight));
       changed = changed || c.entry.module.down.defined() || c.entry.diff.defined();
       by_groups = by_groups || c.entry.module.mix.defined();
     }
@@ -267,7 +272,7 @@ class ModelMerge {
 lora::Module side_by_side(const std::string& path, const std::vector<Change>& changes) {
   std::vector<at::Tensor> downs, ups;
   std::vector<double> scales;
-  for (const auto& [entry, weight] : changes) {
+  for (const auto& [entry, weight, added] : changes) {
     if (!entry.module.down.defined()) continue;
     const lora::Module module = lora::without_lokr(entry.module);
     downs.push_back(module.down);
