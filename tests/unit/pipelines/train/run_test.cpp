@@ -600,6 +600,13 @@ TEST(Train, AStepWithASpoiltSampleIsDumpedAndMadeAgain) {
           again.line(),
           AllOf(HasSubstr("loss=nan as in the run"), HasSubstr("first: latents of 7.png: 1 of")));
       Options other = o;
+      TensorMap some = dump.tensors;
+      some["0.noise"] = some.at("0.noise")[0];
+      other.reproduce = scene.folder / "other.safetensors";
+      write_weights(other.reproduce, some, dump.metadata);
+      EXPECT_THAT([&] { reproduce(other); },
+                  testing::ThrowsMessage<InputError>(HasSubstr("is no dump of a step")));
+      other = o;
       other.lr.learning_rate = 1e-4;
       EXPECT_THAT([&] { reproduce(other); },
                   testing::ThrowsMessage<CacheError>(HasSubstr("--learning-rate is 0.0001")));
