@@ -177,7 +177,7 @@ TRAIN = {
     "save-every": row(RUN, ["--save-every", "2"], files),
     "keep-last": row([*RUN, "--save-every", "1"], ["--keep-last", "2"], files),
     "validation-split": lora("--validation-split", "0.3", observe=validations),
-    "validation-seed": lora("--validation-seed", "5", base=["--validation-split", "0.7"], observe=validations),
+    "validation-seed": lora("--validation-seed", "3", base=["--validation-split", "0.7"], observe=validations),
     "validate-every": lora("--validate-every", "1", base=["--validation-split", "0.3"], observe=validations),
     "validation-samples": lora("--validation-samples", "1", base=["--validation-split", "0.7"], observe=validations),
     "validation-sigmas": lora("--validation-sigmas", "0.5", base=["--validation-split", "0.3"], observe=validations),
@@ -550,7 +550,10 @@ def failure(tool, option, what, top):
         return None
     base, more, observe = what
     try:
-        if observe(run(tool, base, top)) == observe(run(tool, more, top)):
+        results = [run(tool, base, top), run(tool, more, top)]
+        if all(result.code in (2, 3, 4, 5) for result in results):
+            return f"{tool} --{option}: neither command line is accepted: {results[0].err[-600:]}"
+        if observe(results[0]) == observe(results[1]):
             return f"{tool} --{option} has no effect on {observe.__name__}: {' '.join(more)}"
     except (AssertionError, OSError, ValueError, KeyError) as error:
         return f"{tool} --{option}: {error!r}"
