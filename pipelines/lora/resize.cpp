@@ -11,6 +11,19 @@
 #include "pipelines/lora/svd.h"
 
 namespace flux::lora_tools {
+namespace {
+
+/// In the dtype that the module has, unless another is asked for.
+void resize_module(lora::Module& module, const ResizeOptions& options, double& error) {
+  const auto type = module.down.scalar_type();
+  const at::Tensor before = module.down;
+  reduce(module, options.rank, error);
+  if (module.down.is_same(before) || options.output.dtype != OutDType::kAuto) return;
+  module.down = module.down.to(type);
+  module.up = module.up.to(type);
+}
+
+}  // namespace
 
 void add_flags(ResizeOptions& o, Tool& tool) {
   tool.about("Writes a LoRA with fewer ranks: of each module the largest singular values.",
@@ -44,7 +57,7 @@ WriteReport resize(const ResizeOptions& options) {
   for (const lora::Target& target : file.targets()) {
     lora::Entry entry = input.entry(target.path);
     if (entry.module.down.defined()) {
-      reduce(entry.module, options.rank, error);
+      resize_module(entry.module, options, error);
       ranks.push_back(entry.module.rank());
     }
     output.write(entry);
@@ -53,7 +66,7 @@ WriteReport resize(const ResizeOptions& options) {
   }
   for (const auto& text : file.text_modules()) {
     lora::Module module{text.path, text.down, text.up, text.alpha};
-    reduce(module, options.rank, error);
+    resize_module(module, options, error);
     ranks.push_back(module.rank());
     output.write(lora::TextModule{text.encoder, text.path, module.down, module.up, module.alpha});
     progress.update(++done);
