@@ -404,7 +404,7 @@ TEXT = {
     "device-memory": row([*TEXT_RUN, "--device", "cuda"], ["--device-memory", "1MB"], exit_code),
 }
 
-KOHYA, PEFT = (SOURCE / f"tests/golden/models/lora/{name}.safetensors" for name in ("kohya", "peft"))
+KOHYA = SOURCE / "tests/golden/models/lora/kohya.safetensors"
 BASE = SOURCE / "tests/golden/models/flux/weights_bfl.safetensors"  # what they are of
 OUT = ["--out", "out.safetensors"]
 CONVERT_MODEL = ["--in", MODELS / "flux.safetensors", *OUT]
