@@ -118,6 +118,20 @@ std::optional<c10::ScalarType> scalar_type_of(OutDType dtype) {
   throw std::invalid_argument("no such dtype");
 }
 
+namespace {
+
+/// The folder of the output, once it may be written.
+fs::path folder_for(const fs::path& out, const std::vector<fs::path>& inputs) {
+  std::error_code error;
+  for (const fs::path& input : inputs)
+    if (fs::equivalent(input, out, error))
+      throw UsageError(show(out) + ": --out is a file that is read", "write to another file");
+  safetensors::require_replaceable(out, kMadeHere, "flux-lora");
+  return out.has_parent_path() ? out.parent_path() : fs::path(".");
+}
+
+}  // namespace
+
 LoraOutput::LoraOutput(const OutputOptions& options,
                        lora::Layout layout,
                        const dit::Config& config,
@@ -125,17 +139,7 @@ LoraOutput::LoraOutput(const OutputOptions& options,
     : out_(options.out),
       layout_(layout),
       writer_(layout, config, scalar_type_of(options.dtype)),
-      scratch_((
-                   [&] {
-                     std::error_code error;
-                     for (const fs::path& input : inputs)
-                       if (fs::equivalent(input, options.out, error))
-                         throw UsageError(show(options.out) + ": --out is a file that is read",
-                                          "write to another file");
-                     safetensors::require_replaceable(options.out, kMadeHere, "flux-lora");
-                   }(),
-                   options.out.has_parent_path() ? options.out.parent_path() : fs::path(".")),
-               "tensors of the LoRA") {}
+      scratch_(folder_for(options.out, inputs), "tensors of the LoRA") {}
 
 void LoraOutput::add(const std::string& name, const at::Tensor& tensor) {
   cancel::check();

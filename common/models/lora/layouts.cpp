@@ -812,13 +812,6 @@ const std::vector<TextModule>& AdapterFile::text_modules() const { return impl_-
 const TensorMap& AdapterFile::replaced() const { return impl_->replaced; }
 const TensorMap& AdapterFile::embeddings() const { return impl_->embeddings; }
 
-bool AdapterFile::has_only_pairs(const std::string& path) const {
-  return std::ranges::all_of(impl_->parts(path), [](const Part& part) {
-    return part.has_pair() && !part.mix.defined() && !part.magnitude.defined() &&
-           !part.diff.defined() && !part.bias.defined();
-  });
-}
-
 Entry AdapterFile::entry(const std::string& path) const {
   const auto& parts = impl_->parts(path);
   const auto target = std::ranges::find(impl_->targets, path, &Target::path);

@@ -80,8 +80,6 @@ class AdapterFile {
   const dit::Config& config() const;
   /// The adapted Linears in the order of all_targets(). Rank and alpha are those of the fused module; 0 without one.
   const std::vector<Target>& targets() const;
-  /// Whether the file has nothing for `path` but down and up: no LoKr, no DoRA, no full differences.
-  bool has_only_pairs(const std::string& path) const;
   /// Fused: downs stacked, ups on the diagonal, alpha the rank of all times their scale, which is folded into the ups
   /// where it differs between parts. Throws InputError for parts that cannot be one module.
   Entry entry(const std::string& path) const;
