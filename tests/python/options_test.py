@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -490,6 +491,43 @@ VERBS = {
                    "device": row([SOURCE / "tests/golden/models"], ["--device", "cuda"], code_and_stdout)},
 }
 
+# A command line of each program and verb that succeeds, for the options that all share; in its folder is a copy of CACHE.
+PLAIN = {
+    "flux-train": [*INPUT, "--max-steps", "1"], "flux-cache-latents": LATENTS_RUN, "flux-cache-text": TEXT_RUN, "flux-sample": SAMPLE,
+    "flux-decode": DECODE, "flux-check": [SOURCE / "tests/golden/models/timesteps"],
+    "flux-cache inspect": ["copy"], "flux-cache verify": ["copy"], "flux-cache repair": ["copy"], "flux-cache gc": ["copy"],
+    "flux-cache stats": ["copy"], "flux-cache diff": ["copy", CACHE], "flux-cache merge": ["copy", "--out", "out"],
+    "flux-cache copy": ["copy", "--out", "out"], "flux-cache export": ["copy", "--out", "out"],
+    "flux-model info": [MODELS / "flux.safetensors"], "flux-model convert": ["--quantize", "fp8", *CONVERT_MODEL], "flux-model tiny": ["--out", "out"],
+    "flux-lora info": [KOHYA], "flux-lora convert": CONVERT_LORA, "flux-lora merge": SUM, "flux-lora resize": SMALLER,
+    "flux-lora check": [KOHYA, KOHYA], "flux-lora extract": ["--base", BASE, "--tuned", "tuned.safetensors", "--rank", "2", *OUT],
+}
+COMMON = {"config", "print-config", "json", "log-level", "version", "help"}
+
+
+def common_options(tool, top):
+    """--print-config makes a file from which --config does the same; --json prints one object on one line, --log-level error nothing more."""
+    def lab_of(name):
+        lab = scenes.Lab(BIN, FIXTURES, top / f"common-{tool}-{name}".replace(" ", "-"))
+        shutil.copytree(CACHE, lab.folder / "copy", ignore=shutil.ignore_patterns(".*"))
+        if "tuned.safetensors" in PLAIN[tool]:
+            lab.run("flux-lora merge", KOHYA, "--base", BASE, "--out", "tuned.safetensors")
+        return lab
+    plain, quiet = lab_of("plain"), lab_of("quiet")
+    config = plain.run(tool, *PLAIN[tool], "--print-config").stdout_text
+    assert config.startswith(f"# {tool} --config"), config
+    file = plain.folder / "all.toml"
+    file.write_text(config)
+    loud = plain.run(tool, "--config", file)
+    said = quiet.run(tool, "--config", file, "--json", "--log-level", "error")
+    assert said.stdout_text.count("\n") == 1 and isinstance(json.loads(said.stdout_text), dict), said.stdout_text
+    assert not said.stderr_text and loud.stdout_text != said.stdout_text, said.stderr_text
+    assert "info: " in loud.stderr_text or tool not in ("flux-train", "flux-cache-latents", "flux-cache-text"), loud.stderr_text
+    assert tool.split()[0] in plain.run(tool, "--help").stdout_text
+    if " " not in tool:
+        assert plain.run(tool, "--version").stdout_text.startswith(tool)
+
+
 # Whose effect a GPU is needed to see.
 ON_GPU = {("flux-cache-text", "device-memory")}
 
@@ -500,20 +538,22 @@ def rows():
                         "flux-decode": DECODES, **VERBS}.items():
         for option, what in table.items():
             out[tool, option] = what
-    return out
+    return out | {(tool, "all programs have"): None for tool in PLAIN}
 
 
 # ---- the walk
 
 def options_of_help():
-    """(program and verb, option) of every --help, without the group all share, which the tests of the table show."""
+    """(program and verb, option) of every --help; the group that all share counts as one."""
     out = set()
     for tool in sorted(path.parent.name for path in SOURCE.glob("tools/*/CMakeLists.txt")):
         said = subprocess.run([BIN / tool, "--help"], check=True, capture_output=True, text=True).stdout
         verbs = re.search(r"\nverbs:\n((?:  .*\n)+)", said)
         for verb in [line.split()[0] for line in verbs.group(1).splitlines()] if verbs else [""]:
             text = subprocess.run([BIN / tool, *([verb] if verb else []), "--help"], check=True, capture_output=True, text=True).stdout
-            own = text.split("\ncommon:\n")[0]
+            own, common = text.split("\ncommon:\n")
+            assert set(re.findall(r"^  --([a-z0-9-]+)", common, re.M)) == COMMON, common
+            out.add((f"{tool} {verb}".strip(), "all programs have"))
             out |= {(f"{tool} {verb}".strip(), name) for name in re.findall(r"^  --([a-z0-9-]+)", own, re.M)}
     return out
 
@@ -541,6 +581,11 @@ def run(tool, arguments, top):
 
 
 def failure(tool, option, what, top):
+    if option == "all programs have":
+        try:
+            return common_options(tool, top)
+        except (AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+            return f"{tool}, options that all programs have: {error!r}"
     if callable(what):
         folder = top / f"scene-{tool}-{option}".replace(" ", "-")
         try:
