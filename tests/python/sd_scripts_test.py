@@ -142,7 +142,7 @@ class Import(unittest.TestCase):
     def test_validation_comes_by_steps_or_epochs_where_samples_are_held_out(self):
         toml, _ = self.imported(*LORA, "--validation_split", "0.1", "--validate_every_n_steps", "50", "--max_validation_steps", "3",
                                 "--train_batch_size", "2")
-        self.assertEqual((toml["validate-every"], toml["validation-samples"], toml["validation-sigmas"]), ("50", "6", "0.2,0.4,0.6,0.8"))
+        self.assertEqual((toml["validate-every"], toml["validation-samples"], toml["validation-sigmas"]), (50, 6, "0.2,0.4,0.6,0.8"))
         toml, _ = self.imported(*LORA, "--dataset_config", "data.toml", "--validate_every_n_epochs", "2")
         self.assertEqual(toml["validate-every"], "2ep")
         toml, _ = self.imported(*LORA, "--validation_split", "0.1")
@@ -153,6 +153,15 @@ class Import(unittest.TestCase):
             self.assertIn("--validate_every_n_steps 50: nothing is held out", result.stdout)
         toml, result = self.imported(*FULL, "--validation_split", "0.1", "--validate_every_n_steps", "50")
         self.assertNotIn("validate-every", toml)
+
+    def test_epochs_count_where_both_are_given_and_metadata_can_be_left_out(self):
+        toml, result = self.imported(*LORA, "--max_train_epochs", "3", "--max_train_steps", "100", "--no_metadata")
+        self.assertEqual((toml["max-epochs"], toml["no-tags"]), (3, True))
+        self.assertNotIn("max-steps", toml)
+        self.assertIn("--max_train_steps: --max_train_epochs counts", result.stdout)
+        toml, _ = self.imported(*LORA)
+        self.assertEqual(toml["max-steps"], 1600)
+        self.assertNotIn("max-epochs", toml)
 
     def test_every_flag_is_said_something_of(self):
         """Each flag of the table given by itself is in what is printed, under its own name or that of what it becomes."""
