@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "common/engine/plan.h"
@@ -241,9 +242,60 @@ TEST_F(SamplerTest, PlanIsWhatSamplingTakes) {
     const int64_t measured = cpu_memory().peak - before;
     EXPECT_NEAR(static_cast<double>(measured),
                 static_cast<double>(plan.device_bytes()),
-                0.03 * static_cast<double>(plan.device_bytes()))
+                // staging of a small model is much beside it
+                std::max(0.03 * static_cast<double>(plan.device_bytes()), 262144.0))
         << resident;
   }
+}
+
+TEST_F(SamplerTest, PlanOfATrainingHoldsItsPictures) {
+  StepShape shape;
+  shape.width = shape.height = 64;
+  shape.text_length = 8;
+  shape.text_type = at::kFloat;
+  const SampleShape picture{
+      .batch = 2, .width = 768, .height = 512, .text_length = 24, .text_type = at::kFloat};
+  for (const bool full : {false, true})
+    for (const int64_t resident : {-1, 1}) {
+      SCOPED_TRACE(testing::Message() << full << " " << resident);
+      TrainerOptions o;
+      o.compute = at::kFloat;
+      o.full = full;
+      o.residency.resident_blocks = resident;
+      o.scratch = folder_;
+      const auto model = std::make_shared<ModelFile>(folder_ / "flux.safetensors",
+                                                     ModelFileOptions{.dtype = at::kFloat});
+      const int64_t without = plan_memory(config_, model.get(), o, shape).device_bytes();
+      StepShape with_pictures = shape;
+      with_pictures.sample = picture;
+      const int64_t planned = plan_memory(config_, model.get(), o, with_pictures).device_bytes();
+      EXPECT_GT(planned, without);
+      const int64_t before = cpu_memory().live;
+      reset_cpu_peak();
+      {
+        Trainer trainer(config_, model, o);
+        const std::vector<FlowInputs> batches{test::random_batch(config_, shape)};
+        for (int64_t step = 1; step <= 2; ++step) {
+          trainer.step(batches, step, 1e-3);
+          std::vector<SampleInputs> inputs;
+          for (int64_t i = 0; i < picture.batch; ++i) {
+            const MemoryScope scope(MemoryCause::kData);
+            const auto values = [](at::IntArrayRef sizes) { return at::full(sizes, 0.1); };
+            inputs.push_back(
+                {.noise =
+                     values({1, config_.in_channels / 4, picture.height / 8, picture.width / 8}),
+                 .prompt_embedding = values({1, picture.text_length, config_.prompt_dim}),
+                 .pooled_embedding = values({1, config_.pooled_dim})});
+          }
+          euler_sample([&](std::span<const dit::Inputs> in) { return trainer.predict(in); },
+                       euler(),
+                       inputs);
+        }
+      }
+      EXPECT_NEAR(static_cast<double>(cpu_memory().peak - before),
+                  static_cast<double>(planned),
+                  std::max(0.03 * static_cast<double>(planned), 262144.0));
+    }
 }
 
 TEST_F(SamplerTest, LookingDoesNotChangeATraining) {
