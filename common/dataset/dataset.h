@@ -164,8 +164,8 @@ struct Plan {
 Plan parse_plan(const nlohmann::json& plan);
 
 /// Which of a subset's items are held out: those with the lowest SHA-256(seed, item), all but
-/// ceil(n * (1 - split)) of them. Does not depend on the order of `items`. resolve() applies it;
-/// the index of a cache has a flag on each item.
+/// ceil(n * (1 - split)) of them. Does not depend on the order of `items`. resolve() applies it, with the SHA-256 of
+/// names for items; the index of a cache has a flag on each item.
 std::vector<bool> validation_members(const std::vector<Sha256Digest>& items,
                                      double split,
                                      int64_t seed);

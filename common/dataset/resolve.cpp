@@ -243,18 +243,18 @@ void add_images(Resolved& out) {
     for (const auto& subset : out.subsets) {
       if (subset.dataset != dataset.index) continue;
       auto listed = list_subset(subset, out.profile);
-      std::vector<Sha256Digest> items;
+      std::vector<Sha256Digest> names;  // so that a picture is held out at all its resolutions
       for (auto& image : listed) {
         image.subset = subset.index;
         image.item = item_digest(subset.index, image.name);
         image.repeats = subset.num_repeats;
-        items.push_back(image.item);
+        names.push_back(sha256(image.name));
       }
       if (subset.is_reg) {
         reg_repeats.insert(reg_repeats.end(), listed.size(), subset.num_repeats);
       } else {
         const auto held_out =
-            validation_members(items, dataset.validation_split, dataset.validation_seed);
+            validation_members(names, dataset.validation_split, dataset.validation_seed);
         for (size_t i = 0; i < listed.size(); ++i) {
           listed[i].validation = held_out[i];
           if (held_out[i]) listed[i].repeats = 1;

@@ -143,6 +143,19 @@ TEST_F(DatasetFile, RefusesByNameWhatACacheCannotHonour) {
   EXPECT_EQ(error_of(kCats + "cache_info = true\ncustom_attributes = {}\n"), "accepted");
 }
 
+TEST_F(DatasetFile, HoldsOutAPictureAtAllItsResolutions) {
+  for (int i = 0; i < 20; ++i) folder.write(fmt::format("cats/{}.png", i), "x");
+  const Resolved r = resolve(
+      "[general]\nvalidation_split = 0.25\n"
+      "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'cats'\n"
+      "[[datasets]]\nresolution = 96\n[[datasets.subsets]]\nimage_dir = 'cats'\n");
+  std::map<int64_t, std::vector<std::string>> held_out;
+  for (const Image& image : r.images)
+    if (image.validation) held_out[image.subset].push_back(image.name);
+  EXPECT_EQ(held_out[0].size(), 5u);
+  EXPECT_EQ(held_out[0], held_out[1]);
+}
+
 TEST_F(DatasetFile, MasksAreThePicturesOfTheSameNames) {
   folder.write("cats/two.png", "x");
   folder.write("cats/none.png", "x");
