@@ -186,6 +186,7 @@ TEST(Validation, ComesWithEveryCheckpointAndMarksTheBestWhichStays) {
   o.keep_last = 1;
   o.max_steps = 3;
   // nothing changes in step 1, and what comes then is far off
+  o.method = Method::kFull;
   o.lr.schedule = LrSchedule::kConstantWithWarmup;
   o.lr_warmup.steps = 1;
   o.lr.learning_rate = 30;
@@ -199,7 +200,7 @@ TEST(Validation, ComesWithEveryCheckpointAndMarksTheBestWhichStays) {
     EXPECT_EQ(record["checkpoint"], "step-000001");
     EXPECT_EQ(record["loss"], found[0]["loss"]);
     EXPECT_EQ(std::filesystem::read_symlink(o.out / "best"), "step-000001");
-    EXPECT_TRUE(std::filesystem::exists(o.out / "best/lora.safetensors"));
+    EXPECT_TRUE(std::filesystem::exists(o.out / "best/model.safetensors"));
   };
   check_mark();
   EXPECT_EQ(checkpoint::steps_in(o.out), (std::vector<int64_t>{1, 3}));
