@@ -98,11 +98,24 @@ def check(text, lines):
     data = json.loads(page.texts["curves"])
     assert data["step"] == steps == list(range(1, len(lines) + 1))
     curves = {a["data-curve"]: a["points"] for a in page.all("polyline")}
-    assert set(curves) == {"loss", "loss_smoothed", "learning_rate", "grad_norm"}
+    assert set(curves) == {"loss", "loss_smoothed", "learning_rate", "grad_norm", "validation_loss"}
+    validations = [line["validation"] for line in lines if "validation" in line]
+    assert 1 < len(validations) < len(lines)
     for name, points in curves.items():
-        values = [line[name] for line in lines]
-        assert data[name] == values, name
-        check_points(points, steps, values)
+        apart = name == "validation_loss"
+        values = [v["loss"] for v in validations] if apart else [line[name] for line in lines]
+        at = [v["step"] for v in validations] if apart else steps
+        assert data[name] == values and data["validation_step" if apart else "step"] == at, name
+        check_points(points, at, values)
+    head, *rows = page.rows("validation")
+    assert head == ["step", "mean", *(f"sigma {sigma}" for sigma in validations[0]["sigmas"]), "samples", ""], head
+    assert [int(row[0]) for row in rows] == [v["step"] for v in validations], rows
+    for row, v in zip(rows, validations):
+        for shown, number in zip(row[1:], [v["loss"], *v["losses"], v["samples"]]):
+            assert abs(float(shown) - number) <= 1e-5 * number, (row, v)
+    marked = [int(row[0]) for row in rows if row[-1] == "best checkpoint"]
+    assert len(marked) == 1 and min(v["loss"] for v in validations if v["step"] in (3, 5)) == \
+        next(v["loss"] for v in validations if v["step"] == marked[0]), (marked, validations)
 
     rows = page.rows("sigma")[1:]
     assert len(rows) == 10 == len(page.all("rect"))
@@ -140,8 +153,10 @@ def main(bin_dir, fixtures, part):
         (out / "samples").mkdir(parents=True)
         for step in (2, 4):
             (out / f"samples/step-{step:06}-0.png").write_bytes(PNG)
-        train(bin_dir, fixtures, out, 3, "--batch-size", "2", "--lr-scheduler", "inverse_sqrt", "--lr-warmup-steps", "2")
-        train(bin_dir, fixtures, out, 5, "--resume", "--batch-size", "2", "--lr-scheduler", "inverse_sqrt", "--lr-warmup-steps", "2")
+        held_out = ("--validation-split", "0.25", "--validate-every", "2")
+        train(bin_dir, fixtures, out, 3, "--batch-size", "2", "--lr-scheduler", "inverse_sqrt", "--lr-warmup-steps", "2", *held_out)
+        train(bin_dir, fixtures, out, 5, "--resume", "--batch-size", "2", "--lr-scheduler", "inverse_sqrt", "--lr-warmup-steps", "2",
+              *held_out)
         lines = metrics(out)
         report = out / "report.html"
         if part == "browser":
@@ -157,6 +172,9 @@ def main(bin_dir, fixtures, part):
               const chart = document.querySelector("svg[data-curves]"), box = chart.getBoundingClientRect();
               chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 410 / 760, clientY: box.top + 20}));
               document.body.dataset.hover = chart.parentNode.querySelector("output").textContent;
+              const other = document.querySelector('svg[data-curves="validation_loss"]'), place = other.getBoundingClientRect();
+              other.dispatchEvent(new PointerEvent("pointermove", {clientX: place.left + place.width * 750 / 760, clientY: place.top + 20}));
+              document.body.dataset.last = other.parentNode.querySelector("output").textContent;
               document.body.dataset.decoded = [...document.images].filter(i => i.complete && i.naturalWidth == 1).length;
               document.body.dataset.curves = [...document.querySelectorAll("polyline")].filter(p => p.getTotalLength() > 100 &&
                 p.getBoundingClientRect().width > 100 && getComputedStyle(p).stroke != "none").map(p => p.dataset.curve).join(" ");
@@ -175,7 +193,9 @@ def main(bin_dir, fixtures, part):
             assert "data-error" not in dom.all("html")[0], dom.all("html")
             assert body["data-requests"] == "", body
             assert body["data-decoded"] == "2", body
-            assert set(body["data-curves"].split()) == {"loss", "loss_smoothed", "learning_rate", "grad_norm"}, body
+            assert set(body["data-curves"].split()) == {"loss", "loss_smoothed", "learning_rate", "grad_norm", "validation_loss"}, body
+            assert body["data-last"].startswith("step 5: "), body
+            assert abs(float(body["data-last"].split(": ")[1]) - lines[-1]["validation"]["loss"]) < 1e-3, body
             assert body["data-hover"].startswith("step 3: "), body
             shown = [float(number) for number in body["data-hover"].split(": ")[1].split(", ")]
             assert abs(shown[0] - lines[2]["loss"]) < 1e-3 and abs(shown[1] - lines[2]["loss_smoothed"]) < 1e-3, (shown, lines[2])
