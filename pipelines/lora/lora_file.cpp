@@ -28,6 +28,15 @@ constexpr char kMadeHere[] = "flux_stages.lora";
   throw InputError(show(path) + ": " + error.what());
 }
 
+/// Lets go of the whole pages of a range of a mapped file: they come back from the file.
+void release_pages(std::span<const std::byte> range) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(range.data());
+  const uintptr_t first = (begin + page - 1) / page * page,
+                  last = (begin + range.size()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 /// Tensors over the mapping. Not read_weights(): release() needs to know where they lie.
 TensorMap tensors_of(const safetensors::FileSet& set) {
   TensorMap out;
@@ -88,19 +97,11 @@ lora::Entry LoraInput::entry(const std::string& module_path) const {
 }
 
 void LoraInput::release() const {
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   for (const auto& file : set_.files) {
-    if (file->tensors().empty()) continue;
-    uintptr_t first = UINTPTR_MAX, last = 0;
-    for (const auto& tensor : file->tensors()) {
-      const auto begin = reinterpret_cast<uintptr_t>(tensor.bytes.data());
-      first = std::min(first, begin);
-      last = std::max(last, begin + tensor.bytes.size());
-    }
-    first = (first + page - 1) / page * page;
-    last = last / page * page;
-    // a mapping of a file: the pages come back from it
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+    const auto& tensors = file->tensors();  // one behind the other
+    if (tensors.empty()) continue;
+    const std::byte* const begin = tensors.front().bytes.data();
+    release_pages({begin, tensors.back().bytes.data() + tensors.back().bytes.size()});
   }
 }
 
@@ -183,9 +184,13 @@ void LoraOutput::commit(lora::Metadata metadata) {
     const auto hashes = checkpoint::lora_hashes(tensors, metadata);
     metadata["sshs_model_hash"] = hashes.model_hash;
     metadata["sshs_legacy_hash"] = hashes.legacy_hash;
+    release_pages(mapping.bytes());
   }
   safetensors::Writer writer(out_, specs_, metadata);
-  for (const auto& spec : writer.order()) writer.write(spec.name, bytes.at(spec.name));
+  for (const auto& spec : writer.order()) {
+    writer.write(spec.name, bytes.at(spec.name));
+    release_pages(bytes.at(spec.name));
+  }
   writer.commit();
 }
 
