@@ -24,20 +24,13 @@ def count(prompts, folder, shape=None):
     return found
 
 
-def tiled(rows, scale=2, gap=6):
+def tiled(rows, gap=4):
     """Pictures of one size, each as rows of RGB bytes, beside and below each other on white."""
-    side = len(rows[0][0]) * scale
-    width = len(rows[0]) * (side + gap) + gap
-    blank = [b"\xff" * (3 * width)] * gap
+    between = b"\xff" * (3 * gap)
+    blank = [b"\xff" * ((len(rows[0][0][0]) + 3 * gap) * len(rows[0]) + 3 * gap)] * gap
     out = list(blank)
     for pictures in rows:
-        for y in range(side):
-            line = bytearray(b"\xff" * (3 * gap))
-            for picture in pictures:
-                pixels = picture[y // scale]
-                line += b"".join(pixels[i:i + 3] * scale for i in range(0, len(pixels), 3)) + b"\xff" * (3 * gap)
-            out.append(bytes(line))
-        out += blank
+        out += [between + between.join(picture[y] for picture in pictures) + between for y in range(len(pictures[0]))] + blank
     return out
 
 

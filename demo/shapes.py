@@ -82,7 +82,11 @@ def png(rows):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", len(rows[0]) // 3, len(rows), 8, 2, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
+    filtered, above = [], bytes(len(rows[0]))
+    for row in rows:  # each as the difference from the one above
+        filtered.append(b"\2" + bytes((a - b) & 255 for a, b in zip(row, above)))
+        above = row
+    data = zlib.compress(b"".join(filtered), 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 

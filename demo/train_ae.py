@@ -218,8 +218,9 @@ def main():
     print(f"{sum(p.numel() for p in net.parameters())} parameters", flush=True)
     data = pictures(options.seed, 4000)
     print("pictures are drawn", flush=True)
-    train(net, data, options, options.minutes, False)
-    train(net, data, options, options.decoder_minutes, True)
+    for minutes, decoder_alone in [(options.minutes, False), (options.decoder_minutes, True)]:
+        if minutes > 0:
+            train(net, data, options, minutes, decoder_alone)
 
 
 if __name__ == "__main__":

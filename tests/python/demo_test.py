@@ -85,7 +85,7 @@ class Demo(unittest.TestCase):
             self.assertGreaterEqual(found["after"]["shape"], 0.8 * OPTIONS.count)
             self.check_report((work / "run/report.html").read_text())
             width, height = struct.unpack(">II", (work / "picture.png").read_bytes()[16:24])
-            self.assertEqual((width, height), (8 * 134 + 6, 3 * 134 + 6))
+            self.assertEqual((width, height), (8 * 68 + 4, 3 * 68 + 4))
 
     def check_report(self, page):
         """Curves, and a row of pictures for the base and for every sampled step, each under its prompt."""
