@@ -34,11 +34,14 @@ struct SetPlace {
   std::string name() const;
 };
 
-/// Writes tensors in any order. More than one shard are NAME-00001-of-0000N.safetensors, with NAME.safetensors.index.json,
-/// which appears last: {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}. Nothing has its name before commit().
+/// Writes tensors in any order. More than one shard are NAME-00001-of-0000N.safetensors, with
+/// NAME.safetensors.index.json,
+/// which appears last: {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}. Nothing has its name before
+/// commit().
 class SetWriter {
  public:
-  /// The tensors fill shards in the order given. Throws as ScatteredWriter does; UsageError, as require_replaceable() does
+  /// The tensors fill shards in the order given. Throws as ScatteredWriter does; UsageError, as require_replaceable()
+  /// does
   /// for each file that is to be written, and for weights of other names in the folder, which a reader would find too;
   /// ResourceError, before anything is written, if the disk has no room.
   ///   key, maker  as at require_replaceable()

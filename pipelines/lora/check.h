@@ -42,8 +42,10 @@ struct CheckReport {
   nlohmann::json json() const;
 };
 
-/// Applies both files to random inputs in float64: y = delta x + delta of the bias, for each layer of the transformer and of
-/// the text encoders that either adapts; replaced tensors and embeddings are compared as they are. DoRA scales the rows of
+/// Applies both files to random inputs in float64: y = delta x + delta of the bias, for each layer of the transformer
+/// and of
+/// the text encoders that either adapts; replaced tensors and embeddings are compared as they are. DoRA scales the
+/// rows of
 /// the weights of `base`, or of random ones. Throws InputError for files that are no LoRAs, or are of other models.
 CheckReport compare(const CheckOptions& options);
 

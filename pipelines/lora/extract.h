@@ -19,9 +19,10 @@ void add_flags(ExtractOptions& options, Tool& tool);
 /// Throws UsageError for a flag that is missing.
 void check(const ExtractOptions& options);
 
-/// tuned - base of every Linear that differs, as the largest singular values of the difference. Two tensors of the models
-/// are in memory at a time. Biases and norms that differ are not in the LoRA, which is said in a warning. Throws InputError:
-/// models of other shapes (naming both), quantised ones, models that do not differ.
+/// tuned - base of every Linear that differs, as the largest singular values of the difference. Two tensors of the
+/// models
+/// are in memory at a time. Biases and norms that differ are not in the LoRA, which is said in a warning. Throws
+/// InputError: models of other shapes (naming both), quantised ones, models that do not differ.
 WriteReport extract(const ExtractOptions& options);
 
 }  // namespace flux::lora_tools

@@ -18,8 +18,8 @@ void add_flags(InfoOptions& options, Tool& tool);
 void check(const InfoOptions& options);
 
 struct InfoReport {
-  /// One object a file: file, layout, model (as far as the file tells), modules (path, kind, in, out, rank, alpha, scale,
-  /// norm), ranks (rank -> modules), dtypes, parameters, norm, text_encoders, replaced, embeddings, metadata.
+  /// One object a file: file, layout, model (as far as the file tells), modules (path, kind, in, out, rank, alpha,
+  /// scale, norm), ranks (rank -> modules), dtypes, parameters, norm, text_encoders, replaced, embeddings, metadata.
   nlohmann::json files = nlohmann::json::array();
   /// For people: layers that differ in the number of the block only are one line.
   std::string text() const;

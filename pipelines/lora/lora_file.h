@@ -83,8 +83,8 @@ lora::Metadata kept_metadata(const lora::Metadata& metadata);
 /// ss_network_dim and ss_network_alpha of what was resized or made: the rank of all, or "Dynamic" where they differ.
 void set_rank(lora::Metadata& metadata, const std::vector<int64_t>& ranks);
 
-/// The layers that any of `inputs` adapts, in the order of the model. Throws InputError if they are of different models,
-/// naming both sizes.
+/// The layers that any of `inputs` adapts, in the order of the model. Throws InputError if they are of different
+/// models, naming both sizes.
 dit::Config common_config(const std::vector<std::unique_ptr<LoraInput>>& inputs);
 std::vector<lora::Target> all_adapted(const std::vector<std::unique_ptr<LoraInput>>& inputs,
                                       const dit::Config& config);

@@ -38,15 +38,18 @@ struct ModelReport {
   nlohmann::json json() const;
 };
 
-/// W + the sum of weight * (W' - W), where W' is what a LoRA alone makes of W: computed in float32 and rounded once to the
-/// dtype of W or --dtype. Tensors without an adapter keep their bits. One tensor of the model is in memory at a time, and of
-/// the LoRAs what belongs to it. Throws InputError: a LoRA that does not fit the model, a quantised model, results that are
-/// infinite or NaN.
+/// W + the sum of weight * (W' - W), where W' is what a LoRA alone makes of W: computed in float32 and rounded once
+/// to the
+/// dtype of W or --dtype. Tensors without an adapter keep their bits. One tensor of the model is in memory at a time,
+/// and of
+/// the LoRAs what belongs to it. Throws InputError: a LoRA that does not fit the model, a quantised model, results
+/// that are infinite or NaN.
 ModelReport merge_into_base(const MergeOptions& options);
 
-/// One LoRA that adds what all add, by weight: downs and ups side by side, exact; where --rank or a threshold asks for less,
-/// the largest singular values of each module. Throws InputError for DoRA, which cannot be added, unless there is one file
-/// with the weight 1.
+/// One LoRA that adds what all add, by weight: downs and ups side by side, exact; where --rank or a threshold asks
+/// for less,
+/// the largest singular values of each module. Throws InputError for DoRA, which cannot be added, unless there is one
+/// file with the weight 1.
 WriteReport merge_into_lora(const MergeOptions& options);
 
 }  // namespace flux::lora_tools

@@ -29,8 +29,8 @@ void add_output_flags(OutputOptions& options, Tool& tool, const std::string& oth
 /// Throws UsageError without --out.
 void check_output(const OutputOptions& options);
 
-/// How many singular values stay: the fewest that satisfy the given threshold, at most `rank`, at least one. The thresholds
-/// are those of sd-scripts' resize_lora.py.
+/// How many singular values stay: the fewest that satisfy the given threshold, at most `rank`, at least one. The
+/// thresholds are those of sd-scripts' resize_lora.py.
 struct RankRule {
   std::optional<int64_t> rank{};
   std::optional<double> sv_ratio{};       // s_i > s_0 / sv_ratio

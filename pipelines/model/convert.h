@@ -1,5 +1,5 @@
-// pipelines/model/convert.h - flux-model convert: a FLUX transformer in another layout, dtype, number of files, or in 8 or
-// 4 bits.
+// pipelines/model/convert.h - flux-model convert: a FLUX transformer in another layout, dtype, number of files, or in
+// 8 or 4 bits.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -41,12 +41,15 @@ struct ConvertReport {
 
 /// Writes the net in `in` (any layout and dtype that training takes) in `layout`: the same bits, so that weights_sha256
 /// stays, unless `dtype` or `quantize` asks for others. With `quantize` the matrices of the blocks are as
-/// common/quant/quant.h says, the bits that training makes on the fly; all else is bfloat16. A quantised model becomes a
-/// plain one with `dtype`, and otherwise stays what it is. One tensor at a time is in memory. Files appear when they are
-/// complete. A folder of the diffusers layout gets a config.json.
+/// common/quant/quant.h says, the bits that training makes on the fly; all else is bfloat16. A quantised model
+/// becomes a
+/// plain one with `dtype`, and otherwise stays what it is. One tensor at a time is in memory. Files appear when they
+/// are complete. A folder of the diffusers layout gets a config.json.
 ///
-/// Throws InputError: what is refused as a model to train, a weight that is infinite or NaN, or is so in the new dtype, a
-/// quantised file that is to be quantised; UsageError: what is there and was not made here, or is `in`, a quantised model in
+/// Throws InputError: what is refused as a model to train, a weight that is infinite or NaN, or is so in the new
+/// dtype, a
+/// quantised file that is to be quantised; UsageError: what is there and was not made here, or is `in`, a quantised
+/// model in
 /// the diffusers layout, which has none; ResourceError, before anything is written, if the disk has no room for it;
 /// Interrupted after a signal, leaving nothing.
 ConvertReport convert(const ConvertOptions& options);

@@ -11,8 +11,8 @@
 
 namespace flux::dit {
 
-/// kBfl: black-forest-labs/flux, q, k, v (and the MLP half of linear1) in one tensor. kDiffusers: huggingface/diffusers, each
-/// its own.
+/// kBfl: black-forest-labs/flux, q, k, v (and the MLP half of linear1) in one tensor. kDiffusers:
+/// huggingface/diffusers, each its own.
 enum class ModelLayout { kBfl, kDiffusers };
 /// {"bfl", kBfl}, {"diffusers", kDiffusers}.
 const std::vector<std::pair<std::string, ModelLayout>>& model_layouts();

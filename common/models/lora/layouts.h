@@ -1,7 +1,7 @@
 // common/models/lora/layouts.h - the layouts of adapter files: names, fused and split q, k, v, alpha; both ways.
 //
-// An AdapterFile gives what a file says under the names of the model (BFL), a layer at a time; a LayoutWriter turns that
-// into the tensors of any layout. Nothing is computed before it is asked for.
+// An AdapterFile gives what a file says under the names of the model (BFL), a layer at a time; a LayoutWriter turns
+// that into the tensors of any layout. Nothing is computed before it is asked for.
 // Sources: kohya-ss/sd-scripts, networks/lora_flux.py; huggingface/diffusers, loaders/lora_conversion_utils.py;
 // comfyanonymous/ComfyUI, comfy/lora.py and lora_convert.py; XLabs-AI/x-flux; KohakuBlueleaf/LyCORIS.
 #pragma once
@@ -24,8 +24,8 @@ namespace flux::lora {
 /// Names of files:
 ///   kSdScripts  lora_unet_ + BFL path with underscores, .lora_down.weight, .lora_up.weight, .alpha; lora_te1_ (CLIP),
 ///               lora_te3_ (T5); LyCORIS' LoKr and dora_scale; full differences .diff and .diff_b
-///   kDiffusers  transformer. + diffusers path, .lora_A.weight, .lora_B.weight, .lora_B.bias, .lora_magnitude_vector; q, k, v
-///               and the MLP half of linear1 apart; text_encoder. (CLIP), text_encoder_2. (T5). PEFT's own too
+///   kDiffusers  transformer. + diffusers path, .lora_A.weight, .lora_B.weight, .lora_B.bias, .lora_magnitude_vector;
+///               q, k, v and the MLP half of linear1 apart; text_encoder. (CLIP), text_encoder_2. (T5). PEFT's own too
 ///   kMixture    lora_transformer_ + diffusers path with underscores, suffixes of kSdScripts
 ///   kOneTrainer the same with lora_te2_ for T5; may hold embeddings, bundle_emb.*
 ///   kComfyUi    diffusion_model. + BFL path, suffixes of kSdScripts; text_encoders.clip_l.transformer.,
@@ -108,8 +108,8 @@ class LayoutWriter {
                std::optional<at::ScalarType> dtype = std::nullopt);
 
   /// Exact: fused modules fall apart by the diagonal blocks of their ups, or, where these are not all, with the down
-  /// shared; LoKr becomes a pair of a larger rank where the layout has none. Throws InputError, naming the module, for what
-  /// the layout cannot hold.
+  /// shared; LoKr becomes a pair of a larger rank where the layout has none. Throws InputError, naming the module,
+  /// for what the layout cannot hold.
   void write(const Entry& entry, const Emit& emit) const;
   void write(const TextModule& module, const Emit& emit) const;
   void write_replaced(const std::string& name, const at::Tensor& tensor, const Emit& emit) const;
@@ -121,8 +121,8 @@ class LayoutWriter {
   std::shared_ptr<const Impl> impl_;
 };
 
-/// LoKr as a pair of matrices in float32: kron(mix, up down) of rank columns(mix) * rank or rows(mix) * rank, the smaller.
-/// Others stay as they are.
+/// LoKr as a pair of matrices in float32: kron(mix, up down) of rank columns(mix) * rank or rows(mix) * rank, the
+/// smaller. Others stay as they are.
 Module without_lokr(const Module& module);
 
 /// The tensors of `adapters` in any layout: write() of all.
