@@ -77,6 +77,7 @@ class Mapping {
 LoraInput::LoraInput(fs::path path, std::optional<dit::Config> config, double weight)
     : path_(std::move(path)), weight_(weight), set_(safetensors::open_set(path_)) {
   try {
+    lora::add_peft_config(path_, set_.metadata);
     adapters_.emplace(tensors_of(set_), set_.metadata, std::move(config));
   } catch (const InputError& error) {
     rethrow_naming(path_, error);

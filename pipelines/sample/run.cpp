@@ -23,6 +23,7 @@
 #include "common/engine/budget.h"
 #include "common/engine/model_file.h"
 #include "common/engine/sampler.h"
+#include "common/models/lora/layouts.h"
 #include "common/models/lora/lora.h"
 #include "common/models/lora/weighted_file.h"
 #include "common/ops/attention.h"
@@ -84,8 +85,9 @@ std::vector<engine::WeightedAdapters> read_adapters(const Options& o, const dit:
   std::vector<engine::WeightedAdapters> out;
   for (const std::string& text : o.lora) {
     const auto lora = lora::weighted_file(text);
-    const WeightFile file = read_weights(lora.file);
+    WeightFile file = read_weights(lora.file);
     try {
+      lora::add_peft_config(lora.file, file.metadata);
       out.push_back({lora::from_tensors(file.tensors, file.metadata, config), lora.weight});
     } catch (const InputError& error) {
       throw InputError(fmt::format("{}: {}", show(lora.file), error.what()));

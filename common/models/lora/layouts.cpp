@@ -18,6 +18,7 @@
 #include <set>
 
 #include "common/core/error.h"
+#include "common/core/file.h"
 #include "common/core/text.h"
 #include "common/models/flux/names.h"
 #include "common/models/lora/lora.h"
@@ -536,8 +537,9 @@ struct AdapterFile::Impl {
       if (part.has_pair()) {
         const int64_t rank = part.down.size(0);
         if (part.alpha) part.scale = *part.alpha / static_cast<double>(rank);
-        if (!part.alpha && !part.place.diffusers.empty())
-          part.scale = peft.scale(part.place.diffusers, rank);
+        const bool is_fal = part.place.layout == Layout::kFal;
+        if (!part.alpha && (is_fal || !part.place.diffusers.empty()))
+          part.scale = peft.scale(is_fal ? part.place.path : part.place.diffusers, rank);
       }
       has_magnitude = has_magnitude || part.magnitude.defined();
       by_path[part.place.path].push_back(std::move(part));
@@ -831,6 +833,22 @@ std::vector<at::Tensor> AdapterFile::sources(const std::string& path) const {
                                      &part.bias})
       if (tensor->defined()) out.push_back(*tensor);
   return out;
+}
+
+void add_peft_config(const std::filesystem::path& file, Metadata& metadata) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const bool is_folder = fs::is_directory(file, error);
+  if (metadata.contains("lora_adapter_metadata") ||
+      (!is_folder && file.filename() != "adapter_model.safetensors"))
+    return;
+  const fs::path beside = (is_folder ? file : file.parent_path()) / "adapter_config.json";
+  if (!fs::is_regular_file(beside, error)) return;
+  const auto config = nlohmann::json::parse(read_file(beside, 1 << 20), nullptr, false);
+  if (!config.is_object()) throw InputError(show(beside) + ": is no JSON object");
+  nlohmann::json out = nlohmann::json::object();
+  for (const auto& [key, value] : config.items()) out["transformer." + key] = value;
+  metadata["lora_adapter_metadata"] = out.dump();
 }
 
 // --- LayoutWriter

@@ -7,6 +7,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -96,6 +97,10 @@ class AdapterFile {
   struct Impl;
   std::shared_ptr<const Impl> impl_;
 };
+
+/// Adds PEFT's configuration to the metadata where it lies beside the file: adapter_config.json of a folder, or beside
+/// adapter_model.safetensors. Its alpha would be lost otherwise. Throws InputError if it is no JSON object.
+void add_peft_config(const std::filesystem::path& file, Metadata& metadata);
 
 /// The tensors of one layout.
 class LayoutWriter {

@@ -8,6 +8,7 @@
 #include "common/models/lora/lora.h"
 #include "tests/support/flux_cases.h"
 #include "tests/support/golden.h"
+#include "tests/support/temporary_folder.h"
 
 namespace flux::lora {
 namespace {
@@ -446,6 +447,37 @@ TEST(Layouts, FullDifferencesStayOrAreRefused) {
   EXPECT_EQ(AdapterFile(comfy, {}).config().prompt_dim, 96);
   expect_equal(convert(convert(comfy, {}, Layout::kSdScripts), {}, Layout::kComfyUi), comfy);
   EXPECT_THROW(convert(comfy, {}, Layout::kDiffusers), InputError);
+}
+
+TEST(Layouts, PeftsConfigBesideTheFileCounts) {
+  const test::TemporaryFolder folder;
+  for (const Layout layout : {Layout::kFal, Layout::kDiffusers}) {
+    SCOPED_TRACE(layout_name(layout));
+    auto tensors = convert(golden_file("kohya").tensors, {}, layout);
+    if (layout == Layout::kDiffusers) {
+      TensorMap raw;
+      for (const auto& [name, tensor] : tensors)
+        raw["base_model.model." + name.substr(std::string_view("transformer.").size())] = tensor;
+      tensors = raw;
+    }
+    const auto file = folder / "adapter_model.safetensors";
+    folder.write("adapter_config.json",
+                 R"({"r": 4, "lora_alpha": 8, "alpha_pattern": {"single_blocks.0.linear2": 2}})");
+    Metadata metadata;
+    add_peft_config(folder / "other.safetensors", metadata);
+    EXPECT_TRUE(metadata.empty());
+    add_peft_config(file, metadata);
+    const auto path = "double_blocks.0.img_attn.proj";
+    EXPECT_EQ(AdapterFile(tensors, metadata).entry(path).module.scale(), 2);
+    EXPECT_EQ(AdapterFile(tensors, {}).entry(path).module.scale(), 1);
+    if (layout == Layout::kFal) {
+      EXPECT_EQ(AdapterFile(tensors, metadata).entry("single_blocks.0.linear2").module.scale(),
+                0.5);
+    }
+    folder.write("adapter_config.json", "[");
+    metadata.clear();
+    EXPECT_THROW(add_peft_config(folder.path(), metadata), InputError);
+  }
 }
 
 TEST(Layouts, HaveWords) {
