@@ -2,7 +2,7 @@
 peers_lora_layouts_test.py BIN_DIR FIXTURES; exit code 77 without the peers.
 
 A LoRA, a DoRA and a LoKr of flux-train, converted to diffusers' layout and loaded by diffusers, give the velocities of the model that flux-lora merged
-them into; and so does a LoRA that diffusers itself writes.
+them into; what diffusers writes is read back, and what PEFT writes is merged.
 """
 import pathlib
 import subprocess
@@ -12,6 +12,7 @@ import tempfile
 try:
     import torch
     from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
 except ImportError as error:
     print(f"skipped: {error} (scripts/setup --peers installs it)")
@@ -73,6 +74,16 @@ def main(bin_dir, fixtures):
                 adapted.save_lora_adapter(folder / "saved", adapter_name=next(iter(adapted.peft_config)), safe_serialization=True)
                 saved = next((folder / "saved").glob("*.safetensors"))
                 run("flux-lora check", kohya, saved)
+
+        # what PEFT writes: alpha is in adapter_config.json
+        wrapped = get_peft_model(load(base), LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "add_v_proj", "proj_mlp", "ff.net.2"],
+                                                        init_lora_weights=False))
+        wrapped.save_pretrained(folder / "peft")
+        run("flux-lora merge", folder / "peft", "--base", base, "--out", folder / "peft-merged")
+        wanted = velocities(wrapped, inputs)
+        difference = (velocities(load(folder / "peft-merged"), inputs) - wanted).norm() / (wanted - before).norm()
+        print(f"peft: difference {difference:.3g}")
+        assert difference < LIMIT
     return 0
 
 
