@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -76,13 +77,25 @@ std::string json_text(const samples::Info& picture, const samples::Header& heade
       .dump();
 }
 
+/// That of pictures which a training made; of flux-sample's file in a run's samples/, that of its name, step-000000 for the base.
+std::optional<int64_t> step_of(const Json& settings, const fs::path& path) {
+  if (const auto found = settings.find("step");
+      found != settings.end() && found->is_number_integer())
+    return found->get<int64_t>();
+  const std::string stem = path.stem().native();
+  constexpr std::string_view kPrefix = "step-";
+  int64_t step = 0;
+  const char* const end = stem.data() + stem.size();
+  if (!stem.starts_with(kPrefix)) return {};
+  const auto [stop, error] = std::from_chars(stem.data() + kPrefix.size(), end, step);
+  if (error != std::errc() || stop != end || step < 0) return {};
+  return step;
+}
+
 void add_samples(const fs::path& path, std::vector<Source>& out) {
   const auto file = std::make_shared<samples::File>(path);
   const Json& settings = file->header().settings;
-  std::optional<int64_t> step;
-  if (const auto found = settings.find("step");
-      found != settings.end() && found->is_number_integer())
-    step = found->get<int64_t>();
+  const std::optional<int64_t> step = step_of(settings, path);
   for (size_t i = 0; i < file->pictures().size(); ++i) {
     const samples::Info& picture = file->pictures()[i];
     Source source;
