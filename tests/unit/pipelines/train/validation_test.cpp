@@ -189,7 +189,7 @@ TEST(Validation, ComesWithEveryCheckpointAndMarksTheBestWhichStays) {
   o.method = Method::kFull;
   o.lr.schedule = LrSchedule::kConstantWithWarmup;
   o.lr_warmup.steps = 1;
-  o.lr.learning_rate = 30;
+  o.lr.learning_rate = 0.1;
   const Report first = run(o);
   const auto found = scene.validations();
   ASSERT_EQ(found.size(), 3u);
