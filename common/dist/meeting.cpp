@@ -1,0 +1,272 @@
+#include "common/dist/meeting.h"
+
+#include <arpa/inet.h>
+#include <fmt/format.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include <cerrno>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "common/core/cancel.h"
+#include "common/core/error.h"
+#include "common/core/file.h"
+#include "common/core/hash.h"
+#include "common/core/log.h"
+#include "common/core/text.h"
+
+namespace flux::dist {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+using StorePointer = c10::intrusive_ptr<c10d::Store>;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr milliseconds kSlice{500};  // between looks at signals
+constexpr seconds kConnectLimit{3};  // to one of several addresses
+
+/// A file descriptor that is closed.
+struct Socket {
+  explicit Socket(int descriptor) : fd(descriptor) {}
+  ~Socket() {
+    if (fd >= 0) close(fd);
+  }
+  Socket(const Socket&) = delete;
+  Socket& operator=(const Socket&) = delete;
+  int fd;
+};
+
+struct AddressList {
+  addrinfo* first = nullptr;
+  ~AddressList() {
+    if (first) freeaddrinfo(first);
+  }
+};
+
+std::string numeric(const sockaddr* address, socklen_t length) {
+  char name[NI_MAXHOST] = {};
+  return getnameinfo(address, length, name, sizeof name, nullptr, 0, NI_NUMERICHOST) == 0
+             ? std::string(name)
+             : std::string();
+}
+
+/// This machine's address on the way to `host`; empty if there is no way.
+std::string address_towards(const std::string& host, int64_t port) {
+  addrinfo wanted{};
+  wanted.ai_socktype = SOCK_DGRAM;
+  AddressList list;
+  if (getaddrinfo(host.c_str(), std::to_string(port).c_str(), &wanted, &list.first) != 0) return {};
+  for (const addrinfo* a = list.first; a; a = a->ai_next) {
+    const Socket socket(::socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol));
+    sockaddr_storage mine{};
+    socklen_t length = sizeof mine;
+    // nothing is sent: the kernel only picks a route
+    if (socket.fd >= 0 && connect(socket.fd, a->ai_addr, a->ai_addrlen) == 0 &&
+        getsockname(socket.fd, reinterpret_cast<sockaddr*>(&mine), &length) == 0)
+      return numeric(reinterpret_cast<const sockaddr*>(&mine), length);
+  }
+  return {};
+}
+
+/// Whether somebody listens there.
+bool answers(const std::string& host, int64_t port) {
+  addrinfo wanted{};
+  wanted.ai_socktype = SOCK_STREAM;
+  AddressList list;
+  if (getaddrinfo(host.c_str(), std::to_string(port).c_str(), &wanted, &list.first) != 0)
+    return false;
+  for (const addrinfo* a = list.first; a; a = a->ai_next) {
+    const Socket socket(
+        ::socket(a->ai_family, a->ai_socktype | SOCK_NONBLOCK | SOCK_CLOEXEC, a->ai_protocol));
+    if (socket.fd < 0) continue;
+    if (connect(socket.fd, a->ai_addr, a->ai_addrlen) == 0) return true;
+    if (errno != EINPROGRESS) continue;
+    pollfd ready{socket.fd, POLLOUT, 0};
+    int error = 0;
+    socklen_t length = sizeof error;
+    if (poll(&ready, 1, static_cast<int>(milliseconds(kConnectLimit).count())) == 1 &&
+        getsockopt(socket.fd, SOL_SOCKET, SO_ERROR, &error, &length) == 0 && error == 0)
+      return true;
+  }
+  return false;
+}
+
+/// Of this machine, those that others may reach before those that only it does.
+std::vector<std::string> own_addresses() {
+  std::vector<std::string> out;
+  ifaddrs* first = nullptr;
+  if (getifaddrs(&first) == 0) {
+    for (const int family : {AF_INET, AF_INET6})
+      for (const ifaddrs* a = first; a; a = a->ifa_next) {
+        if (!a->ifa_addr || a->ifa_addr->sa_family != family) continue;
+        if ((a->ifa_flags & IFF_LOOPBACK) || !(a->ifa_flags & IFF_UP)) continue;
+        const auto length =
+            static_cast<socklen_t>(family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6));
+        const std::string name = numeric(a->ifa_addr, length);
+        if (!name.empty() && name.find('%') == std::string::npos)
+          out.push_back(name);  // no link-local ones
+      }
+    freeifaddrs(first);
+  }
+  out.push_back("127.0.0.1");
+  return out;
+}
+
+StorePointer open_store(const std::string& host, int64_t port, bool is_server, milliseconds limit) {
+  c10d::TCPStoreOptions options;
+  options.port = static_cast<uint16_t>(port);
+  options.isServer = is_server;
+  options.waitWorkers = false;
+  options.timeout = limit;
+  options.useLibUV = false;  // not in every build
+  return c10::make_intrusive<c10d::TCPStore>(host, options);
+}
+
+std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text.end()}; }
+
+/// Nothing within the limit: nullopt.
+std::optional<std::string> get_within(c10d::Store& store,
+                                      const std::string& key,
+                                      milliseconds limit) {
+  try {
+    store.wait({key}, limit);
+    const auto value = store.get(key);
+    return std::string(value.begin(), value.end());
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
+/// Calls `attempt` until it returns something. Nothing: patience ran out.
+template <typename Attempt>
+auto until(Clock::time_point end, const Attempt& attempt) -> decltype(attempt()) {
+  for (;;) {
+    cancel::check();
+    if (auto result = attempt()) return result;
+    if (Clock::now() >= end) return {};
+    std::this_thread::sleep_for(kSlice);
+  }
+}
+
+[[noreturn]] void fail_to_meet(const std::string& what, const Launch& launch) {
+  throw ResourceError(fmt::format("rank {} of {}: {}", launch.rank, launch.world, what),
+                      "start all ranks within --dist-start-timeout, on machines that reach each "
+                      "other; --dist-store HOST:PORT names the place");
+}
+
+struct Place {
+  StorePointer store;
+  std::string host;
+  int64_t port = 0;
+};
+
+Place keep_store(const Launch& launch, const fs::path& address_file, seconds patience) {
+  Place place;
+  try {
+    place.host = launch.host.empty() ? "127.0.0.1" : launch.host;
+    place.store = open_store(place.host, launch.port, true, patience);
+    place.port = static_cast<const c10d::TCPStore&>(*place.store).getPort();
+  } catch (const std::exception& error) {
+    fail_to_meet(fmt::format("cannot keep a store at {}:{}: {}",
+                             place.host,
+                             launch.port,
+                             printable(split(error.what(), '\n')[0])),
+                 launch);
+  }
+  if (!launch.host.empty()) return place;
+  const std::string number = random_name();
+  place.store->set("number", bytes(number));
+  const nlohmann::json written = {
+      {"port", place.port}, {"addresses", own_addresses()}, {"number", number}};
+  write_file_atomic(address_file, written.dump() + "\n");
+  return place;
+}
+
+std::optional<Place> try_written(const fs::path& address_file) {
+  std::string text;
+  try {
+    text = read_file(address_file, 1 << 16);
+  } catch (const InputError&) {
+    return std::nullopt;  // not there yet
+  }
+  const auto written = nlohmann::json::parse(text, nullptr, false);
+  try {
+    const auto port = written.at("port").get<int64_t>();
+    for (const auto& address : written.at("addresses").get<std::vector<std::string>>()) {
+      if (!answers(address, port)) continue;
+      auto store = open_store(address, port, false, kConnectLimit);
+      // another machine of the same private address, or another program at an old port
+      if (get_within(*store, "number", kConnectLimit) == written.at("number").get<std::string>())
+        return Place{std::move(store), address, port};
+    }
+  } catch (const std::exception&) {
+    // half a file, or no store
+  }
+  return std::nullopt;
+}
+
+Place find_store(const Launch& launch, const fs::path& address_file, seconds patience) {
+  const auto end = Clock::now() + patience;
+  const auto place = until(end, [&]() -> std::optional<Place> {
+    if (launch.host.empty()) return try_written(address_file);
+    if (!answers(launch.host, launch.port)) return std::nullopt;
+    try {
+      return Place{open_store(launch.host, launch.port, false, patience), launch.host, launch.port};
+    } catch (const std::exception&) {
+      return std::nullopt;  // ended meanwhile
+    }
+  });
+  if (place) return *place;
+  fail_to_meet(
+      launch.host.empty()
+          ? fmt::format("rank 0 has not written its address to {} within {} s",
+                        show(address_file),
+                        patience.count())
+          : fmt::format(
+                "{}:{} has not answered within {} s", launch.host, launch.port, patience.count()),
+      launch);
+}
+
+}  // namespace
+
+Meeting meet(const Launch& launch, const fs::path& address_file, seconds patience) {
+  const auto end = Clock::now() + patience;
+  Place place = launch.rank == 0 && !launch.hosted ? keep_store(launch, address_file, patience)
+                                                   : find_store(launch, address_file, patience);
+  const std::string prefix = fmt::format("flux-stages/{}", launch.job);
+  Meeting meeting{c10::make_intrusive<c10d::PrefixStore>(prefix, place.store),
+                  c10::make_intrusive<c10d::PrefixStore>(prefix, place.store->clone()),
+                  address_towards(place.host, place.port)};
+  c10d::Store& store = *meeting.store;
+  store.set(fmt::format("there/{}", launch.rank), bytes("1"));
+  if (launch.rank == 0) {
+    std::vector<int64_t> missing;
+    const bool all = until(end, [&] {
+      missing.clear();
+      for (int64_t rank = 1; rank < launch.world; ++rank)
+        if (!store.check({fmt::format("there/{}", rank)})) missing.push_back(rank);
+      return missing.empty();
+    });
+    std::error_code ignored;
+    if (launch.host.empty()) fs::remove(address_file, ignored);
+    store.set("all",
+              bytes(all ? "1" : fmt::format("rank {} did not come", fmt::join(missing, ", "))));
+  }
+  const auto all = until(end + seconds(10), [&] { return get_within(store, "all", kSlice); });
+  if (!all) fail_to_meet("rank 0 is gone", launch);
+  if (*all != "1") fail_to_meet(fmt::format("{} within {} s", *all, patience.count()), launch);
+  return meeting;
+}
+
+}  // namespace flux::dist

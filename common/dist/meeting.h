@@ -1,0 +1,33 @@
+// common/dist/meeting.h - where the ranks of a run find each other: one TCP store that all are connected to.
+#pragma once
+#include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include <chrono>
+#include <filesystem>
+#include <string>
+
+#include "common/dist/launch.h"
+
+namespace flux::dist {
+
+struct Meeting {
+  /// Keys are this run's own.
+  c10::intrusive_ptr<c10d::Store> store;
+  /// A connection of its own to the same keys, for another thread.
+  c10::intrusive_ptr<c10d::Store> store_of_watch;
+  /// This machine's address as it reaches the store: others reach it there.
+  std::string address;
+};
+
+/// Connects to the store that `launch` names, or keeps it in rank 0. Where none is named, rank 0 takes a free port and
+/// writes it with its machine's addresses to `address_file`, which every rank must see (a shared file system); the others
+/// try them until one answers with the number in the file, so that a file left by a killed run is no harm. Rank 0
+/// removes the file when all have come.
+/// Waits `patience` for the others. Throws ResourceError naming the ranks that did not come, or the address that does
+/// not answer; Interrupted after a signal.
+Meeting meet(const Launch& launch,
+             const std::filesystem::path& address_file,
+             std::chrono::seconds patience);
+
+}  // namespace flux::dist
