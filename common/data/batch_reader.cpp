@@ -32,8 +32,9 @@ struct BatchReader::State {
   const TrainingData& data;
   const ReaderOptions options;
   const int64_t num_batches;  // an epoch
-  // Batches are numbered through all epochs: epoch * num_batches + index.
-  int64_t claimed = 0, consumed = 0, end = -1;
+  // Batches are numbered through all epochs: epoch * num_batches + index. Turns are counted.
+  int64_t start = 0, claimed = 0, consumed = 0, end = -1;
+  int64_t number_of(int64_t turns) const { return start + turns * options.stride; }
   bool stopping = false;
   double wait_seconds = 0;
   std::map<int64_t, Slot> ready;
@@ -47,7 +48,8 @@ std::shared_ptr<const BatchReader::State::Epoch> BatchReader::State::epoch(int64
   auto& order = epochs[number];
   if (!order) {
     order = std::make_shared<const Epoch>(data.epoch_batches(number));
-    std::erase_if(epochs, [&](const auto& entry) { return entry.first < consumed / num_batches; });
+    std::erase_if(
+        epochs, [&](const auto& entry) { return entry.first < number_of(consumed) / num_batches; });
   }
   return order;
 }
@@ -57,7 +59,8 @@ void BatchReader::State::work() {
   while (true) {
     room.wait(lock, [&] { return done() || claimed < consumed + options.num_ahead; });
     if (done()) return;
-    const int64_t number = claimed++;
+    const int64_t turn = claimed++;
+    const int64_t number = number_of(turn) + options.turn;
     Slot slot;
     try {
       const auto order = epoch(number / num_batches);
@@ -68,7 +71,7 @@ void BatchReader::State::work() {
       slot.error = std::current_exception();
     }
     if (!lock.owns_lock()) lock.lock();
-    ready.emplace(number, std::move(slot));
+    ready.emplace(turn, std::move(slot));
     arrived.notify_all();
   }
 }
@@ -82,8 +85,8 @@ BatchReader::BatchReader(const TrainingData& data, DataPosition start, const Rea
                                             start.batch,
                                             s.num_batches));
   }
-  s.claimed = s.consumed = start.epoch * s.num_batches + start.batch;
-  if (options.num_batches >= 0) s.end = s.claimed + options.num_batches;
+  s.start = start.epoch * s.num_batches + start.batch;
+  if (options.num_batches >= 0) s.end = options.num_batches;
   for (int64_t i = 0; i < std::max<int64_t>(options.num_threads, 1); ++i)
     s.threads.emplace_back([&s] { s.work(); });
 }
@@ -114,7 +117,20 @@ Batch BatchReader::next() {
 
 DataPosition BatchReader::position() const {
   const std::lock_guard lock(state_->mutex);
-  return {state_->consumed / state_->num_batches, state_->consumed % state_->num_batches};
+  const int64_t number = state_->number_of(state_->consumed);
+  return {number / state_->num_batches, number % state_->num_batches};
+}
+
+std::vector<BatchOutline> BatchReader::outline(int64_t count) const {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  std::vector<BatchOutline> out;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = s.number_of(s.consumed) + i, epoch = number / s.num_batches;
+    out.push_back(
+        s.data.outline(epoch, s.epoch(epoch)->at(static_cast<size_t>(number % s.num_batches))));
+  }
+  return out;
 }
 
 double BatchReader::wait_seconds() const {

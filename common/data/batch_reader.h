@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "common/data/training_data.h"
 
@@ -18,6 +19,8 @@ struct ReaderOptions {
   int64_t num_threads = 2;
   int64_t num_ahead = 4;     // batches held ready at most
   int64_t num_batches = -1;  // to read in all; -1: without end
+  /// Of several readers that take turns: reads every stride'th batch, beginning with number `turn` behind the position.
+  int64_t turn = 0, stride = 1;
 };
 
 /// Reads from a position on, across epoch ends. The result does not depend on num_threads and
@@ -34,8 +37,10 @@ class BatchReader {
 
   /// The next batch; throws what reading it threw. std::out_of_range after num_batches.
   Batch next();
-  /// Of the batch that next() will return.
+  /// Of the batch that next() will return; of several readers, of the first of theirs when each has taken as many turns.
   DataPosition position() const;
+  /// What the `count` batches from position() on hold, those of all readers.
+  std::vector<BatchOutline> outline(int64_t count) const;
   /// Time spent in next() so far.
   double wait_seconds() const;
 

@@ -584,6 +584,15 @@ Batch TrainingData::State::read(int64_t epoch,
   return batch;
 }
 
+BatchOutline TrainingData::outline(int64_t epoch, const std::vector<Visit>& visits) const {
+  const State& s = *state_;
+  const auto [dataset, rows, columns] = s.group(s.items[static_cast<size_t>(visits.at(0).item)]);
+  BatchOutline out{.epoch = epoch, .height = rows, .width = columns, .visits = {}};
+  for (const Visit& visit : visits)
+    out.visits.push_back(visit_key(s.items[static_cast<size_t>(visit.item)].key, visit.repeat));
+  return out;
+}
+
 Batch TrainingData::load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const {
   std::vector<std::pair<const Item*, Draws>> samples;
   for (const Visit& visit : visits) {

@@ -62,6 +62,14 @@ struct Batch {
   int64_t size() const { return static_cast<int64_t>(visits.size()); }
 };
 
+/// What a batch holds, without reading it.
+struct BatchOutline {
+  int64_t epoch = 0;
+  int64_t height = 0, width = 0;  // of its latents
+  std::vector<uint64_t> visits;   // as Batch::visits
+  int64_t size() const { return static_cast<int64_t>(visits.size()); }
+};
+
 /// One size that is trained at, in pixels, and its visits an epoch.
 struct BucketVisits {
   int64_t width = 0, height = 0, visits = 0;
@@ -116,6 +124,7 @@ class TrainingData {
   /// The batches of an epoch in their order. Each holds visits of one data set and one bucket. `accumulation` batches are
   /// formed and ordered as one and then cut, so that batches of 2 in updates of 2 are batches of 4, halved.
   std::vector<std::vector<Visit>> epoch_batches(int64_t epoch) const;
+  BatchOutline outline(int64_t epoch, const std::vector<Visit>& visits) const;
   /// Reads one batch; safe from any thread, without LibTorch's thread pool. Throws CacheError if a
   /// segment is damaged.
   Batch load(int64_t epoch, int64_t index, const std::vector<Visit>& visits) const;

@@ -212,6 +212,7 @@ std::vector<at::Tensor> BlockLoop::losses(std::span<const MicroBatch> batches,
     micro.gradients = {std::exchange(x.mutable_grad(), at::Tensor())};
     micro.grad_vec = std::exchange(vec.mutable_grad(), at::Tensor());
     collect(blocks_.outer_trainables(), micros_.size() > 1);
+    if (hooks.collected) hooks.collected(-1, blocks_.outer_trainables());
   }
   return losses;
 }
@@ -232,6 +233,7 @@ void BlockLoop::backward(const LoopHooks& hooks) {
       for (const auto& input : graph.inputs) micro.gradients.push_back(input.grad());
       if (trains_outer()) add(micro.grad_vec, graph.vec.grad());
       collect(trainables, micros_.size() > 1);
+      if (hooks.collected) hooks.collected(block, trainables);
     }
     const bool updated = hooks.ready(block, trainables);
     blocks_.leave(block, std::erase(changed_, block) > 0 || updated);
@@ -241,6 +243,7 @@ void BlockLoop::backward(const LoopHooks& hooks) {
     backward_from({micro.embedded[0], micro.embedded[1], micro.vec},
                   {micro.gradients[0], micro.gradients[1], micro.grad_vec});
     collect(blocks_.outer_trainables(), micros_.size() > 1);
+    if (hooks.collected) hooks.collected(-1, blocks_.outer_trainables());
   }
   hooks.ready(-1, blocks_.outer_trainables());
 }

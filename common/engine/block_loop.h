@@ -92,6 +92,8 @@ struct LoopHooks {
   std::function<bool(int64_t block)> before_forward{};
   /// The losses are known, nothing is updated yet: a loss that is not finite is refused here.
   std::function<void(std::span<const at::Tensor> losses)> after_forward{};
+  /// A micro-batch's gradients of a block, or of a part of what is outside (-1), were added.
+  std::function<void(int64_t block, std::span<Trainable> trainables)> collected{};
   /// All gradients of a block (-1: of what is outside of blocks) are there. Returns whether it updated anything. What
   /// it leaves in Trainable::gradient stays.
   std::function<bool(int64_t block, std::span<Trainable> trainables)> ready;

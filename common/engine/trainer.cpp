@@ -31,7 +31,7 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
           .access = o.access,
           .scratch = o.scratch,
           .keep_gradients = o.clip == ClipMode::kGlobal || two_phase,
-          .several_micro_batches = o.several_micro_batches,
+          .several_micro_batches = o.several_micro_batches || o.ranks.several(),
           .stream_adapters = o.residency.stream_adapters,
           .stream_states = o.residency.stream_states};
 }
@@ -88,6 +88,8 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
              model_options(config, options_, optimizer_->two_phase())),
       // in this order, which braces keep
       loop_{config, with_adapters(), loop_options()},
+      exchange_(options_.ranks.several() ? std::optional<GradientExchange>(options_.ranks)
+                                         : std::nullopt),
       updater_(model_,
                *optimizer_,
                {.clip = options_.clip,
@@ -95,6 +97,7 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
                 .seed = options_.seed,
                 // reading all gradients of a model once more takes its time
                 .want_norm = !options_.full,
+                .exchange = exchange_ ? &*exchange_ : nullptr,
                 .after_update = options_.max_weight_norm > 0
                                     ? std::function<void(std::span<Trainable>)>(
                                           [this](std::span<Trainable> t) { limit_norms(t); })
@@ -270,14 +273,53 @@ LoopHooks Trainer::watched(LoopHooks hooks) {
   return hooks;
 }
 
+/// What a step reports, from every rank's micro-batches.
+void Trainer::gather_losses(std::span<const at::Tensor> losses,
+                            std::span<const at::Tensor> by_sample,
+                            std::span<const int64_t> batch_sizes,
+                            TrainResult& result) const {
+  const Ranks& ranks = options_.ranks;
+  // of each micro-batch a row: its loss, and those of its samples
+  const auto num_own = static_cast<int64_t>(losses.size());
+  const int64_t width = 1 + *std::ranges::max_element(batch_sizes);
+  std::vector<double> own(static_cast<size_t>(num_own * width));
+  for (int64_t m = 0; m < num_own; ++m) {
+    std::vector<double> row{losses[static_cast<size_t>(m)].item<double>()};
+    append_values(by_sample[static_cast<size_t>(m)], row);
+    std::ranges::copy(row, own.begin() + m * width);
+  }
+  std::vector<double> all(own.size() * static_cast<size_t>(ranks.world));
+  const at::Tensor mine = at::from_blob(own.data(), {num_own * width}, at::kDouble);
+  const at::Tensor gathered =
+      at::from_blob(all.data(), {static_cast<int64_t>(all.size())}, at::kDouble);
+  if (ranks.group)
+    ranks.group->all_gather(gathered, mine);
+  else
+    gathered.copy_(mine);
+  for (size_t j = 0; j < batch_sizes.size(); ++j) {
+    const int64_t rank = static_cast<int64_t>(j) % ranks.world,
+                  m = static_cast<int64_t>(j) / ranks.world;
+    const double* const row = all.data() + (rank * num_own + m) * width;
+    result.loss += row[0];
+    result.sample_losses.insert(result.sample_losses.end(), row + 1, row + 1 + batch_sizes[j]);
+  }
+}
+
 TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
                           int64_t step,
-                          double learning_rate) {
-  int64_t num_samples = 0;
+                          double learning_rate,
+                          std::span<const int64_t> batch_sizes) {
+  std::vector<int64_t> own_sizes;
+  for (const FlowInputs& inputs : micro_batches) own_sizes.push_back(inputs.latents.size(0));
+  const int64_t world = batch_sizes.empty() ? 1 : options_.ranks.world;
+  const int64_t rank = options_.ranks.group && world > 1 ? options_.ranks.group->rank() : 0;
+  if (batch_sizes.empty()) batch_sizes = own_sizes;
   std::vector<uint64_t> first_samples;  // of each micro-batch in the step
-  for (const FlowInputs& inputs : micro_batches) {
-    first_samples.push_back(static_cast<uint64_t>(num_samples));
-    num_samples += inputs.latents.size(0);
+  int64_t num_samples = 0;
+  for (size_t j = 0; j < batch_sizes.size(); ++j) {
+    if (static_cast<int64_t>(j) % world == rank)
+      first_samples.push_back(static_cast<uint64_t>(num_samples));
+    num_samples += batch_sizes[j];
   }
   std::vector<MicroBatch> batches;
   std::vector<at::Tensor> by_sample;
@@ -301,9 +343,8 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
   };
   hooks.after_forward = [&](std::span<const at::Tensor> losses) {
     if (options_.device.is_meta()) return;
-    for (const at::Tensor& loss : losses) result.loss += loss.item<double>();
+    gather_losses(losses, by_sample, batch_sizes, result);
     if (!std::isfinite(result.loss)) throw NotFinite("the loss");
-    for (const at::Tensor& part : by_sample) append_values(part, result.sample_losses);
   };
   try {
     if (watch_) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/engine/block_loop.h"
+#include "common/engine/gradient_exchange.h"
 #include "common/engine/model_blocks.h"
 #include "common/engine/updater.h"
 #include "common/models/lora/lora.h"
@@ -65,6 +66,7 @@ struct TrainerOptions {
   double max_norm = 1;
   LossOptions loss{};
   bool several_micro_batches = false;  // steps have more than one
+  Ranks ranks{};                       // that share the micro-batches of a step
   Residency residency{};
   FileAccess access = kDefaultFileAccess;
   std::filesystem::path scratch{};  // folder
@@ -123,6 +125,10 @@ class Trainer {
   std::vector<at::Tensor> forward_only(std::span<const MicroBatch> micro_batches);
   void take_evaluation_weights(int64_t block, std::vector<at::Tensor>& trained);
   void give_back(int64_t block, std::vector<at::Tensor>& trained);
+  void gather_losses(std::span<const at::Tensor> losses,
+                     std::span<const at::Tensor> by_sample,
+                     std::span<const int64_t> batch_sizes,
+                     TrainResult& result) const;
   LoopOptions loop_options() const;
   LoopHooks watched(LoopHooks hooks);
   void show_weights(int64_t block);
@@ -133,6 +139,7 @@ class Trainer {
   std::map<std::string, double> alphas_;  // of targets, by path
   ModelBlocks model_;
   BlockLoop loop_;
+  std::optional<GradientExchange> exchange_;
   Updater updater_;
   Watch watch_;
 };

@@ -25,7 +25,13 @@ void Updater::begin(int64_t step, double learning_rate) {
 }
 
 LoopHooks Updater::hooks() {
+  std::function<void(int64_t, std::span<Trainable>)> collected;
+  if (options_.exchange)
+    collected = [this](int64_t block, std::span<Trainable> trainables) {
+      options_.exchange->collected(block, trainables);
+    };
   return {.before_forward = [this](int64_t block) { return before_forward(block); },
+          .collected = std::move(collected),
           .ready = [this](int64_t block,
                           std::span<Trainable> trainables) { return ready(block, trainables); }};
 }
@@ -76,7 +82,13 @@ double Updater::global_norm() const {
 }
 
 bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
-  if (options_.clip != ClipMode::kNone || options_.want_norm) add_norms(trainables);
+  if (options_.exchange) options_.exchange->start(block, trainables);
+  if (sums_later(block)) {
+    waiting_.push_back(block);
+    return false;
+  }
+  if (options_.exchange) options_.exchange->finish();
+  if (wants_norms()) add_norms(trainables);
   if (gradients_wait()) {
     waiting_.push_back(block);
     return false;
@@ -89,6 +101,10 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
 }
 
 std::optional<double> Updater::finish() {
+  if (options_.exchange) options_.exchange->finish();
+  for (const int64_t block : waiting_)
+    if (wants_norms() && sums_later(block))
+      add_norms(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block));
   whole_ = true;
   std::optional<double> norm;
   if (!norms_.empty()) norm = global_norm();

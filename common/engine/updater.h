@@ -11,15 +11,17 @@
 
 #include "common/engine/block_loop.h"
 #include "common/engine/choices.h"
+#include "common/engine/gradient_exchange.h"
 #include "common/optim/optimizer.h"
 
 namespace flux::engine {
 
 struct UpdateOptions {
   ClipMode clip = ClipMode::kGlobal;
-  double max_norm = 1;    // > 0; not read with kNone
-  uint64_t seed = 0;      // of stochastic rounding
-  bool want_norm = true;  // with kNone: whether the norm is computed, for the log
+  double max_norm = 1;                   // > 0; not read with kNone
+  uint64_t seed = 0;                     // of stochastic rounding
+  bool want_norm = true;                 // with kNone: whether the norm is computed, for the log
+  GradientExchange* exchange = nullptr;  // of several ranks; must outlive this
   /// Called with what was just updated, before averages take it in: only for what stays with its states while its block
   /// is there.
   std::function<void(std::span<Trainable> trainables)> after_update{};
@@ -67,6 +69,11 @@ class Updater {
   /// Whether gradients stay until finish().
   bool gradients_wait() const {
     return options_.clip == ClipMode::kGlobal || optimizer_.two_phase();
+  }
+  bool wants_norms() const { return options_.clip != ClipMode::kNone || options_.want_norm; }
+  /// Whether the block's gradients are summed over the ranks while later ones compute.
+  bool sums_later(int64_t block) const {
+    return options_.exchange && gradients_wait() && (block < 0 || blocks_.trainables_stay(block));
   }
   /// With its learning rate and clipping.
   StepScalars scalars_of(const Trainable& trainable, StepScalars scalars) const;

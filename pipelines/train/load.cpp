@@ -198,6 +198,8 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.loss.weighting = o.timesteps.weighting;
   t.loss.renormalise_mask = o.masked_loss == MaskedLoss::kRenormalised;
   t.several_micro_batches = o.gradient_accumulation > 1;
+  t.ranks.world = o.launch.world;
+  t.ranks.exact = o.exact_reduction;
   t.scratch = o.scratch.empty() ? o.out : o.scratch;
   engine::Residency& r = t.residency;
   r.resident_blocks = o.resident_blocks.value_or(-1);
@@ -227,7 +229,7 @@ Session open_data(const Options& options) {
       options.text,
       DataOptions{.seed = static_cast<uint64_t>(options.seed),
                   .batch_size = options.batch_size,
-                  .accumulation = options.gradient_accumulation,
+                  .accumulation = options.batches_a_step(),
                   .sample_posterior = options.posterior == Posterior::kSample,
                   .prior_loss_weight = options.prior_loss_weight,
                   .text_mask = options.text_mask == TextMask::kAsCached
@@ -294,6 +296,7 @@ void load_model(Session& session) {
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
+  wanted.ranks.group = session.group;
   if (validates(session)) plan_validation(session, wanted, step_shape(session));
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
   if (wanted.full)

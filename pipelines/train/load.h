@@ -37,12 +37,17 @@ struct Session {
   /// Of a LoRA without --no-tags: dataset_metadata(), read beside the training; empty where the cache could not be read.
   std::shared_future<std::map<std::string, std::string>> dataset_metadata;
 
+  dist::Group* group = nullptr;  // of several ranks
+  /// Whether this rank writes: files, progress, stdout.
+  bool leads() const { return options.launch.rank == 0; }
+
   int64_t step = 0;       // updates made
   DataPosition position;  // of the next batch
 
   int64_t validation_batches = 0;  // that pass through the model at a time; 0: no validation
-  std::optional<Validation> validation;  // the newest; of the weights as they are if its step is `step`
-  std::optional<Validation> best;        // of the checkpoint that is marked
+  std::optional<Validation>
+      validation;                  // the newest; of the weights as they are if its step is `step`
+  std::optional<Validation> best;  // of the checkpoint that is marked
 
   double guidance() const { return options.guidance.value_or(1); }
 };

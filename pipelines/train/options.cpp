@@ -552,6 +552,33 @@ void add_flags(Options& o, Tool& tool) {
             o.scratch,
             "DIR",
             "for scratch files, which leave nothing behind; --out if not given");
+  tool.group("several ranks");
+  tool.flag("dist-rank",
+            o.dist.rank,
+            "R",
+            "which rank this is, from 0; else as torchrun, srun or mpirun says",
+            0,
+            1 << 20);
+  tool.flag(
+      "dist-world", o.dist.world, "N", "how many ranks there are; with --dist-rank", 1, 1 << 20);
+  tool.flag("dist-store",
+            o.dist.store,
+            "HOST:PORT",
+            "where ranks meet; else as the launcher says, or at an address that rank 0 writes to a "
+            "file beside --out");
+  tool.flag(
+      "dist-start-timeout", o.dist_start_timeout, "S", "seconds to wait for all ranks", 1, 86400);
+  tool.flag("dist-timeout",
+            o.dist_timeout,
+            "S",
+            "seconds without a sign of life after which a rank is taken for dead",
+            2,
+            86400);
+  tool.flag("exact-reduction",
+            o.exact_reduction,
+            "gradients are summed in the order of the step's batches: the bits of one rank that "
+            "accumulates");
+  tool.group("reading");
   tool.flag("reader-threads", o.reader_threads, "N", "threads that read batches ahead", 1, 256);
   tool.flag("prefetch", o.prefetch, "N", "batches read ahead at most", 1, 4096);
   tool.flag("rehash", o.rehash, "hash the model anew instead of remembering its hash");
@@ -641,6 +668,23 @@ void check_optimizer(const Options& o, const Tool& tool) {
                .c_str());
 }
 
+void check_ranks(const Options& o, const Tool& tool) {
+  if (!o.launch.several()) {
+    for (const char* name : {"dist-store", "dist-timeout", "dist-start-timeout"})
+      if (tool.given(name))
+        throw UsageError(fmt::format("--{} has no effect with one rank", name),
+                         "start several with torchrun, srun or mpirun, or give --dist-rank and "
+                         "--dist-world; or leave it out");
+    return;
+  }
+  if (o.method == Method::kFull)
+    throw UsageError("--method full does not run in several ranks yet",
+                     "start one, or train a LoRA");
+  if (o.device == DeviceChoice::kCuda)
+    throw UsageError("--device cuda does not run in several ranks yet", "start one");
+  if (!o.reproduce.empty()) throw UsageError("--reproduce runs in one rank", "start one");
+}
+
 }  // namespace
 
 double Options::effective_weight_decay() const {
@@ -664,7 +708,9 @@ engine::ClipMode Options::effective_clip() const {
                                                               : engine::ClipMode::kGlobal);
 }
 
-void check(const Options& o, const Tool& tool) {
+void check(Options& o, const Tool& tool) {
+  o.launch = dist::resolve_launch(dist::process_environment(), o.dist);
+  check_ranks(o, tool);
   check_memory(o, tool);
   check_lora(o, tool);
   check_optimizer(o, tool);
@@ -745,7 +791,7 @@ void check(const Options& o, const Tool& tool) {
 void set_steps(Options& o, int64_t batches_an_epoch) {
   if (o.max_epochs == 0) return;
   constexpr int64_t kMost = 1'000'000'000;
-  if (o.max_epochs > kMost * o.gradient_accumulation / batches_an_epoch)
+  if (o.max_epochs > kMost * o.batches_a_step() / batches_an_epoch)
     throw UsageError(
         fmt::format(
             "--max-epochs {}: an epoch has {} batches, and more than {} updates are out of range",
@@ -754,7 +800,7 @@ void set_steps(Options& o, int64_t batches_an_epoch) {
             kMost),
         "give fewer");
   const int64_t batches = o.max_epochs * batches_an_epoch;
-  o.max_steps = (batches + o.gradient_accumulation - 1) / o.gradient_accumulation;
+  o.max_steps = (batches + o.batches_a_step() - 1) / o.batches_a_step();
   check_schedule(o);
 }
 
@@ -766,7 +812,7 @@ nlohmann::json deciding_options(const Options& o) {
                      {"optimizer-args", o.optimizer_args},
                      {"state-dtype", word(kStateDtypes, o.state_dtype)},
                      {"clip", word(kClips, o.effective_clip())},
-                     {"gradient-accumulation", o.gradient_accumulation},
+                     {"gradient-accumulation", o.batches_a_step()},
                      {"learning-rate", o.lr.learning_rate},
                      {"lr-scheduler", word(lr_schedules(), o.lr.schedule)},
                      {"weight-decay", o.effective_weight_decay()},
@@ -834,6 +880,7 @@ namespace {
 /// All that takes effect, by flag name, as --config reads it.
 nlohmann::json resolved_options(const Options& o) {
   nlohmann::json all = deciding_options(o);
+  all["gradient-accumulation"] = o.gradient_accumulation;  // of each rank
   if (!o.guidance) all.erase("guidance");  // would be refused with a model that has no such input
   if (o.max_epochs > 0) {
     all.erase("max-steps");
@@ -878,6 +925,11 @@ nlohmann::json resolved_options(const Options& o) {
   }
   all["precision"] = word(kPrecisions, o.precision);
   all["device"] = word(device_choices(), o.device);
+  if (o.exact_reduction) all["exact-reduction"] = true;
+  if (o.launch.several()) {
+    all["dist-timeout"] = o.dist_timeout;
+    all["dist-start-timeout"] = o.dist_start_timeout;
+  }
   all["reader-threads"] = o.reader_threads;
   all["prefetch"] = o.prefetch;
   return all;

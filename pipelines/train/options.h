@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/dist/launch.h"
 #include "common/engine/choices.h"
 #include "common/models/lora/selection.h"
 #include "common/optim/weight_mode.h"
@@ -142,6 +143,11 @@ struct Options {
 
   std::filesystem::path reproduce;  // a dump of a step, which is made again, and nothing is trained
 
+  dist::LaunchFlags dist;  // which of several ranks this is, if the user says it
+  int64_t dist_timeout = 30, dist_start_timeout = 300;  // seconds
+  bool exact_reduction = false;  // gradients are summed in the order of the step's micro-batches
+  dist::Launch launch;           // set by check()
+
   int64_t reader_threads = 2, prefetch = 4;
   bool rehash = false;
   std::string command_line;  // for provenance
@@ -153,13 +159,16 @@ struct Options {
   /// With the steps of the whole run, of warm-up and of decay.
   LrOptions effective_lr() const;
   engine::ClipMode effective_clip() const;
+  /// Batches an update, of all ranks.
+  int64_t batches_a_step() const { return gradient_accumulation * launch.world; }
   double effective_alpha() const { return alpha > 0 ? alpha : static_cast<double>(rank); }
 };
 
 void add_flags(Options& options, Tool& tool);
 /// Rules between flags. `given` tells the flags of the user from defaults: one that cannot take
 /// effect is an error. Throws UsageError.
-void check(const Options& options, const Tool& tool);
+/// Finds out which of several ranks this is.
+void check(Options& options, const Tool& tool);
 /// With --max-epochs: sets max_steps to as many updates as those epochs need, all batches of them, and checks the learning rate's
 /// schedule, which depends on it. Throws UsageError.
 void set_steps(Options& options, int64_t batches_an_epoch);

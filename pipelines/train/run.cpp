@@ -25,6 +25,7 @@
 #include "pipelines/train/load.h"
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/metrics.h"
+#include "pipelines/train/ranks.h"
 #include "pipelines/train/report.h"
 #include "pipelines/train/samples.h"
 #include "pipelines/train/save.h"
@@ -133,10 +134,14 @@ void mark_if_best(Session& session) {
 
 void train_steps(Session& session, BatchReader& reader, Report& report) {
   const Options& options = session.options;
-  Metrics metrics(options.out / "metrics.jsonl", session.step);
+  std::optional<Metrics> metrics;
   std::optional<EventFile> events;
-  if (!options.no_tensorboard) events.emplace(options.out / "tensorboard", session.step + 1);
-  Progress progress("training", "steps", options.max_steps - session.step);
+  std::optional<Progress> progress;
+  if (session.leads()) {
+    metrics.emplace(options.out / "metrics.jsonl", session.step);
+    if (!options.no_tensorboard) events.emplace(options.out / "tensorboard", session.step + 1);
+    progress.emplace("training", "steps", options.max_steps - session.step);
+  }
   const int64_t first = session.step;
   int64_t saved = first;
   Clock save_clock(options.save_every, session.position.epoch);
@@ -144,8 +149,8 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   // weights may be read from the one that was resumed all the time
   const std::set<int64_t> needed{first};
   const auto save_now = [&] {
-    if (saved == session.step) return;
-    metrics.flush();
+    if (saved == session.step || !session.leads()) return;
+    metrics->flush();
     save(session);
     saved = session.step;
     save_clock.done();
@@ -168,6 +173,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     std::rethrow_exception(failure);
   };
   const auto sample = [&] {
+    if (!session.leads()) return;
     try {
       sample_if_due(session);
     } catch (...) {
@@ -176,19 +182,24 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   };
   if (first > 0) sample();  // what an interruption left out
   double waited = 0;
-  while (session.step < options.max_steps && !cancel::requested()) {
+  auto stop = agreed_stop(session);
+  while (session.step < options.max_steps && !stop) {
     const auto start = std::chrono::steady_clock::now();
     std::vector<Batch> batches;
     StepResult result;
     try {
+      const auto outline = reader.outline(options.batches_a_step());
       for (int64_t i = 0; i < options.gradient_accumulation; ++i) batches.push_back(reader.next());
-      result = train_step(session, batches);
+      result = train_step(session, batches, outline);
+      stop = agreed_stop(session);
     } catch (...) {
       save_and_rethrow(std::current_exception());
     }
     session.position = reader.position();
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    report.loss_last = result.loss;
+    if (!session.leads()) continue;
     if (!report.loss_first) {
       report.loss_first = result.loss;
       report.seconds_to_first_step = process_seconds();
@@ -197,7 +208,6 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                 result.loss,
                 *report.seconds_to_first_step);
     }
-    report.loss_last = result.loss;
     StepMetrics line{.step = session.step,
                      .epoch = batches.back().epoch + 1,
                      .loss = result.loss,
@@ -228,14 +238,15 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
       }
       validate_clock.done();
     }
-    metrics.write(line);
+    metrics->write(line);
     if (events) events->add(line.step, line.curves());
-    progress.update(session.step - first, describe(line, session));
+    progress->update(session.step - first, describe(line, session));
     if (failure) save_and_rethrow(failure);
     if (saves) save_now();
     sample();
   }
   save_now();
+  if (stop) report.exit_code = *stop;
 }
 
 Report report_of(const Session& session, Report report) {
@@ -250,11 +261,14 @@ Report report_of(const Session& session, Report report) {
   return report;
 }
 
-Report run_in_memory(const Options& asked) {
+Report run_rank(const Options& asked, dist::Group* group) {
   RunLock lock;
-  lock_out(asked, lock);
-  check_out(asked);
+  if (asked.launch.rank == 0) {
+    lock_out(asked, lock);
+    check_out(asked);
+  }
   Session session = open_data(asked);
+  session.group = group;
   const Options& options = session.options;
   std::optional<checkpoint::Checkpoint> resumed;
   if (options.resume) {
@@ -265,17 +279,17 @@ Report run_in_memory(const Options& asked) {
     session.position = position_of(*resumed);
     session.step = resumed->step;
     if (session.step > options.max_steps) {
-      throw UsageError(
-          fmt::format("--{} {}, but {} is beyond",
-                      options.max_epochs > 0 ? "max-epochs" : "max-steps",
-                      options.max_epochs > 0 ? options.max_epochs : options.max_steps,
-                      show(resumed->folder)),
-          "give the number of steps in all, those done included");
+      throw UsageError(fmt::format("--{} {}, but {} is beyond",
+                                   options.max_epochs > 0 ? "max-epochs" : "max-steps",
+                                   options.max_epochs > 0 ? options.max_epochs : options.max_steps,
+                                   show(resumed->folder)),
+                       "give the number of steps in all, those done included");
     }
     require_same_run(session, *resumed);
   }
   const bool resumes_weights = resumed && options.method == Method::kFull;
   open_model(session, resumes_weights ? weights_in(resumed->folder) : options.model);
+  require_same_ranks(session);
   if (resumed && session.step == options.max_steps) {
     start_hashing(session);
     require_same_model(session, *resumed);
@@ -288,7 +302,9 @@ Report run_in_memory(const Options& asked) {
       session.position,
       {.num_threads = options.reader_threads,
        .num_ahead = options.prefetch,
-       .num_batches = (options.max_steps - session.step) * options.gradient_accumulation});
+       .num_batches = (options.max_steps - session.step) * options.gradient_accumulation,
+       .turn = options.launch.rank,
+       .stride = options.launch.world});
   load_model(session);
   start_hashing(session);
   if (options.method == Method::kLora && !options.no_tags) start_reading_captions(session);
@@ -299,13 +315,28 @@ Report run_in_memory(const Options& asked) {
               session.position.epoch + 1,
               session.position.batch + 1);
   }
-  prepare_out(options, lock);
-  if (resumed) session.best = best_checkpoint(options.out, session.step);
-  mark_best(options.out, session.best);
+  if (session.leads()) {
+    prepare_out(options, lock);
+    if (resumed) session.best = best_checkpoint(options.out, session.step);
+    mark_best(options.out, session.best);
+  }
 
   Report report;
   train_steps(session, reader, report);
   return report_of(session, report);
+}
+
+Report run_in_memory(const Options& options) {
+  const auto group = join_ranks(options);
+  if (!group) return run_rank(options, nullptr);
+  try {
+    const Report report = run_rank(options, group.get());
+    group->leave();
+    return report;
+  } catch (const std::exception& error) {
+    group->fail(split(error.what(), '\n')[0]);
+    throw;
+  }
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Report {
   std::optional<double> seconds_to_first_step;  // until the first loss was known
   uint64_t peak_rss_bytes = 0;
   std::optional<double> validation_loss;  // the last one of this run
-  std::optional<int64_t> best_step;       // of the checkpoint that is marked, and its validation loss
+  std::optional<int64_t> best_step;  // of the checkpoint that is marked, and its validation loss
   std::optional<double> best_loss;
 
   std::string line() const;

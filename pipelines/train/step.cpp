@@ -17,27 +17,33 @@
 namespace flux::train {
 namespace {
 
-/// Of each batch, [B].
-std::vector<at::Tensor> draw_sigmas(const Session& session, std::span<const Batch> batches) {
+/// Of each sample of each batch of the step.
+std::vector<std::vector<double>> draw_sigmas(const Session& session,
+                                             std::span<const BatchOutline> outline) {
   const TimestepOptions& options = session.options.timesteps;
   std::vector<SampleKey> keys;
-  for (const Batch& batch : batches)
+  for (const BatchOutline& batch : outline)
     for (const uint64_t visit : batch.visits)
       keys.push_back({static_cast<uint64_t>(batch.epoch), visit});
   const std::vector<double> draws = timestep_uniforms(options.stratified,
                                                       static_cast<uint64_t>(session.options.seed),
                                                       static_cast<uint64_t>(session.step),
                                                       keys);
-  std::vector<at::Tensor> out;
+  std::vector<std::vector<double>> out;
   size_t next = 0;
-  for (const Batch& batch : batches) {
-    const int64_t num_tokens = batch.latents.size(2) / 2 * (batch.latents.size(3) / 2);
-    std::vector<float> sigmas;
+  for (const BatchOutline& batch : outline) {
+    const int64_t num_tokens = batch.height / 2 * (batch.width / 2);
+    out.emplace_back();
     for (int64_t i = 0; i < batch.size(); ++i)
-      sigmas.push_back(static_cast<float>(sampled_sigma(options, draws[next++], num_tokens)));
-    out.push_back(from_values<float>(sigmas, std::vector<int64_t>{batch.size()}));
+      out.back().push_back(static_cast<float>(sampled_sigma(options, draws[next++], num_tokens)));
   }
   return out;
+}
+
+/// [B]
+at::Tensor sigma_tensor(const std::vector<double>& sigmas) {
+  const std::vector<float> values(sigmas.begin(), sigmas.end());
+  return from_values<float>(values, std::vector<int64_t>{static_cast<int64_t>(values.size())});
 }
 
 /// What of the weights that the run began with is not finite; looked for when it is known to matter, for a file of 24 GB
@@ -57,6 +63,7 @@ std::string dumped(Session& session,
                    std::span<const Batch> batches,
                    std::span<const FlowInputs> inputs,
                    const engine::NotFinite& reason) {
+  if (session.group) return "\n  one rank with as many batches an update leaves the step in a file";
   try {
     const auto path = dump_step(session, batches, inputs, reason);
     return fmt::format(
@@ -120,19 +127,25 @@ FlowInputs on_device(const Session& session, const Batch& batch, const at::Tenso
 
 }  // namespace
 
-StepResult train_step(Session& session, std::span<const Batch> batches) {
-  std::vector<FlowInputs> inputs;
-  const std::vector<at::Tensor> sigmas = draw_sigmas(session, batches);
-  for (size_t i = 0; i < batches.size(); ++i)
-    inputs.push_back(on_device(session, batches[i], sigmas[i]));
+StepResult train_step(Session& session,
+                      std::span<const Batch> batches,
+                      std::span<const BatchOutline> outline) {
+  const auto world = static_cast<size_t>(session.options.launch.world);
+  const auto rank = static_cast<size_t>(session.options.launch.rank);
+  const auto sigmas = draw_sigmas(session, outline);
   StepResult result;
-  for (const at::Tensor& part : sigmas) {
-    const float* const first = part.const_data_ptr<float>();
-    result.sigma.insert(result.sigma.end(), first, first + part.numel());
+  std::vector<int64_t> batch_sizes;
+  for (const auto& of_batch : sigmas) {
+    result.sigma.insert(result.sigma.end(), of_batch.begin(), of_batch.end());
+    batch_sizes.push_back(static_cast<int64_t>(of_batch.size()));
   }
+  std::vector<FlowInputs> inputs;
+  for (size_t i = 0; i < batches.size(); ++i)
+    inputs.push_back(on_device(session, batches[i], sigma_tensor(sigmas[i * world + rank])));
   result.learning_rate = learning_rate(session.options.effective_lr(), session.step);
   try {
-    const auto trained = session.trainer->step(inputs, session.step + 1, result.learning_rate);
+    const auto trained =
+        session.trainer->step(inputs, session.step + 1, result.learning_rate, batch_sizes);
     result.loss = trained.loss;
     result.grad_norm = trained.grad_norm;
     result.sample_loss = trained.sample_losses;

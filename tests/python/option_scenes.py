@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import struct
 import subprocess
 import time
@@ -291,6 +292,74 @@ def train_rehash(lab):
     lab.train("--out", "believed", "--max-steps", "1")
     lab.train("--out", "anew", "--max-steps", "1", "--rehash")
     assert hash_of("believed") and not hash_of("anew") and not hash_of("first")
+
+
+# ---- several ranks
+
+def start_ranks(lab, out, of_rank, *more):
+    """A process for each of `of_rank`, its own options."""
+    return [lab.start("flux-train", "--latents", lab.fixtures / "latents", "--text", lab.fixtures / "text", "--model",
+                      lab.models / "flux.safetensors", "--rank", "4", "--learning-rate", "0.001", "--seed", "3", "--batch-size", "1", "--out", out,
+                      *options, *more) for options in of_rank]
+
+
+def ranks(lab, out, of_rank, *more):
+    """The same, ended."""
+    children = start_ranks(lab, out, of_rank, *more)
+    for child in children:
+        child.stdout_text, child.stderr_text = child.communicate(timeout=240)
+    return children
+
+
+BOTH = [["--dist-rank", "0", "--dist-world", "2"], ["--dist-rank", "1", "--dist-world", "2"]]
+
+
+def train_dist(lab):
+    """Rank and world: two processes have twice the samples a step, and the second writes nothing."""
+    first, second = ranks(lab, "out", BOTH, "--max-steps", "1")
+    assert first.returncode == second.returncode == 0, first.stderr_text + second.stderr_text
+    line, = (lab.folder / "out/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["samples"] == 2 and first.stdout_text and not second.stdout_text
+
+
+def train_dist_store(lab):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for child in ranks(lab, "out", BOTH, "--max-steps", "1", "--dist-store", f"127.0.0.1:{port}"):
+        assert child.returncode == 0 and f"meeting at 127.0.0.1:{port}" in child.stderr_text, child.stderr_text
+
+
+def train_dist_start_timeout(lab):
+    for seconds in ("1", "3"):
+        alone, = ranks(lab, "out", BOTH[:1], "--max-steps", "1", "--dist-start-timeout", seconds)
+        assert alone.returncode == 5 and f"did not come within {seconds} s" in alone.stderr_text, alone.stderr_text
+
+
+def train_dist_timeout(lab):
+    """A rank that hangs is noticed after as many seconds: the default is 30."""
+    children = start_ranks(lab, "out", BOTH, "--max-steps", "100000", "--dist-timeout", "3")
+    end = time.monotonic() + 120
+    while not (lab.folder / "out/metrics.jsonl").exists():
+        assert time.monotonic() < end and children[0].poll() is None, "no step was made"
+        time.sleep(0.05)
+    children[1].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    _, error = children[0].communicate(timeout=120)
+    children[1].kill()
+    children[1].communicate()
+    assert children[0].returncode == 5 and "rank 1 of 2" in error and time.monotonic() - begun < 25, error
+
+
+def train_exact_reduction(lab):
+    """With several batches a rank the order of the sums shows, if in few bits."""
+    def weights(name, *more, ranks_of=BOTH):
+        for child in ranks(lab, name, ranks_of, "--max-steps", "3", *more):
+            assert child.returncode == 0, child.stderr_text
+        return (lab.folder / name / "step-000003/state.safetensors").read_bytes().split(b"}}", 1)[1]
+    one = weights("one", "--gradient-accumulation", "6", ranks_of=[[]])
+    assert weights("exact", "--gradient-accumulation", "3", "--exact-reduction") == one
+    assert weights("plain", "--gradient-accumulation", "3") != one
 
 
 # ---- the caching tools

@@ -263,6 +263,12 @@ TRAIN = {
     "stream-states": row(other(PLAN, "--method", "full")[1], ["--stream-states"], plan),
     "block-inputs": row([*PLAN, "--keep-graphs", "0"], ["--block-inputs", "disk"], plan),
     "stream-from": row([*PLAN, "--resident-blocks", "0"], ["--stream-from", "host"], plan),
+    "dist-rank": scenes.train_dist,
+    "dist-world": scenes.train_dist,
+    "dist-store": scenes.train_dist_store,
+    "dist-start-timeout": scenes.train_dist_start_timeout,
+    "dist-timeout": scenes.train_dist_timeout,
+    "exact-reduction": scenes.train_exact_reduction,
     "prefetch": row(RUN, ["--prefetch", "16"], planned),
     "reader-threads": scenes.train_reader_threads,
     "rehash": scenes.train_rehash,
@@ -612,11 +618,15 @@ def main():
     shown = options_of_help()
     failures = [f"{tool} --{option} is in --help and has no row here" for tool, option in sorted(shown - set(known))]
     failures += [f"{tool} has no --{option}, of which there is a row here" for tool, option in sorted(set(known) - shown)]
+    print("\n".join(failures), end="\n" if failures else "", flush=True)
     with tempfile.TemporaryDirectory(prefix="flux-options-") as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda item: failure(*item[0], item[1], pathlib.Path(folder)), chosen.items())
-        failures += [text for text in found if text]
-    print("\n".join(failures) or f"{len(chosen)} options have an effect; not shown without a GPU: " +
-          (", ".join(f"{tool} --{option}" for tool, option in skipped) or "none"))
+        for text in pool.map(lambda item: failure(*item[0], item[1], pathlib.Path(folder)), chosen.items()):
+            if text:
+                failures.append(text)
+                print(text, flush=True)
+    if not failures:
+        print(f"{len(chosen)} options have an effect; not shown without a GPU: " +
+              (", ".join(f"{tool} --{option}" for tool, option in skipped) or "none"))
     return 1 if failures else 0
 
 

@@ -27,7 +27,7 @@ int main(int argc, char** argv) {
       return again.same() ? flux::ExitCode::kOk : flux::ExitCode::kDiffers;
     }
     const auto report = flux::train::run(opts);
-    tool.summary(report.line(), report.object(), report.exit_code);
+    if (opts.launch.rank == 0) tool.summary(report.line(), report.object(), report.exit_code);
     return report.exit_code;
   });
 }

@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <memory>
+#include <vector>
+
 #include "common/core/error.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training_caches.h"
@@ -44,6 +47,31 @@ TEST(BatchReader, GoesOnFromAnyPosition) {
   EXPECT_EQ(position, (DataPosition{1, 9 - data.num_batches()}));
   BatchReader rest(data, position, {});
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(equal(whole.next(), rest.next())) << "batch " << i;
+}
+
+TEST(BatchReader, TakesTurnsWithOthers) {
+  test::TemporaryFolder folder;
+  many_items().write(folder.path());
+  const TrainingData data(folder / "latents", folder / "text", {.seed = 3, .batch_size = 2});
+  BatchReader all(data, {0, 1}, {});
+  std::vector<std::unique_ptr<BatchReader>> readers;
+  for (int64_t turn = 0; turn < 3; ++turn)
+    readers.push_back(std::make_unique<BatchReader>(
+        data, DataPosition{0, 1}, ReaderOptions{.num_batches = 6, .turn = turn, .stride = 3}));
+  for (int update = 0; update < 6; ++update) {
+    const auto outline = readers[2]->outline(3);
+    for (const auto& reader : readers) EXPECT_EQ(reader->position(), all.position());
+    ASSERT_EQ(outline.size(), 3u);
+    for (size_t turn = 0; turn < 3; ++turn) {
+      const Batch batch = readers[turn]->next();
+      EXPECT_TRUE(equal(batch, all.next())) << "update " << update << " turn " << turn;
+      EXPECT_EQ(outline[turn].epoch, batch.epoch);
+      EXPECT_EQ(outline[turn].visits, batch.visits);
+      EXPECT_EQ(outline[turn].height, batch.latents.size(2));
+      EXPECT_EQ(outline[turn].width, batch.latents.size(3));
+    }
+  }
+  EXPECT_THROW(readers[0]->next(), std::out_of_range);
 }
 
 TEST(BatchReader, StopsAfterTheBatchesAskedFor) {

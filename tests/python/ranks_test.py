@@ -1,0 +1,224 @@
+"""Several ranks train one run: ranks_test.py BIN_DIR FIXTURES PART
+
+Parts: flags torchrun mpirun (how they are started), sums, resume, failures. A launcher that is not installed is skipped by name (77).
+"""
+import json
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+BIN, FIXTURES = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "LC_ALL": "C"}
+for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    ENVIRONMENT.pop(name, None)
+BATCHES = 4  # an update, of all ranks
+
+
+def command(out, *more):
+    options = {"--latents": FIXTURES / "latents", "--text": FIXTURES / "text", "--model": FIXTURES / "models/flux.safetensors", "--rank": 4,
+               "--learning-rate": 0.01, "--seed": 3, "--batch-size": 1, "--max-steps": 5, "--out": out}
+    for name in options.keys() & set(more):  # each is given once
+        del options[name]
+    return [str(part) for part in (BIN / "flux-train", *(word for option in options.items() for word in option), *more)]
+
+
+def finish(process, seconds=120):
+    out, error = process.communicate(timeout=seconds)
+    return process.returncode, out, error
+
+
+def start(arguments, environment=None, folder=None):
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **(environment or {})},
+                            cwd=folder)
+
+
+def start_ranks(world, out, *more, accumulation=None, of_rank=None):
+    """One process each, told by flags who it is."""
+    accumulation = accumulation or BATCHES // world
+    return [start(command(out, "--dist-rank", rank, "--dist-world", world, "--gradient-accumulation", accumulation, *more,
+                          *((of_rank or {}).get(rank, ()))))
+            for rank in range(world)]
+
+
+def succeed(processes):
+    results = [finish(process) for process in processes]
+    for rank, (code, _, error) in enumerate(results):
+        assert code == 0, f"rank {rank}: exit {code}\n{error}"
+    return results
+
+
+def run_ranks(world, out, *more, **kind):
+    if world == 1:
+        return succeed([start(command(out, "--gradient-accumulation", BATCHES, *more))])
+    return succeed(start_ranks(world, out, *more, **kind))
+
+
+def tensors(path):
+    """The bytes of each tensor, without the file's metadata."""
+    data = path.read_bytes()
+    size, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + size])
+    header.pop("__metadata__", None)
+    return {name: (entry["dtype"], data[8 + size + entry["data_offsets"][0]:8 + size + entry["data_offsets"][1]])
+            for name, entry in header.items()}
+
+
+def weights(out, step=5, name="lora"):
+    return tensors(out / f"step-{step:06d}/{name}.safetensors")
+
+
+def floats(state):
+    return {name: struct.unpack(f"<{len(data) // 4}f", data) for name, (dtype, data) in state.items() if dtype == "F32"}
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def differ(a, b):
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def check_launched(out, folder):
+    """A run of two ranks is that of one which accumulates."""
+    run_ranks(1, folder / "one")
+    assert not differ(weights(folder / "one"), weights(out)), "the LoRA of one rank is another"
+    assert [line["samples"] for line in metrics(out)] == [BATCHES] * 5
+    leftovers = [path.name for path in out.parent.iterdir() if path.name.endswith(".ranks")]
+    assert not leftovers, leftovers
+
+
+def started_by_flags(folder):
+    out = folder / "out"
+    results = run_ranks(2, out, "--exact-reduction")
+    assert results[0][1].startswith("steps=5 "), results[0][1]
+    assert results[1][1] == "", "only rank 0 writes to stdout"
+    for rank, (_, _, error) in enumerate(results):
+        assert f"rank {rank} of 2" in error and "by flags" in error, error
+    check_launched(out, folder)
+
+
+def started_by_torchrun(folder):
+    torchrun = pathlib.Path(os.environ.get("FLUX_STAGES_CACHE") or pathlib.Path.home() / ".cache/flux-stages") / "peers/bin/torchrun"
+    if not torchrun.exists():
+        skip("torchrun is not installed: scripts/setup --peers")
+    out = folder / "out"
+    code, stdout, error = finish(start([torchrun, "--standalone", "--nproc-per-node", "2", "--no-python",
+                                        *command(out, "--gradient-accumulation", BATCHES // 2, "--exact-reduction")]))
+    assert code == 0, error
+    assert stdout.count("steps=5 ") == 1, stdout
+    assert "by torchrun" in error, error
+    check_launched(out, folder)
+
+
+def started_by_mpirun(folder):
+    if not shutil.which("mpirun"):
+        skip("mpirun is not installed: apt-get install openmpi-bin")
+    out = folder / "out"
+    code, stdout, error = finish(start(["mpirun", "-n", "2", "--oversubscribe", *command(out, "--gradient-accumulation", BATCHES // 2, "--exact-reduction")],
+                                       {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}))
+    assert code == 0, error
+    assert stdout.count("steps=5 ") == 1, stdout
+    assert "by mpirun" in error, error
+    check_launched(out, folder)
+
+
+def sums(folder):
+    """Bits with --exact-reduction, rounding without; all ranks write one log."""
+    one = folder / "one"
+    run_ranks(1, one)
+    accepted = folder / "accepted"
+    run_ranks(1, accepted, "--exact-reduction")
+    assert not differ(weights(one), weights(accepted))
+    for world in (2, 4):
+        exact, plain = folder / f"exact{world}", folder / f"plain{world}"
+        run_ranks(world, exact, "--exact-reduction")
+        for name in ("lora", "state"):
+            assert not differ(weights(one, name=name), weights(exact, name=name)), f"{world} ranks: {name}"
+        for a, b in zip(metrics(one), metrics(exact)):
+            for field in ("loss", "grad_norm", "sigma", "sample_loss", "epoch", "samples"):
+                assert a.get(field) == b.get(field), f"{world} ranks, step {a['step']}: {field} {a.get(field)} and {b.get(field)}"
+        run_ranks(world, plain)
+        expected, found = floats(weights(one, name="state")), floats(weights(plain, name="state"))
+        for name, values in expected.items():
+            for x, y in zip(values, found[name]):
+                assert abs(x - y) <= 1e-5 + 1e-3 * abs(x), f"{world} ranks: {name}: {x} and {y}"
+
+
+def resume(folder):
+    """Four ranks, then two, then one: the trajectory of one."""
+    one, out = folder / "one", folder / "out"
+    run_ranks(1, one, "--save-every", "1")
+    for world, steps in ((4, 2), (2, 3), (1, 5)):
+        run_ranks(world, out, "--exact-reduction", "--resume", "--max-steps", steps)
+        assert not differ(weights(one, steps), weights(out, steps)), f"{world} ranks up to step {steps}"
+        assert not differ(weights(one, steps, "state"), weights(out, steps, "state")), f"{world} ranks up to step {steps}"
+
+
+def failures(folder):
+    # another data order, another model
+    subprocess.run([BIN / "flux-model", "tiny", "--out", folder / "other", "--seed", "9"], check=True, stdout=subprocess.DEVNULL)
+    for which, more in {"seed": ("--seed", "4"), "model": ("--model", folder / "other/flux.safetensors")}.items():
+        results = [finish(process) for process in start_ranks(2, folder / which, of_rank={1: more})]
+        assert [code for code, _, _ in results] == [2, 2], results
+        for _, _, error in results:
+            assert f"rank 1 has another {which}" in error and "hint:" in error, error
+        assert not (folder / which).exists(), "nothing was made"
+    # a rank that does not come
+    begun = time.monotonic()
+    code, _, error = finish(start(command(folder / "alone", "--dist-rank", 0, "--dist-world", 2, "--dist-start-timeout", 2)))
+    assert code == 5 and "rank 1 did not come within 2 s" in error and time.monotonic() - begun < 30, (code, error)
+    # one that is killed, and one that hangs: the others end, name it, and go on from the last step
+    for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)):
+        out = folder / f"stopped{victim}-{number}"
+        processes = start_ranks(2, out, "--max-steps", 5000, "--save-every", 5, "--keep-last", 2, "--dist-timeout", 5)
+        wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 7, processes)
+        begun = time.monotonic()
+        processes[victim].send_signal(number)
+        code, _, error = finish(processes[1 - victim], 60)
+        assert code == 5 and f"rank {victim} of 2" in error and time.monotonic() - begun < 60, (victim, number, code, error)
+        processes[victim].kill()
+        processes[victim].communicate()
+        succeed(start_ranks(2, out, "--max-steps", len(metrics_so_far(out)) + 2, "--resume"))
+    # a signal to one rank stops all after the same step
+    out = folder / "interrupted"
+    processes = start_ranks(2, out, "--max-steps", 5000)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [143, 143], results
+    steps = metrics_so_far(out)[-1]["step"]
+    assert (out / f"step-{steps:06d}/lora.safetensors").exists()
+
+
+def metrics_so_far(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for(condition, processes, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, finish(process)
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def skip(why):
+    print("skipped:", why)
+    sys.exit(77)
+
+
+PARTS = {"flags": started_by_flags, "torchrun": started_by_torchrun, "mpirun": started_by_mpirun, "sums": sums, "resume": resume,
+         "failures": failures}
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="flux-ranks-") as name:
+        PARTS[sys.argv[3]](pathlib.Path(name))
