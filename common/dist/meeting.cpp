@@ -34,6 +34,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr milliseconds kSlice{500};  // between looks at signals
+constexpr milliseconds kLook{20};    // between looks for a key
 constexpr seconds kConnectLimit{3};  // to one of several addresses
 
 /// A file descriptor that is closed.
@@ -139,8 +140,13 @@ std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text
 std::optional<std::string> get_within(c10d::Store& store,
                                       const std::string& key,
                                       milliseconds limit) {
+  // looked for and not waited for: a wait that times out is a warning of LibTorch on stderr
+  const auto end = Clock::now() + limit;
   try {
-    store.wait({key}, limit);
+    while (!store.check({key})) {
+      if (Clock::now() >= end) return std::nullopt;
+      std::this_thread::sleep_for(kLook);
+    }
     const auto value = store.get(key);
     return std::string(value.begin(), value.end());
   } catch (const std::exception&) {

@@ -57,10 +57,11 @@ class Planner {
           const engine::TrainerOptions& wanted,
           const engine::StepShape& shape)
       : options_(options), config_(config), file_(file), wanted_(wanted), shape_(shape) {
-    const auto budgets =
-        engine::budgets(wanted.device, options.host_memory, options.device_memory);
+    const auto budgets = engine::budgets(wanted.device, options.host_memory, options.device_memory);
     fixed_ = budgets.fixed;
-    host_budget_ = budgets.host;
+    // of the machine's free memory each of its ranks takes a share
+    const int64_t sharing = options.host_memory > 0 ? 1 : options.launch.local_world;
+    host_budget_ = budgets.host / sharing;
     device_budget_ = budgets.device;
     plan_kernels_for(wanted.device.type());
   }

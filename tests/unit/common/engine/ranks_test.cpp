@@ -128,8 +128,7 @@ TEST_F(StepOfRanks, ExactSumsHaveTheBitsOfOneRank) {
                       Setting{.full = true, .clip = ClipMode::kNone}}) {
     const Values expected = train(run, 1)[0];
     run.exact = true;
-    for (const int64_t world : {2, 4})
-      for (const Values& rank : train(run, world)) expect_equal(expected, rank);
+    for (const Values& rank : train(run, 2)) expect_equal(expected, rank);
   }
 }
 
