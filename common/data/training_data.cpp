@@ -445,6 +445,16 @@ int64_t TrainingData::num_items() const { return static_cast<int64_t>(state_->it
 int64_t TrainingData::num_visits() const { return state_->num_visits; }
 int64_t TrainingData::num_batches() const { return state_->num_batches; }
 int64_t TrainingData::largest_batch() const { return state_->largest_batch; }
+int64_t TrainingData::longest_text() const {
+  const State& s = *state_;
+  constexpr int64_t kMostItems = 100'000;
+  if (!s.masked || s.text.index().num_items() > kMostItems) return s.text.layout().t5_length;
+  int64_t longest = 1;
+  for (int64_t i = 0; i < s.text.index().num_items(); ++i)
+    for (const IndexVariant& variant : s.text.index().variants(i))
+      longest = std::max<int64_t>(longest, s.text.info(variant).t5_tokens);
+  return longest;
+}
 int64_t TrainingData::num_regularization() const { return state_->num_regularization; }
 int64_t TrainingData::num_quarantined() const { return state_->num_quarantined; }
 int64_t TrainingData::num_validation() const { return state_->num_validation; }

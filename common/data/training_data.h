@@ -107,6 +107,9 @@ class TrainingData {
   int64_t num_visits() const;     // an epoch
   int64_t num_batches() const;    // an epoch: ceil(visits / batch size) of each bucket
   int64_t largest_batch() const;  // samples of the largest batch of an epoch
+  /// Tokens of the longest text that a batch may hold: with a mask, of those that are cached, which takes a look at every
+  /// segment; else, and of more than 100,000 items, the cache's length.
+  int64_t longest_text() const;
   int64_t num_regularization() const;
   int64_t num_quarantined() const;
   int64_t num_validation() const;  // held out

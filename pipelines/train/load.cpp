@@ -133,7 +133,6 @@ void check_held_out(const Session& session) {
 
 engine::StepShape step_shape(const Session& session) {
   const TrainingData& data = *session.data;
-  const auto text = cache::layout_of(cache::Kind::kText, data.text_manifest().recipe.parameters);
   engine::StepShape shape;
   auto buckets = data.buckets();
   if (validates(session)) {
@@ -149,7 +148,7 @@ engine::StepShape step_shape(const Session& session) {
   shape.micro_batches = session.options.gradient_accumulation;
   // those on their way to a GPU are in host memory, and few
   if (session.device.is_cpu()) shape.batches_ahead = session.options.prefetch;
-  shape.text_length = text.t5_length;
+  shape.text_length = data.longest_text();
   shape.text_mask = data.has_text_mask();
   shape.loss_mask = data.has_loss_masks();
   shape.input_noise = session.options.ip_noise_gamma > 0;

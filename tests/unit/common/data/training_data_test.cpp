@@ -259,6 +259,8 @@ TEST(TrainingData, LeavesOutTextThatNoSampleOfTheBatchAttendsTo) {
   EXPECT_TRUE(at::equal(batch.text_mask.sum(1), at::tensor({3, 5})));
   EXPECT_EQ(one.prompt_embedding.size(1), 3);
   EXPECT_TRUE(one.text_mask.all().item<bool>());
+  EXPECT_EQ(all.longest_text(), 6);
+  EXPECT_EQ(masked.longest_text(), 5);
 }
 
 TEST(TrainingData, WeighsRegularisationAndLeavesOutValidation) {
