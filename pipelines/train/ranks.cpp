@@ -68,7 +68,9 @@ std::unique_ptr<dist::Group> join_ranks(const Options& options) {
   auto group = dist::Group::join(options.launch,
                                  address,
                                  {.start = std::chrono::seconds(options.dist_start_timeout),
-                                  .silence = std::chrono::seconds(options.dist_timeout)});
+                                  .silence = std::chrono::seconds(options.dist_timeout),
+                                  // rank 0 saves, validates and samples while the others wait
+                                  .operation = std::chrono::hours(24)});
   if (options.launch.rank != 0)
     log::start(fmt::format("flux-train[{}]", options.launch.rank), log::Level::kWarn);
   return group;

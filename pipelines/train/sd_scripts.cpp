@@ -180,7 +180,8 @@ class Importer {
       if (word == "--multi_gpu" || word.ends_with("deepspeed") ||
           (several && arguments[i + 1] != "1" &&
            arguments[i + 1].size() > (word == "--gpu_ids" ? 1 : 0)))
-        refuse("accelerate " + printable(word), "one device trains");
+        refuse("accelerate " + printable(word),
+               "leave it out, and start several ranks by torchrun (docs/ranks.md)");
     }
     if (start == 0 && !arguments.empty() && is_value(arguments[0]))
       throw UsageError(fmt::format("--import-sd-scripts: '{}' is no flag of sd-scripts",
