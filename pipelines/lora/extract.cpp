@@ -31,7 +31,7 @@ void require_plain(const engine::ModelFile& model) {
 void add_flags(ExtractOptions& o, Tool& tool) {
   tool.about("Makes a LoRA of the difference of two models.",
              "flux-lora extract --base flux1-dev.safetensors --tuned run/step-001000/"
-             "model.safetensors --rank 64 --out lora.safetensors");
+             "model.safetensors --rank 64 --out extracted.safetensors");
   tool.flag("base", o.base, "FILE", "transformer that the LoRA is for");
   tool.flag("tuned", o.tuned, "FILE", "transformer that the LoRA should make of it");
   add_rank_flags(o.rank, tool, "most ranks of a module");
