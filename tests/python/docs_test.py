@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ does what it says: docs_test.py BIN_DIR FIXTURES ROOT PLUGIN_DIR [PAGE...]
+"""Every command of docs/ and the READMEs does what it says: docs_test.py BIN_DIR FIXTURES ROOT PLUGIN_DIR [PAGE...]
 
 The code blocks of a page are run in order, in one folder in which the names that the docs use are small models and pictures;
 each must exit with 0. What cannot be run here is named in NOT_RUN with the reason, and parsed as far as that goes. A block
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 
 # What is large becomes small; nothing else of a command changes.
 SMALLER = [
@@ -41,7 +42,7 @@ NOT_RUN = [
     (r"(PARTS=\d+ )?sbatch |pipelines/recipes/slurm/submit", "needs Slurm; tests/python/recipes_test.py runs the recipes", "script"),
     (r".*--device cuda", "needs a GPU", "parse"),
     (r".*--geometry (dev|t5-xxl)", "writes up to 23.8 GB", "parse"),
-    (r"cmake |ctest ", "builds the project", "preset"),
+    (r"([A-Z]+=\S+ )*(cmake|ctest) ", "builds the project", "preset"),
     (r"scripts/(setup|demo|test|package|torture)\b", "sets up, builds or takes long; tests of their own run their parts", "script"),
     (r"export PATH=", "the programs are on PATH here", None),
     (r"tensorboard ", "another project's; peers_tensorboard_test.py reads the files", None),
@@ -54,6 +55,9 @@ NOT_RUN = [
 SHELL = r"printf|echo|export|cp|mkdir|ls|cat|mv|rm|test|cd|python3?|pip|make|cmake|ctest|ninja|torchrun|srun|mpirun|sbatch|tensorboard|rsync|scp|ssh|nvidia-smi|nohup|timeout"
 PROGRAM = r"flux-(?:cache-latents|cache-text|cache|check|decode|lora|model|sample|train)"
 COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z_0-9]+=\S* )*(?:{PROGRAM}|scripts/\S+|pipelines/\S+|demo/\S+|{SHELL})(?=\s|$)")
+
+# Blocks that hold no command, by how they begin: pictures, listings, formulas, output. Every other block is run.
+NO_COMMAND = [r"images +──", r"tools(/ | ->)", r"flux-train: error: ", r"scale = ", r"value = ", r"run/run\.toml ", r"training \d+/\d+ steps"]
 
 # What the reader of a page has made before, from other pages: functions of Stage.
 GIVEN = {
@@ -321,8 +325,10 @@ class Pages:
                             self.fail(f"{name}:{line + offset}", f"no rule covers this: {command}")
                         else:
                             self.command(f"{name}:{line + offset}", stage, command)
-                elif any(re.search(rf"\b{PROGRAM} (.* )?-", text_line) for text_line in lines):
-                    self.fail(where, "a command that does not begin its line")
+                elif kind == "toml":
+                    tomllib.loads("\n".join(lines))
+                elif not any(re.match(pattern, lines[0]) for pattern in NO_COMMAND):
+                    self.fail(where, f"no rule covers this block: {lines[0]}")
         prose = "\n".join(self.prose(text))
         for span in re.findall(r"`([^`]+)`", prose):
             span = " ".join(span.split())
@@ -331,7 +337,7 @@ class Pages:
                 for wrong in self.flags.unknown(span):
                     self.fail(name, f"`{span}`: {wrong}")
             script = re.match(r"(?:python3 )?((?:scripts|tests|demo|pipelines)/[\w./-]+)", span)
-            if script and not (self.root / script[1]).exists():
+            if script and not re.search("[A-Z]$", script[1]) and not (self.root / script[1]).exists():  # vN is any
                 self.fail(name, f"`{span}`: no such file")
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
             if not (path.parent / target).exists():
@@ -347,8 +353,8 @@ class Pages:
                 yield line
 
 
-def every_page_is_linked(root, pages):
-    """docs/README.md names every page of docs."""
+def pages_without_link(root, pages):
+    """Pages of docs that docs/README.md does not name."""
     index = (root / "docs/README.md").read_text()
     linked = {(root / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", index)}
     return [page for page in pages if page.name != "README.md" and page.resolve() not in linked]
@@ -358,14 +364,15 @@ def main(bin_dir, fixtures, root, plugins, *only):
     bin_dir, fixtures, root = (pathlib.Path(path).resolve() for path in (bin_dir, fixtures, root))
     plugins = pathlib.Path(plugins).resolve()
     checked = Pages(bin_dir, fixtures, root, plugins)
-    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    docs = sorted((root / "docs").rglob("*.md"))
+    pages = [*(root / name for name in ("README.md", "CONTRIBUTING.md", "demo/README.md", "pipelines/recipes/README.md")), *docs]
     for page in pages:
         if not only or str(page.relative_to(root)) in only:
             start = time.monotonic()
             checked.page(page)
             print(f"{page.relative_to(root)}: {time.monotonic() - start:.1f} s", flush=True)
     if not only:
-        for page in every_page_is_linked(root, pages):
+        for page in pages_without_link(root, docs):
             checked.fail(str(page.relative_to(root)), "docs/README.md does not link it")
         for name in GIVEN:
             if not (root / name).exists():
