@@ -52,7 +52,8 @@ NOT_RUN = [
 ]
 
 # Besides the programs here: what may begin a line of a block that is run.
-SHELL = r"printf|echo|export|cp|mkdir|ls|cat|mv|rm|test|cd|python3?|pip|make|cmake|ctest|ninja|torchrun|srun|mpirun|sbatch|tensorboard|rsync|scp|ssh|nvidia-smi|nohup|timeout"
+SHELL = (r"printf|echo|export|cp|mkdir|ls|cat|mv|rm|test|cd|nohup|timeout|python3?|pip|make|cmake|ctest|ninja|"
+         r"torchrun|srun|mpirun|sbatch|tensorboard|rsync|scp|ssh|nvidia-smi")
 PROGRAM = r"flux-(?:cache-latents|cache-text|cache|check|decode|lora|model|sample|train)"
 COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z_0-9]+=\S* )*(?:{PROGRAM}|scripts/\S+|pipelines/\S+|demo/\S+|{SHELL})(?=\s|$)")
 
@@ -222,7 +223,8 @@ class Flags:
             if program in ("flux-cache", "flux-lora", "flux-model") and rest and re.fullmatch(r"[a-z]+", rest[0]):
                 verbs.append(rest[0])
             have = self.help(*verbs) | {"--help", "--version"}
-            wrong += [f"{' '.join(verbs)} has no {flag}" for flag in re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", " ".join(rest)) if flag not in have]
+            given = re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", " ".join(rest))
+            wrong += [f"{' '.join(verbs)} has no {flag}" for flag in given if flag not in have]
         return wrong
 
 
