@@ -94,7 +94,7 @@ function(flux_test name)
   endif()
   target_compile_definitions(${name} PRIVATE FLUX_SOURCE_DIR="${CMAKE_SOURCE_DIR}" FLUX_BINARY_DIR="${CMAKE_BINARY_DIR}")
   if(NOT arg_TIMEOUT)
-    set(arg_TIMEOUT 300)
+    set(arg_TIMEOUT 900)  # of all cases of a program, on a busy machine
   endif()
   if(arg_TORCH)
     _flux_use_torch(${name})
