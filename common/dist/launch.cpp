@@ -27,6 +27,7 @@ class Variables {
   Variables(const Environment& environment, std::string launcher)
       : environment_(environment), launcher_(std::move(launcher)) {}
 
+  const std::string& launcher() const { return launcher_; }
   bool has(const std::string& name) const { return environment_(name).has_value(); }
   int64_t number(const std::string& name, int64_t least, int64_t most) const {
     const auto text = environment_(name);
@@ -74,15 +75,25 @@ void require_below(int64_t rank,
                    "ranks count from 0");
 }
 
+/// The variables of a launcher; those of the machine may be absent.
+struct Names {
+  const char *rank, *world, *local_rank, *local_world;
+};
+
+Launch read_ranks(const Variables& v, const Names& names) {
+  Launch out;
+  out.launcher = v.launcher();
+  out.world = v.number(names.world, 1, kMaxWorld);
+  out.rank = v.number(names.rank, 0, kMaxWorld);
+  require_below(out.rank, out.world, names.rank, names.world);
+  out.local_rank = v.number_or(names.local_rank, 0, kMaxWorld, 0);
+  if (names.local_world) out.local_world = v.number_or(names.local_world, 1, kMaxWorld, 1);
+  return out;
+}
+
 Launch from_torchrun(const Environment& environment) {
   const Variables v(environment, "torchrun");
-  Launch out;
-  out.launcher = "torchrun";
-  out.world = v.number("WORLD_SIZE", 1, kMaxWorld);
-  out.rank = v.number("RANK", 0, kMaxWorld);
-  require_below(out.rank, out.world, "RANK", "WORLD_SIZE");
-  out.local_rank = v.number_or("LOCAL_RANK", 0, kMaxWorld, 0);
-  out.local_world = v.number_or("LOCAL_WORLD_SIZE", 1, kMaxWorld, 1);
+  Launch out = read_ranks(v, {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"});
   out.hosted = v.text("TORCHELASTIC_USE_AGENT_STORE") == "True";
   out.job =
       fmt::format("{}.{}", v.text("TORCHELASTIC_RUN_ID"), v.text("TORCHELASTIC_RESTART_COUNT"));
@@ -91,37 +102,23 @@ Launch from_torchrun(const Environment& environment) {
 
 Launch from_open_mpi(const Environment& environment) {
   const Variables v(environment, "mpirun");
-  Launch out;
-  out.launcher = "mpirun";
-  out.world = v.number("OMPI_COMM_WORLD_SIZE", 1, kMaxWorld);
-  out.rank = v.number("OMPI_COMM_WORLD_RANK", 0, kMaxWorld);
-  require_below(out.rank, out.world, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
-  out.local_rank = v.number_or("OMPI_COMM_WORLD_LOCAL_RANK", 0, kMaxWorld, 0);
-  out.local_world = v.number_or("OMPI_COMM_WORLD_LOCAL_SIZE", 1, kMaxWorld, 1);
+  Launch out = read_ranks(v,
+                          {"OMPI_COMM_WORLD_RANK",
+                           "OMPI_COMM_WORLD_SIZE",
+                           "OMPI_COMM_WORLD_LOCAL_RANK",
+                           "OMPI_COMM_WORLD_LOCAL_SIZE"});
   out.job = v.text("OMPI_MCA_ess_base_jobid") + v.text("PMIX_NAMESPACE");
   return out;
 }
 
 Launch from_pmi(const Environment& environment) {
-  const Variables v(environment, "mpirun");
-  Launch out;
-  out.launcher = "mpirun";
-  out.world = v.number("PMI_SIZE", 1, kMaxWorld);
-  out.rank = v.number("PMI_RANK", 0, kMaxWorld);
-  require_below(out.rank, out.world, "PMI_RANK", "PMI_SIZE");
-  out.local_rank = v.number_or("MPI_LOCALRANKID", 0, kMaxWorld, 0);
-  out.local_world = v.number_or("MPI_LOCALNRANKS", 1, kMaxWorld, 1);
-  return out;
+  return read_ranks({environment, "mpirun"},
+                    {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"});
 }
 
 Launch from_slurm(const Environment& environment) {
   const Variables v(environment, "srun");
-  Launch out;
-  out.launcher = "srun";
-  out.world = v.number("SLURM_STEP_NUM_TASKS", 1, kMaxWorld);
-  out.rank = v.number("SLURM_PROCID", 0, kMaxWorld);
-  require_below(out.rank, out.world, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS");
-  out.local_rank = v.number_or("SLURM_LOCALID", 0, kMaxWorld, 0);
+  Launch out = read_ranks(v, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", nullptr});
   // "2(x3),1": of each node; that of this one is not said directly
   const std::string tasks = v.text("SLURM_STEP_TASKS_PER_NODE");
   out.local_world =
