@@ -21,6 +21,15 @@ void write_header(Hdf5Image& image,
   image.attribute("optional_features", "");
 }
 
+void write_provenance(Hdf5Image& image, const Provenance& provenance, std::string_view created) {
+  constexpr size_t kMaxCommandLine = 8192;  // an attribute has to stay small
+  image.attribute("tool", printable(provenance.tool));
+  image.attribute("tool_version", printable(provenance.tool_version));
+  image.attribute("command_line", printable(provenance.command_line).substr(0, kMaxCommandLine));
+  image.attribute("device", printable(provenance.device));
+  image.attribute("created", created);
+}
+
 std::string schema_problem(int64_t schema, std::string_view tool, std::string_view tool_version) {
   if (schema >= kOldestSchema && schema <= kNewestSchema) return {};
   std::string text =

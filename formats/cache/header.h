@@ -26,6 +26,9 @@ void write_header(Hdf5Image& image,
                   std::string_view content,
                   std::string_view features = "");
 
+/// Who made a file and when: root attributes of segments, and of files of samples. A command line beyond 8192 bytes is cut.
+void write_provenance(Hdf5Image& image, const Provenance& provenance, std::string_view created);
+
 /// Checks, in this order: format, schema version, required features, anything odd in the file,
 /// unknown attributes (beyond `more`), content. Returns the kind. Throws CacheError.
 Kind read_header(const Hdf5File& file,

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "common/core/file.h"
-#include "common/core/text.h"
 #include "formats/cache/codec.h"
 #include "formats/cache/hdf5_file.h"
 #include "formats/cache/header.h"
@@ -17,9 +16,6 @@
 
 namespace flux::cache {
 namespace {
-
-constexpr size_t kMaxCommandLine =
-    8192;  // an attribute has to stay small; the manifest has the whole line
 
 using Frames = std::vector<std::span<const std::byte>>;
 
@@ -43,12 +39,7 @@ std::vector<std::byte> encode_segment(const SegmentHeader& header,
   image.attribute("parameters", canonical_json(recipe.parameters));
   image.attribute("weights", canonical_json(recipe.weights));
   image.attribute("tokenizers", canonical_json(recipe.tokenizers));
-  image.attribute("tool", printable(header.provenance.tool));
-  image.attribute("tool_version", printable(header.provenance.tool_version));
-  image.attribute("command_line",
-                  printable(header.provenance.command_line).substr(0, kMaxCommandLine));
-  image.attribute("device", printable(header.provenance.device));
-  image.attribute("created", header.created);
+  write_provenance(image, header.provenance, header.created);
 
   const auto column = [&](const char* name, auto get) {
     write_column(image, std::string("samples_") + name, records, [&](const Record& record) {

@@ -10,6 +10,7 @@
 #include "common/core/error.h"
 #include "common/core/text.h"
 #include "formats/cache/codec.h"
+#include "formats/cache/header.h"
 #include "formats/cache/manifest.h"
 #include "formats/cache/tables.h"
 
@@ -21,7 +22,6 @@ using cache::Element;
 using cache::Hdf5File;
 using cache::Hdf5Image;
 
-constexpr size_t kMaxCommandLine = 8192;  // an attribute has to stay small
 constexpr int64_t kMaxPictures = int64_t{1} << 24;
 
 std::string dataset_name(uint32_t height, uint32_t width) {
@@ -53,12 +53,7 @@ std::vector<std::byte> encode(const Header& header, std::span<const Record> reco
   image.attribute("num_samples", static_cast<int64_t>(records.size()));
   image.attribute("settings", canonical_json(header.settings));
   image.attribute("model_sha256", header.model_sha256);
-  image.attribute("tool", printable(header.provenance.tool));
-  image.attribute("tool_version", printable(header.provenance.tool_version));
-  image.attribute("command_line",
-                  printable(header.provenance.command_line).substr(0, kMaxCommandLine));
-  image.attribute("device", printable(header.provenance.device));
-  image.attribute("created", header.created);
+  cache::write_provenance(image, header.provenance, header.created);
 
   std::map<std::pair<uint32_t, uint32_t>, std::vector<std::span<const std::byte>>> sizes;
   std::vector<uint32_t> rows;
