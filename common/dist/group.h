@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,34 +20,35 @@ struct GroupOptions {
   std::chrono::seconds operation{1800};  // of one collective operation, while all ranks are alive
 };
 
-/// Calls to one group come from one thread, in the same order in every rank. Each throws ResourceError that names the
-/// rank and the reason when a rank has failed, ended, hung or cannot be reached, and Interrupted never: ranks stop
-/// together, see train. Tensors are contiguous and on the CPU.
+/// Calls to one group come from one thread at a time, in the same order in each of its ranks. Each throws ResourceError
+/// that names the rank and the reason when any rank of the run has failed, ended, hung or cannot be reached, and
+/// Interrupted never: ranks stop together, see train. Tensors are contiguous and on the CPU.
 class Group {
  public:
   /// Meets the others (see meet()) and connects every pair by Gloo. `launch` has several ranks.
   static std::unique_ptr<Group> join(const Launch& launch,
                                      const std::filesystem::path& address_file,
                                      const GroupOptions& options);
-  /// Of a group that has failed: returns at once, and leaves its threads and connections as they are.
+  /// A group of some of this one's ranks, in ascending order, this one among them; all may be. It has connections of its
+  /// own, so that another thread may use it meanwhile, and shares whatever becomes of the run. Its members call this
+  /// together. `name` is used once a run; parts that have no rank in common may share one. A part of one rank only
+  /// copies. Throws std::invalid_argument: ranks that are not as said.
+  std::unique_ptr<Group> part(const std::string& name, std::span<const int64_t> ranks);
+  /// Of a run that has failed: returns at once, and leaves its threads and connections as they are.
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
+  /// Within this group.
   int64_t rank() const;
   int64_t world() const;
 
-  /// Sums over the ranks, in order of ranks, in place; float32, float64 or int64. Every rank has the same bits: those of
-  /// one rank that adds what the ranks have one after the other.
-  void all_reduce(const at::Tensor& tensor);
-  /// Bytes. `all` [world * n]: every rank's `own` [n], in order of ranks.
+  /// Bytes. `all` [world * n]: every rank's `own` [n], in order of ranks. `own` may be its place in `all`.
   void all_gather(const at::Tensor& all, const at::Tensor& own);
-  /// Bytes. Part r of `sent` [world * n] goes to rank r; part r of `received` came from it.
-  void all_to_all(const at::Tensor& received, const at::Tensor& sent);
-  /// The same, while the caller goes on; neither is to be touched before wait(). One is at work at a time.
+  /// Bytes. Part r of `sent` [world * n] goes to rank r; part r of `received` came from it. The caller goes on; neither
+  /// is to be touched before wait(). One is at work at a time.
   void start_all_to_all(const at::Tensor& received, const at::Tensor& sent);
   void wait();
-  void broadcast(const at::Tensor& tensor, int64_t root);
   void barrier();
 
   /// At rank 0 what every rank says, in order of ranks; elsewhere nothing. `name` is used once.
@@ -54,15 +56,15 @@ class Group {
   /// What rank 0 says.
   std::string share(const std::string& name, const std::string& text);
 
-  /// Tells the others why this rank ends, so that they do too. Throws nothing.
+  /// Tells all ranks of the run why this one ends, so that they do too. Throws nothing.
   void fail(const std::string& reason) noexcept;
-  /// All ranks are done: waits for them.
+  /// All ranks of the run are done: waits for them. For the group of join() alone.
   void leave();
 
  private:
   struct State;
-  explicit Group(std::shared_ptr<State> state);
-  std::shared_ptr<State> state_;
+  explicit Group(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace flux::dist

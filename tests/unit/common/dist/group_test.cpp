@@ -61,26 +61,22 @@ TEST_P(GroupOf, RanksComputesWhatTheOperationsSay) {
   const auto errors = as_ranks(world, [&](Group& group) {
     const int64_t rank = group.rank();
     EXPECT_EQ(group.world(), world);
-    const int64_t sum_of_ranks = world * (world - 1) / 2;
-    for (const auto type : {at::kFloat, at::kDouble, at::kLong}) {
-      const at::Tensor t = at::full({1000}, rank, type);
-      group.all_reduce(t);
-      EXPECT_TRUE(t.eq(sum_of_ranks).all().item<bool>());
-    }
     const at::Tensor own = at::full({3}, rank, at::kFloat);
     const at::Tensor gathered = at::empty({world * 3}, at::kFloat);
     group.all_gather(gathered, own);
     EXPECT_TRUE(
         gathered.view({world, 3}).eq(at::arange(world).view({world, 1})).all().item<bool>());
+    // of any type, from its place
+    const at::Tensor all = at::full({world, 2}, -1, at::kBFloat16);
+    all[rank].fill_(rank);
+    group.all_gather(all, all[rank]);
+    EXPECT_TRUE(all.eq(at::arange(world).view({world, 1})).all().item<bool>());
 
     const at::Tensor sent = at::arange(world, at::kByte) + rank * 16,
                      received = at::empty({world}, at::kByte);
-    group.all_to_all(received.view(at::kByte), sent.to(at::kByte));
+    group.start_all_to_all(received, sent);
+    group.wait();
     EXPECT_TRUE(received.equal((at::arange(world) * 16 + rank).to(at::kByte)));
-
-    const at::Tensor from = at::full({5}, rank, at::kByte);
-    group.broadcast(from, world - 1);
-    EXPECT_TRUE(from.eq(world - 1).all().item<bool>());
 
     const auto said = group.gather("word", std::string(static_cast<size_t>(rank), 'x'));
     EXPECT_EQ(said.size(), static_cast<size_t>(rank == 0 ? world : 0));
@@ -95,13 +91,129 @@ TEST_P(GroupOf, RanksComputesWhatTheOperationsSay) {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, GroupOf, testing::Values(2, 3, 4));
 
+/// `group` [world, 1000] gathered from what is of its ranks only, `times` times.
+void use(Group& group, int64_t value, int64_t times) {
+  for (int64_t i = 0; i < times; ++i) {
+    const at::Tensor own = at::full({1000}, value + i, at::kLong);
+    const at::Tensor all = at::empty({group.world(), 1000}, at::kLong);
+    group.all_gather(all, own);
+    EXPECT_EQ(all.sum().item<int64_t>(), 1000 * group.world() * (value + i));
+    const at::Tensor received = at::empty({group.world()}, at::kLong);
+    group.start_all_to_all(received,
+                           at::full({group.world()}, value, at::kLong) + at::arange(group.world()));
+    group.wait();
+    EXPECT_TRUE(received.eq(value + group.rank()).all().item<bool>());
+  }
+}
+
+TEST_P(GroupOf, PartsAreUsedByTwoThreadsAtOnce) {
+  const int64_t world = GetParam();
+  std::vector<int64_t> all;
+  for (int64_t rank = 0; rank < world; ++rank) all.push_back(rank);
+  const auto errors = as_ranks(world, [&](Group& group) {
+    const auto one = group.part("one", all), other = group.part("other", all);
+    EXPECT_EQ(one->rank(), group.rank());
+    EXPECT_EQ(one->world(), world);
+    std::thread thread([&] { use(*one, 1, 200); });
+    std::thread second([&] { use(*other, 1 << 20, 200); });
+    use(group, 1 << 30, 200);
+    thread.join();
+    second.join();
+    group.leave();
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
+TEST_P(GroupOf, PartsOfOneRankCopy) {
+  const auto errors = as_ranks(GetParam(), [&](Group& group) {
+    const std::vector<int64_t> alone{group.rank()};
+    const auto part = group.part("alone", alone);
+    EXPECT_EQ(part->rank(), 0);
+    EXPECT_EQ(part->world(), 1);
+    use(*part, group.rank(), 2);
+    const at::Tensor whole = at::full({3}, 7.0f);
+    part->all_gather(whole, whole);
+    EXPECT_TRUE(whole.eq(7).all().item<bool>());
+    part->barrier();
+    EXPECT_THAT(part->gather("word", "x"), ElementsAre("x"));
+    EXPECT_EQ(part->share("word", "y"), "y");
+    group.leave();
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
+TEST(Group, DividesInto02And13) {
+  const auto errors = as_ranks(4, [&](Group& group) {
+    const int64_t of = group.rank() % 2;
+    const std::vector<int64_t> across{of, of + 2};
+    const std::vector<int64_t> within{group.rank() / 2 * 2, group.rank() / 2 * 2 + 1};
+    const auto replicas = group.part("replicas", across);
+    const auto shards = group.part("shards", within);
+    EXPECT_EQ(replicas->rank(), group.rank() / 2);
+    EXPECT_EQ(shards->rank(), group.rank() % 2);
+    use(*replicas, 100 + of, 20);
+    use(*shards, 200 + group.rank() / 2, 20);
+    const auto said = replicas->gather("rank", std::to_string(group.rank()));
+    if (group.rank() < 2) {
+      EXPECT_THAT(said, ElementsAre(std::to_string(of), std::to_string(of + 2)));
+    }
+    EXPECT_EQ(shards->share("first", std::to_string(group.rank())),
+              std::to_string(group.rank() / 2 * 2));
+    // and a part of a part
+    const std::vector<int64_t> last{1};
+    if (shards->rank() == 1) {
+      EXPECT_EQ(shards->part("last", last)->world(), 1);
+    }
+    group.leave();
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
+TEST(Group, RefusesPartsThatAreNone) {
+  const auto errors = as_ranks(2, [&](Group& group) {
+    const std::vector<std::vector<int64_t>> wrong{
+        {}, {1 - group.rank()}, {1, 0}, {0, 0, 1}, {0, 1, 2}, {-1, 0, 1}};
+    for (const auto& ranks : wrong) EXPECT_THROW(group.part("x", ranks), std::invalid_argument);
+    const std::vector<int64_t> all{0, 1};
+    EXPECT_THROW(group.part("y", all)->leave(), std::invalid_argument);
+    group.leave();
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
+TEST(Group, AFailureEndsWhatWaitsInAPart) {
+  const std::vector<int64_t> two{0, 1};
+  const auto errors = as_ranks(3, [&](Group& group) {
+    if (group.rank() == 2) {
+      std::this_thread::sleep_for(seconds(1));
+      group.fail("its disk is full");
+      return;
+    }
+    const auto part = group.part("two", two);
+    std::string error;
+    std::thread other([&] {
+      try {
+        if (group.rank() == 0) part->barrier();  // rank 1 never comes
+        if (group.rank() == 1) part->share("never", "");
+      } catch (const ResourceError& e) {
+        error = e.what();
+      }
+    });
+    other.join();
+    EXPECT_THAT(error, HasSubstr("ended: its disk is full"));
+    group.barrier();
+  });
+  EXPECT_EQ(errors[2], "");
+  for (const size_t rank : {0, 1}) EXPECT_THAT(errors[rank], HasSubstr("ended: its disk is full"));
+}
+
 TEST(Group, SaysWhichRankFailedAndWhy) {
   const auto errors = as_ranks(3, [&](Group& group) {
     if (group.rank() == 2) {
       group.fail("its disk is full");
       return;
     }
-    group.all_reduce(at::full({4}, 1.0f));  // rank 2 never comes
+    group.barrier();  // rank 2 never comes
   });
   EXPECT_EQ(errors[2], "");
   for (const int64_t rank : {0, 1})
