@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/core/memory_limit.h"
 #include "common/engine/record_layout.h"
 #include "common/engine/record_store.h"
 
@@ -45,12 +46,7 @@ std::optional<int64_t> number_in(const char* path, std::string_view key) {
 int64_t available_memory_bytes() {
   const auto of_system = number_in("/proc/meminfo", "MemAvailable:");
   int64_t available = of_system ? *of_system * 1024 : INT64_MAX;
-  const auto limit = number_in("/sys/fs/cgroup/memory.max", "");
-  const auto used = number_in("/sys/fs/cgroup/memory.current", "");
-  if (limit && used) {
-    const auto cache = number_in("/sys/fs/cgroup/memory.stat", "file ");
-    available = std::min(available, std::max<int64_t>(0, *limit - *used + cache.value_or(0)));
-  }
+  if (const auto left = memory_left_by_limits()) available = std::min(available, *left);
   return available;
 }
 
