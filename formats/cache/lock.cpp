@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -45,15 +46,36 @@ std::string this_host() {
   return fmt::format("{} {}", printable(name), first_line("/etc/machine-id"));
 }
 
+/// The Slurm job that this is part of, and how often it was queued again; empty: none.
+struct Job {
+  std::string id;
+  int64_t restarts = 0;
+};
+
+Job this_job() {
+  const auto variable = [](const char* name) {
+    const char* const value = std::getenv(name);
+    return std::string(value ? value : "");
+  };
+  const std::string id = variable("SLURM_JOB_ID");
+  if (id.empty()) return {};
+  return {fmt::format("{} {}", printable(variable("SLURM_CLUSTER_NAME")), printable(id)),
+          std::strtoll(variable("SLURM_RESTART_COUNT").c_str(), nullptr, 10)};
+}
+
 std::string this_process(const PinnedFolder& folder) {
   const auto started = process_stat(getpid());
-  const nlohmann::json owner = {{"host", this_host()},
-                                {"boot", first_line("/proc/sys/kernel/random/boot_id")},
-                                {"namespace", process_namespace()},
-                                {"pid", getpid()},
-                                {"started", started ? started->start_ticks : std::string()},
-                                {"folder", folder.inode()},
-                                {"id", random_name()}};
+  nlohmann::json owner = {{"host", this_host()},
+                          {"boot", first_line("/proc/sys/kernel/random/boot_id")},
+                          {"namespace", process_namespace()},
+                          {"pid", getpid()},
+                          {"started", started ? started->start_ticks : std::string()},
+                          {"folder", folder.inode()},
+                          {"id", random_name()}};
+  if (const Job job = this_job(); !job.id.empty()) {
+    owner["job"] = job.id;
+    owner["restarts"] = job.restarts;
+  }
   return owner.dump() + "\n";
 }
 
@@ -71,6 +93,11 @@ std::optional<std::string> content(const fs::path& path) {
 bool is_dead(const fs::path& folder, const std::string& text) {
   const auto owner = nlohmann::json::parse(text, nullptr, false);
   try {
+    // Slurm starts a job again when it has ended, wherever that was
+    if (const Job job = this_job(); !job.id.empty() &&
+                                    owner.value("job", std::string()) == job.id &&
+                                    owner.value("restarts", job.restarts) < job.restarts)
+      return true;
     if (owner.at("host") != this_host()) return false;
     if (owner.at("boot") != first_line("/proc/sys/kernel/random/boot_id")) return true;
     if (owner.at("namespace") != process_namespace()) return false;

@@ -30,7 +30,8 @@ class PinnedFolder {
 /// The file `.writer.lock`: who holds it (host, boot, process, its start time) and in which folder.
 /// Made with link(), which works on network file systems where flock may hang. A lock whose process
 /// on this host has ended, or that came along with a copy of the folder on this host, is taken over;
-/// one of another host or another process namespace cannot be judged and is respected.
+/// one of another host or another process namespace cannot be judged and is respected, unless it is of this very Slurm
+/// job before it was queued again.
 class WriterLock {
  public:
   enum class Needed {

@@ -247,5 +247,40 @@ TEST(WriterLock, OfAnotherHostIsRespected) {
   }
 }
 
+TEST(WriterLock, OfTheSameSlurmJobBeforeItWasQueuedAgainIsOver) {
+  setenv("SLURM_JOB_ID", "77", 1);
+  setenv("SLURM_CLUSTER_NAME", "big", 1);
+  setenv("SLURM_RESTART_COUNT", "2", 1);
+  const auto is_taken_over = [](const std::string& job, int restarts) {
+    const test::TemporaryFolder folder;
+    folder.write(
+        ".writer.lock",
+        R"({"host":"elsewhere x","boot":"b","namespace":"n","pid":1,"started":"1","id":"i","job":")" +
+            job + R"(","restarts":)" + std::to_string(restarts) + "}");
+    try {
+      const Writer writer(folder.path(), test::recipe(Kind::kText), test::provenance());
+      return true;
+    } catch (const CacheError&) {
+      return false;
+    }
+  };
+  EXPECT_TRUE(is_taken_over("big 77", 0));
+  EXPECT_TRUE(is_taken_over("big 77", 1));
+  EXPECT_FALSE(is_taken_over("big 77", 2)) << "another step of the job is at work";
+  EXPECT_FALSE(is_taken_over("big 78", 0));
+  EXPECT_FALSE(is_taken_over("small 77", 0));
+  {
+    const test::TemporaryFolder folder;
+    const Writer writer(folder.path(), test::recipe(Kind::kText), test::provenance());
+    EXPECT_THAT(read_file(folder / ".writer.lock"),
+                testing::AllOf(testing::HasSubstr(R"("job":"big 77")"),
+                               testing::HasSubstr(R"("restarts":2)")));
+  }
+  unsetenv("SLURM_JOB_ID");
+  EXPECT_FALSE(is_taken_over("big 77", 0)) << "no job";
+  unsetenv("SLURM_CLUSTER_NAME");
+  unsetenv("SLURM_RESTART_COUNT");
+}
+
 }  // namespace
 }  // namespace flux::cache
