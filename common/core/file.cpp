@@ -215,6 +215,12 @@ AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
   if (fd_ < 0) fail("cannot be created");
 }
 
+AtomicFile::AtomicFile(fs::path path, fs::path temporary)
+    : path_(std::move(path)), temporary_(std::move(temporary)), keep_(true) {
+  fd_ = open(temporary_.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd_ < 0) fail("cannot be opened for writing");
+}
+
 AtomicFile::~AtomicFile() {
   if (fd_ < 0) return;
   close(fd_);
@@ -255,6 +261,19 @@ void AtomicFile::commit_new() { publish(false); }
 
 void AtomicFile::flush() {
   if (!flush_to_disk(fd_)) fail("flushing to the disk failed");
+}
+
+fs::path AtomicFile::share(uint64_t size_bytes) {
+  if (ftruncate(fd_, static_cast<off_t>(size_bytes)) != 0) fail("cannot be made longer");
+  size_ = size_bytes;
+  flush();
+  return temporary_;
+}
+
+void AtomicFile::leave() {
+  flush();
+  const bool closed = close(std::exchange(fd_, -1)) == 0 || errno == EINTR;
+  if (!closed) fail("closing failed");
 }
 
 void AtomicFile::publish(bool replace) {

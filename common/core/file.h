@@ -55,9 +55,14 @@ class MappedFile {
 /// Writes a file under a temporary name beside the final one; commit() flushes it to the disk,
 /// renames it and flushes the folder. Without commit() the temporary file is removed. Every failure
 /// is a ResourceError that names the path.
+///
+/// Several processes may write one: the one that makes it calls share(), the others open what that returned, write_at()
+/// and leave() it, and then the first one commits.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
+  /// Opens the temporary file that another process made; it stays that process's.
+  AtomicFile(std::filesystem::path path, std::filesystem::path temporary);
   ~AtomicFile();
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
@@ -69,6 +74,11 @@ class AtomicFile {
   void commit();
   /// Writes all so far to the disk, under the temporary name: what the disk refuses shows here.
   void flush();
+  /// Makes it `size_bytes` long, with zeros, flushes it, and returns the temporary file. The length comes before other
+  /// clients of NFS write: beyond the end that they know of they would write whole pages, over each other's bytes.
+  std::filesystem::path share(uint64_t size_bytes);
+  /// Flushes and closes a file that another process will commit: it sees all bytes then, also over NFS.
+  void leave();
   /// From now on a failure leaves the temporary file: somebody else will finish the work.
   void keep() { keep_ = true; }
   /// As commit(), but a file that has the final name already is an error and stays as it is.

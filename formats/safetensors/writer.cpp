@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <tuple>
@@ -134,35 +135,115 @@ void Writer::commit() {
 ScatteredWriter::ScatteredWriter(std::filesystem::path path,
                                  std::vector<TensorSpec> tensors,
                                  const Metadata& metadata)
-    : header_(header_bytes(tensors, metadata)), file_(std::move(path)) {
+    : path_(std::move(path)),
+      header_(header_bytes(tensors, metadata)),
+      data_begin_(header_.size()),
+      file_(path_) {
   file_.write(header_);
-  uint64_t offset = header_.size();
+  place(std::move(tensors));
+}
+
+ScatteredWriter::ScatteredWriter(std::filesystem::path path,
+                                 std::vector<TensorSpec> tensors,
+                                 const Shared& shared)
+    : path_(std::move(path)),
+      data_begin_(shared.data_begin),
+      file_(path_, path_.parent_path() / shared.temporary) {
+  place(std::move(tensors));
+}
+
+void ScatteredWriter::place(std::vector<TensorSpec> tensors) {
   for (const TensorSpec& tensor : in_file_order(std::move(tensors))) {
     const uint64_t bytes = tensor_bytes(tensor.dtype, tensor.shape);
-    if (bytes > 0) places_[tensor.name] = {offset, bytes};
-    offset += bytes;
+    places_[tensor.name] = {data_bytes_, bytes};
+    data_bytes_ += bytes;
   }
 }
 
-void ScatteredWriter::write(std::string_view name, std::span<const std::byte> bytes) {
-  if (bytes.empty()) return;
+const ScatteredWriter::Place& ScatteredWriter::place_of(std::string_view name) const {
   const auto place = places_.find(name);
   if (place == places_.end())
+    throw std::invalid_argument(fmt::format("tensor '{}' is not in the file", printable(name)));
+  return place->second;
+}
+
+std::string_view ScatteredWriter::tensor_at(uint64_t at) const {
+  for (const auto& [name, place] : places_)
+    if (at >= place.begin && at - place.begin < place.bytes) return name;
+  return {};
+}
+
+void ScatteredWriter::claim(Range range) {
+  if (range.begin >= range.end) return;
+  auto after = written_.lower_bound(range.begin);
+  const auto before = after == written_.begin() ? written_.end() : std::prev(after);
+  const auto twice = [&](uint64_t at) {
     throw std::invalid_argument(
-        fmt::format("tensor '{}' is not in the file, or was written before", printable(name)));
-  if (bytes.size() != place->second.bytes)
-    throw std::invalid_argument(fmt::format("tensor '{}' has {} bytes, {} were given",
+        fmt::format("{}: tensor '{}' is written twice", show(path_), printable(tensor_at(at))));
+  };
+  if (before != written_.end() && before->second > range.begin) twice(range.begin);
+  if (after != written_.end() && after->first < range.end) twice(after->first);
+  if (after != written_.end() && after->first == range.end) {
+    range.end = after->second;
+    written_.erase(after);
+  }
+  if (before != written_.end() && before->second == range.begin)
+    before->second = range.end;
+  else
+    written_[range.begin] = range.end;
+}
+
+void ScatteredWriter::write(std::string_view name, std::span<const std::byte> bytes) {
+  const Place& place = place_of(name);
+  if (bytes.size() != place.bytes)
+    throw std::invalid_argument(fmt::format(
+        "tensor '{}' has {} bytes, {} were given", printable(name), place.bytes, bytes.size()));
+  write_part(name, 0, bytes);
+}
+
+void ScatteredWriter::write_part(std::string_view name,
+                                 uint64_t first,
+                                 std::span<const std::byte> bytes) {
+  const Place& place = place_of(name);
+  if (first > place.bytes || bytes.size() > place.bytes - first)
+    throw std::invalid_argument(fmt::format("tensor '{}' has {} bytes, {} were given from {} on",
                                             printable(name),
-                                            place->second.bytes,
-                                            bytes.size()));
-  file_.write_at(place->second.offset, bytes);
-  places_.erase(place);
+                                            place.bytes,
+                                            bytes.size(),
+                                            first));
+  const uint64_t begin = place.begin + first;
+  claim({begin, begin + bytes.size()});
+  file_.write_at(data_begin_ + begin, bytes);
+}
+
+ScatteredWriter::Shared ScatteredWriter::share() {
+  return {file_.share(data_begin_ + data_bytes_).filename().native(), data_begin_};
+}
+
+std::vector<ScatteredWriter::Range> ScatteredWriter::leave() {
+  file_.leave();
+  std::vector<Range> ranges;
+  for (const auto& [begin, end] : written_) ranges.push_back({begin, end});
+  return ranges;
+}
+
+void ScatteredWriter::add_written(std::span<const Range> ranges) {
+  for (const Range& range : ranges) claim(range);
 }
 
 void ScatteredWriter::commit() {
-  if (!places_.empty())
+  uint64_t bytes = 0;
+  for (const auto& [begin, end] : written_) bytes += end - begin;
+  if (bytes != data_bytes_) {
+    const uint64_t hole =
+        written_.empty() || written_.begin()->first > 0 ? 0 : written_.begin()->second;
     throw std::invalid_argument(
-        fmt::format("tensor '{}' was not written", printable(places_.begin()->first)));
+        fmt::format("{}: {} bytes of {} were written, tensor '{}' is not whole",
+                    show(path_),
+                    bytes,
+                    data_bytes_,
+                    printable(tensor_at(hole))));
+  }
   file_.commit();
 }
 

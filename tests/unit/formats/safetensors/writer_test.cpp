@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "common/core/error.h"
 #include "common/core/hash.h"
 #include "common/core/rng.h"
 #include "tests/support/temporary_folder.h"
@@ -128,6 +129,108 @@ TEST(SafetensorsWriter, RefusesBytesOutOfTurn) {
   Writer writer(folder / "f", {{"a", DType::kU8, {1}}, {"b", DType::kU8, {1}}}, {});
   EXPECT_THROW(writer.write("b", as_bytes(std::string_view("x"))), std::invalid_argument);
   EXPECT_THROW(writer.write("a", as_bytes(std::string_view("xy"))), std::invalid_argument);
+}
+
+/// Two tensors of bytes "abcd" and "xyz", in the order of a file: "long" and "short".
+const std::vector<TensorSpec> kTwo{{"short", DType::kU8, {3}}, {"long", DType::kU8, {4}}};
+
+std::span<const std::byte> text(std::string_view bytes) { return as_bytes(bytes); }
+
+TEST(SafetensorsScattered, PartsInAnyOrderMakeTheFileOfWriter) {
+  TemporaryFolder folder;
+  Writer whole(folder / "whole", kTwo, pt_metadata());
+  whole.write("long", text("abcd"));
+  whole.write("short", text("xyz"));
+  whole.commit();
+  ScatteredWriter parts(folder / "parts", kTwo, pt_metadata());
+  parts.write_part("short", 2, text("z"));
+  parts.write_part("long", 1, text("bc"));
+  parts.write_part("short", 0, text("xy"));
+  parts.write_part("long", 3, text("d"));
+  parts.write_part("long", 0, text("a"));
+  parts.commit();
+  EXPECT_EQ(read_file(folder / "parts"), read_file(folder / "whole"));
+}
+
+template <typename Work>
+std::string refusal(const Work& work) {
+  try {
+    work();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "nothing was refused";
+}
+
+TEST(SafetensorsScattered, KnowsOfEachByteThatItIsWrittenOnce) {
+  TemporaryFolder folder;
+  ScatteredWriter writer(folder / "f", kTwo, Metadata{});
+  writer.write_part("long", 0, text("ab"));
+  EXPECT_THAT(refusal([&] { writer.write_part("long", 1, text("bc")); }),
+              HasSubstr("'long' is written twice"));
+  EXPECT_THAT(refusal([&] { writer.write_part("long", 0, text("a")); }),
+              HasSubstr("'long' is written twice"));
+  EXPECT_THAT(refusal([&] { writer.write_part("long", 3, text("de")); }),
+              HasSubstr("'long' has 4 bytes, 2 were given from 3 on"));
+  EXPECT_THAT(refusal([&] { writer.write_part("long", 5, {}); }), HasSubstr("'long' has 4 bytes"));
+  EXPECT_THAT(refusal([&] { writer.write("short", text("xy")); }),
+              HasSubstr("'short' has 3 bytes, 2 were given"));
+  EXPECT_THAT(refusal([&] { writer.write("other", text("xy")); }), HasSubstr("'other'"));
+  writer.write("short", text("xyz"));
+  writer.write_part("long", 3, text("d"));
+  EXPECT_THAT(refusal([&] { writer.write_part("long", 2, text("cd")); }),
+              HasSubstr("'long' is written twice"));
+  EXPECT_THAT(refusal([&] { writer.commit(); }),
+              HasSubstr("f: 6 bytes of 7 were written, tensor 'long' is not whole"));
+  writer.write_part("long", 2, text("c"));
+  writer.commit();
+  EXPECT_THAT(read_file(folder / "f"), testing::EndsWith("abcdxyz"));
+}
+
+TEST(SafetensorsScattered, ATensorOfNoBytesNeedsNoWrite) {
+  TemporaryFolder folder;
+  ScatteredWriter writer(folder / "f", {{"none", DType::kF32, {0, 4}}}, Metadata{});
+  writer.write("none", {});
+  writer.commit();
+  EXPECT_EQ(File::open(folder / "f")->tensors().size(), 1u);
+}
+
+TEST(SafetensorsScattered, SeveralProcessesWriteOneFile) {
+  TemporaryFolder folder;
+  const auto path = folder / "f";
+  ScatteredWriter first(path, kTwo, Metadata{{"only", "the first knows its metadata"}});
+  const ScatteredWriter::Shared shared = first.share();
+  EXPECT_FALSE(std::filesystem::exists(path));
+  EXPECT_EQ(std::filesystem::file_size(folder / shared.temporary), shared.data_begin + 7);
+  std::vector<ScatteredWriter::Range> written;
+  {
+    ScatteredWriter second(path, kTwo, shared);
+    second.write_part("long", 1, text("bcd"));
+    second.write_part("short", 0, text("xy"));
+    written = second.leave();
+  }
+  EXPECT_TRUE(std::filesystem::exists(folder / shared.temporary)) << "it is the first one's";
+  ASSERT_EQ(written.size(), 1u);  // one behind the other
+  EXPECT_EQ(written[0].begin, 1u);
+  EXPECT_EQ(written[0].end, 6u);
+  first.write_part("long", 0, text("a"));
+  EXPECT_THAT(refusal([&] { first.commit(); }),
+              HasSubstr("f: 1 bytes of 7 were written, tensor 'long' is not whole"));
+  first.add_written(written);
+  EXPECT_THAT(refusal([&] { first.add_written(written); }), HasSubstr("'long' is written twice"));
+  EXPECT_THAT(refusal([&] { first.commit(); }),
+              HasSubstr("f: 6 bytes of 7 were written, tensor 'short' is not whole"));
+  first.write_part("short", 2, text("z"));
+  first.commit();
+  EXPECT_THAT(read_file(path), testing::EndsWith("abcdxyz"));
+  EXPECT_EQ(File::open(path)->metadata().count("only"), 1u);
+}
+
+TEST(SafetensorsScattered, AFileThatIsNotThereIsNotJoined) {
+  TemporaryFolder folder;
+  EXPECT_THROW(ScatteredWriter(folder / "f", kTwo, ScatteredWriter::Shared{".f.tmp-0", 8}),
+               ResourceError);
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
 }  // namespace
