@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
@@ -43,6 +44,29 @@ void FileTensors::split(
       rows = at::cat({halves[1], halves[0]}, 0);
     }
     take(piece.name, rows.cpu().contiguous());
+  }
+}
+
+void FileTensors::split_part(
+    const std::string& bfl,
+    const at::Tensor& part,
+    int64_t offset,
+    const std::function<void(const std::string& name, int64_t first, const at::Tensor& elements)>&
+        take) const {
+  const at::Tensor values = part.detach().cpu().contiguous().view({-1});
+  const int64_t end = offset + values.numel();
+  for (const Piece& piece : pieces(bfl)) {
+    int64_t row = 1;
+    for (size_t d = 1; d < piece.shape.size(); ++d) row *= piece.shape[d];
+    // halves that change places are two runs of rows
+    const int64_t num_runs = piece.swap_halves ? 2 : 1, run = piece.shape[0] * row / num_runs;
+    for (int64_t i = 0; i < num_runs; ++i) {
+      const int64_t begin = piece.first_row * row + i * run,
+                    in_piece = (piece.swap_halves ? 1 - i : 0) * run;
+      const int64_t from = std::max(begin, offset), to = std::min(begin + run, end);
+      if (from < to)
+        take(piece.name, in_piece + from - begin, values.narrow(0, from - offset, to - from));
+    }
   }
 }
 

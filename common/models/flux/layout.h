@@ -1,5 +1,6 @@
 // common/models/flux/layout.h - under which names a model's tensors are written.
 #pragma once
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
@@ -37,6 +38,15 @@ class FileTensors {
       const std::string& bfl,
       const at::Tensor& tensor,
       const std::function<void(const std::string& name, const at::Tensor& piece)>& take) const;
+
+  /// The same of elements [offset, offset + part.numel()) of the flattened BFL tensor: ranges of the tensors that it
+  /// becomes, one-dimensional, each from its element `first` on.
+  void split_part(
+      const std::string& bfl,
+      const at::Tensor& part,
+      int64_t offset,
+      const std::function<void(const std::string& name, int64_t first, const at::Tensor& elements)>&
+          take) const;
 
  private:
   std::map<std::string, std::vector<Piece>> pieces_;
