@@ -623,6 +623,10 @@ std::vector<BucketVisits> TrainingData::held_out_buckets() const {
 
 int64_t TrainingData::num_held_out_batches() const { return std::ssize(state_->held_out_batches); }
 
+int64_t TrainingData::held_out_batch_size(int64_t index) const {
+  return std::ssize(state_->held_out_batches.at(static_cast<size_t>(index)));
+}
+
 Batch TrainingData::load_held_out(int64_t index) const {
   std::vector<std::pair<const Item*, Draws>> samples;
   for (const Item* item : state_->held_out_batches.at(static_cast<size_t>(index)))

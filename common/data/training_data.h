@@ -136,6 +136,7 @@ class TrainingData {
   std::vector<BucketVisits> held_out_buckets() const;
   /// Batches of them, each of one data set and bucket, none larger than largest_batch().
   int64_t num_held_out_batches() const;
+  int64_t held_out_batch_size(int64_t index) const;
   /// The same at every call, of every `seed`: the mean of the latents, one caption, which is never dropped. Without noise and
   /// loss_weight. Throws as load().
   Batch load_held_out(int64_t index) const;
