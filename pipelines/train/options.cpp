@@ -15,6 +15,7 @@
 #include "common/engine/size.h"
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/optimizer.h"
+#include "pipelines/train/time_limit.h"
 
 namespace flux::train {
 namespace {
@@ -265,6 +266,13 @@ void add_flags(Options& o, Tool& tool) {
       [&o](const std::string& text) { o.save_every = save_every_of(text); });
   tool.flag(
       "keep-last", o.keep_last, "N", "newest checkpoints that stay; 0 = all", 0, 1'000'000'000);
+  tool.flag("time-limit",
+            "TIME",
+            "save and end with exit code 143 early enough before so much time since the start of "
+            "the program: 4h, 1h30m, "
+            "90min, or as Slurm writes it, 04:00:00",
+            "none",
+            [&o](const std::string& text) { o.time_limit = parse_duration(text); });
   tool.flag("no-tags",
             o.no_tags,
             "saved LoRAs hold no tags of the captions, numbers of images and repeats, or name of "
@@ -680,8 +688,6 @@ void check_ranks(const Options& o, const Tool& tool) {
   if (o.method == Method::kFull)
     throw UsageError("--method full does not run in several ranks yet",
                      "start one, or train a LoRA");
-  if (o.device == DeviceChoice::kCuda)
-    throw UsageError("--device cuda does not run in several ranks yet", "start one");
   if (!o.reproduce.empty()) throw UsageError("--reproduce runs in one rank", "start one");
 }
 
@@ -890,6 +896,7 @@ nlohmann::json resolved_options(const Options& o) {
   }
   all["save-every"] = value_of(o.save_every);
   all["keep-last"] = o.keep_last;
+  if (o.time_limit > 0) all["time-limit"] = fmt::format("{}s", o.time_limit);
   if (o.no_validation)
     all["validate-every"] = "off";
   else if (o.validate_every.any())

@@ -68,6 +68,7 @@ struct Options {
   bool no_tensorboard = false;
   SaveEvery save_every;
   int64_t keep_last = 0;  // checkpoints that stay; 0: all
+  double time_limit = 0;  // seconds after the start of the process; 0: none
   bool no_tags = false;   // saved files hold nothing of captions and names
 
   double validation_split = 0;  // share that is held out, of caches that hold out nothing

@@ -176,6 +176,7 @@ TRAIN = {
     "replace": scenes.train_replace,
     "no-tensorboard": row(RUN, ["--no-tensorboard"], files),
     "save-every": row(RUN, ["--save-every", "2"], files),
+    "time-limit": row(RUN, ["--time-limit", "1s"], exit_code),  # no step fits
     "keep-last": row([*RUN, "--save-every", "1"], ["--keep-last", "2"], files),
     "validation-split": lora("--validation-split", "0.3", observe=validations),
     "validation-seed": lora("--validation-seed", "3", base=["--validation-split", "0.7"], observe=validations),

@@ -7,6 +7,7 @@
 
 #include "common/core/error.h"
 #include "common/core/tool.h"
+#include "pipelines/train/time_limit.h"
 #include "tests/support/temporary_folder.h"
 
 namespace flux::train {
@@ -113,6 +114,79 @@ TEST(TrainOptions, SavesByStepsEpochsOrMinutes) {
        {"", "ep", "min", "0ep", "0min", "-1", "2.5ep", "2 ep", "30m", "nanmin", "infmin", "1e9"})
     EXPECT_THAT(message_of({"--save-every", wrong}), testing::HasSubstr("neither a number"))
         << wrong;
+}
+
+TEST(TrainOptions, ATimeLimitIsATimeAsPeopleAndSlurmWriteIt) {
+  EXPECT_EQ(parse({}).time_limit, 0);
+  const std::vector<std::pair<const char*, double>> known{{"4h", 14400},
+                                                          {"90m", 5400},
+                                                          {"90min", 5400},
+                                                          {"1h30m", 5400},
+                                                          {"1H 30M", 5400},
+                                                          {"1.5h", 5400},
+                                                          {"2d12h", 216000},
+                                                          {"45s", 45},
+                                                          {"30sec", 30},
+                                                          {"1h5s", 3605},
+                                                          {"04:00:00", 14400},
+                                                          {"100:00:01", 360001},
+                                                          {"30:00", 1800},
+                                                          {"1-12", 129600},
+                                                          {"1-12:30", 131400},
+                                                          {"1-00:00:05", 86405}};
+  for (const auto& [text, seconds] : known)
+    EXPECT_EQ(parse({"--time-limit", text}).time_limit, seconds) << text;
+  EXPECT_EQ(parse({"--time-limit", "UNLIMITED"}).time_limit, 0);
+  EXPECT_THAT(run_toml(parse({"--time-limit", "1h30m"})),
+              testing::HasSubstr("time-limit = \"5400s\"\n"));
+  EXPECT_THAT(run_toml(parse({})), testing::Not(testing::HasSubstr("time-limit")));
+  for (const char* wrong : {"",
+                            "30",
+                            "h",
+                            "-1h",
+                            "1m1h",
+                            "1h1h",
+                            "4x",
+                            "1:2:3:4",
+                            "1-",
+                            "-5:00",
+                            "1:",
+                            ":30",
+                            "1.5:00",
+                            "1e3s",
+                            "nan",
+                            "infs",
+                            "4h junk",
+                            "NOT_SET",
+                            "--"})
+    EXPECT_THAT(message_of({"--time-limit", wrong}), testing::HasSubstr("is no time such as 4h"))
+        << wrong;
+  for (const char* wrong : {"0s", "0:00", "00:00:00", "10000d"})
+    EXPECT_THAT(message_of({"--time-limit", wrong}), testing::HasSubstr("not above 0")) << wrong;
+}
+
+TEST(TimeLimit, KeepsTimeForAStepAndASave) {
+  TimeLimit limit(1000, 5'000'000'000);  // the first save is taken for 50 s
+  EXPECT_FALSE(limit.ends(900));
+  EXPECT_TRUE(limit.ends(949)) << "and two seconds for the end";
+  EXPECT_EQ(limit.deadline(), 948);
+  limit.step_took(30);
+  limit.step_took(10);
+  EXPECT_FALSE(limit.ends(917));
+  EXPECT_TRUE(limit.ends(919)) << "the longest step counts";
+  limit.save_took(100);
+  EXPECT_EQ(limit.deadline(), 848) << "and half as long again as the longest save";
+  limit.save_took(20);
+  EXPECT_FALSE(limit.ends(817));
+  EXPECT_TRUE(limit.ends(819));
+  EXPECT_THAT(limit.describe(820),
+              testing::AllOf(testing::HasSubstr("of 1000.0 are over"),
+                             testing::HasSubstr("up to 30.0 s"),
+                             testing::HasSubstr("save up to 100.0 s")));
+  TimeLimit fast(1000, 5'000'000'000);
+  fast.save_took(1);
+  EXPECT_EQ(fast.deadline(), 996.5) << "what was measured counts, not what was expected";
+  EXPECT_FALSE(TimeLimit(0, 5'000'000'000).ends(1e9)) << "no limit";
 }
 
 TEST(TrainOptions, ValidatesByStepsEpochsOrMinutesAtNoiseLevels) {
