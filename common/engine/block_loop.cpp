@@ -53,12 +53,18 @@ void collect(std::span<Trainable> trainables, bool several) {
 
 }  // namespace
 
+std::span<Trainable> Blocks::owned(int64_t block) {
+  if (block < 0) return outer_trainables();
+  if (Share* shared = share(block)) return shared->owned;
+  return trainables(block);
+}
+
 bool Blocks::for_each_trainable(int64_t block, const std::function<bool(Trainable&)>& work) {
   bool any = false;
-  const auto of_block = block < 0 ? outer_trainables() : trainables(block);
-  for (size_t i = 0; i < of_block.size(); ++i) {
+  const auto mine = owned(block);
+  for (size_t i = 0; i < mine.size(); ++i) {
     open(block, i);
-    const bool changed = work(of_block[i]);
+    const bool changed = work(mine[i]);
     close(block, i, changed);
     any = any || changed;
   }

@@ -29,6 +29,22 @@ struct Trainable {
   /// none reached it.
   at::Tensor gradient{};
   double lr_factor = 1;  // of the step's learning rate
+  /// Of ranks that share weights out: this is a part of a tensor of the shape `whole`: elements [offset, offset +
+  /// value.numel()) of it, flattened, as one dimension; so are the states. Empty: all of it.
+  int64_t offset = 0;
+  std::vector<int64_t> whole{};
+};
+
+/// How the weights of a block are shared out among ranks (share_layout.h): they are elements of one flat record, of which
+/// each rank has an equal part.
+struct Share {
+  int64_t elements = 0;  // of a rank's part
+  struct Range {
+    int64_t begin = 0, count = 0;
+  };
+  std::vector<Range> tensors{};             // by trainable, in the record
+  std::vector<Trainable> owned{};           // what this rank's part holds of them, in their order
+  std::vector<int64_t> begins{}, counts{};  // by what is owned, in the part
 };
 
 /// The blocks of a model in forward order, double blocks first, wherever their weights are.
@@ -46,17 +62,23 @@ class Blocks {
   virtual std::span<Trainable> trainables(int64_t block) = 0;
   /// What is trained outside of blocks.
   virtual std::span<Trainable> outer_trainables() = 0;
-  /// States, and the gradient that waits, of trainable i of a block that is there; if they stream they are there between
+  /// Of ranks that share a block's weights out; null: each has and trains all of it. With a share, gradients are collected
+  /// in trainables() and what is updated is Share::owned.
+  virtual Share* share(int64_t /*block*/) { return nullptr; }
+  /// What this rank updates of a block (-1: of what is outside of blocks).
+  std::span<Trainable> owned(int64_t block);
+  /// States, and the gradient that waits, of owned() number i of a block that is there; if they stream they are there between
   /// open() and close() only. One is open at a time. Block -1: what is outside of blocks.
   virtual void open(int64_t /*block*/, size_t /*i*/) {}
   /// `changed`: it was updated.
   virtual void close(int64_t /*block*/, size_t /*i*/, bool /*changed*/) {}
-  /// Opens each of a block's trainables, calls `work`, and closes it, changed if that returned true. Returns whether any
+  /// Opens each that is owned() of a block, calls `work`, and closes it, changed if that returned true. Returns whether any
   /// was.
   bool for_each_trainable(int64_t block, const std::function<bool(Trainable&)>& work);
-  /// Whether the block's trainables are there at all times.
+  /// Whether what is owned() of the block is there at all times.
   virtual bool trainables_stay(int64_t block) const = 0;
-  /// Outside of steps: enters each of `blocks`, calls `work`, and leaves it, changed if that returned true.
+  /// Outside of steps: calls `work` for each of `blocks` while what is owned() of it is there; it returns whether it
+  /// changed it.
   virtual void visit(std::span<const int64_t> blocks,
                      const std::function<bool(int64_t block)>& work) = 0;
   /// Outside of steps: enters every block in forward order with all its tensors, calls `work`, and leaves it, changed if

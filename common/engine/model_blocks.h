@@ -2,6 +2,10 @@
 //
 // Double blocks come first and cost as much to compute as single ones with 2.4 times the bytes, so what memory there is
 // goes to them.
+//
+// Ranks may share trained weights out (Sharing): then what is said here of a block's weights, states and gradients that wait
+// is of this rank's part of them, which stays or streams, and all blocks come through the ring, put together from all
+// ranks' parts.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -18,6 +22,7 @@
 #include "common/engine/adapter_stream.h"
 #include "common/engine/block_loop.h"
 #include "common/engine/choices.h"
+#include "common/engine/gather_store.h"
 #include "common/engine/model_file.h"
 #include "common/engine/ring.h"
 #include "common/engine/state_stream.h"
@@ -43,6 +48,7 @@ struct ModelOptions {
   bool keep_gradients = false, several_micro_batches = false;
   bool stream_adapters = false;  // those of streamed blocks come and go with them
   bool stream_states = false;    // of trained blocks that stay in memory too
+  Sharing sharing{};             // of trained weights
 };
 
 class ModelBlocks final : public Blocks {
@@ -72,6 +78,7 @@ class ModelBlocks final : public Blocks {
   /// The first block with something to train, -1 for what is outside; for LoopOptions.
   int64_t first_trained() const;
 
+  Share* share(int64_t block) override;
   void enter(int64_t block) override;
   void leave(int64_t block, bool changed) override;
   void open(int64_t block, size_t i) override;
@@ -87,7 +94,7 @@ class ModelBlocks final : public Blocks {
 
   /// Of the rings; zeros without one.
   RingCounts ring_counts() const;
-  bool streams() const { return store_ != nullptr; }
+  bool streams() const { return store_ != nullptr || shared(); }
   /// Between the store and the rings in a step, once the first is over.
   struct Traffic {
     int64_t read = 0, written = 0;
@@ -105,12 +112,22 @@ class ModelBlocks final : public Blocks {
  private:
   struct Home;  // a block's layout and tensors
   bool is_plan() const;
+  bool shared() const { return options_.sharing.on(); }
+  bool in_ring(int64_t block) const { return shared() || !is_resident(block); }
   bool states_stream(int64_t block) const {
     return options_.train_weights && (options_.stream_states || !is_resident(block));
   }
   void make_outer();
   void make_home(int64_t block);
   void make_store();
+  void fill_store();
+  void make_gather_store();
+  void read_part(int64_t block, std::span<std::byte> to) const;
+  void bind_owned(int64_t block, const at::Tensor& part);
+  void unbind_owned(int64_t block);
+  void put_gradients_away(int64_t block);
+  void visit_owned(std::span<const int64_t> blocks, const std::function<bool(int64_t block)>& work);
+  void begin_pass(std::vector<int64_t> cycle);
   std::vector<at::Tensor> new_states(const at::Tensor& value);
   Home* home_of(const std::string& path);
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
@@ -124,7 +141,9 @@ class ModelBlocks final : public Blocks {
   std::vector<int64_t> step_cycle() const;
   std::vector<size_t> entries_from(int64_t block, bool ascending) const;
   RingOptions ring_options() const;
-  int64_t block_bytes(int64_t block) const;
+  RingOptions gather_options() const;
+  int64_t stored_bytes(int64_t block) const;
+  int64_t part_bytes(int64_t block) const;
   Ring& ring();
 
   dit::Config config_;
@@ -142,8 +161,11 @@ class ModelBlocks final : public Blocks {
   std::vector<StateEntry> entries_;      // of trained blocks whose states stream
   std::unique_ptr<StateStream> states_;  // of them
   std::unique_ptr<AdapterStream> adapters_;
-  std::vector<int64_t> visited_;  // in visit(): the blocks whose states stream, from here on
-  std::unique_ptr<Ring> ring_;    // made at the first use, when it is known what is trained
+  std::vector<int64_t> visited_;         // in visit(): the blocks whose states stream, from here on
+  std::unique_ptr<Ring> ring_;           // made at the first use, when it is known what is trained
+  std::shared_ptr<GatherStore> gather_;  // of shared weights: what the ring reads
+  int64_t to_come_ = 0;                  // through the ring, until that pass is over
+  std::unique_ptr<Ring> part_ring_;      // of parts that stream, outside of steps
 };
 
 }  // namespace flux::engine

@@ -61,7 +61,7 @@ double step_flops(const dit::Config& config,
                   const TrainerOptions& options,
                   const StepShape& shape) {
   const int64_t num_blocks = config.num_double_blocks + config.num_single_blocks;
-  const auto kept = blocks_with_kept_graph(num_blocks, options.residency);
+  const auto kept = blocks_with_kept_graph(num_blocks, options.residency, options.shares_weights());
   double sum = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const BlockFlops flops = block_flops(config, block, shape);

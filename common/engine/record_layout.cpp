@@ -23,13 +23,13 @@ size_t RecordLayout::add(std::string name, std::vector<int64_t> shape, c10::Scal
           fmt::format("RecordLayout: {} of shape {}", name, shape_text(shape)));
     bytes *= length;
   }
-  const int64_t offset = slices_.empty() ? 0 : round_up(slices_.back().end(), kSliceAlignment);
+  const int64_t offset = slices_.empty() ? 0 : round_up(slices_.back().end(), alignment_);
   slices_.push_back({std::move(name), std::move(shape), dtype, offset, bytes});
   return slices_.size() - 1;
 }
 
 int64_t RecordLayout::bytes() const {
-  return slices_.empty() ? 0 : round_up(slices_.back().end(), kRecordAlignment);
+  return slices_.empty() ? 0 : round_up(slices_.back().end(), multiple_);
 }
 
 std::optional<size_t> RecordLayout::find(std::string_view name) const {

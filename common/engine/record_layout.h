@@ -31,12 +31,17 @@ struct Slice {
 
 class RecordLayout {
  public:
+  /// Slices begin at multiples of `alignment`, and the record is as long as a multiple of `multiple`, which are multiples
+  /// of the constants above.
+  explicit RecordLayout(int64_t alignment = kSliceAlignment, int64_t multiple = kRecordAlignment)
+      : alignment_(alignment), multiple_(multiple) {}
+
   /// Appends a tensor; returns its index. Throws std::invalid_argument for a name that is there, or
   /// a shape with a negative length.
   size_t add(std::string name, std::vector<int64_t> shape, c10::ScalarType dtype);
 
   const std::vector<Slice>& slices() const { return slices_; }
-  /// A multiple of kRecordAlignment; 0 without slices.
+  /// 0 without slices.
   int64_t bytes() const;
   std::optional<size_t> find(std::string_view name) const;
 
@@ -53,6 +58,7 @@ class RecordLayout {
   at::Tensor view(const at::Tensor& record, std::string_view name) const;
 
  private:
+  int64_t alignment_, multiple_;
   std::vector<Slice> slices_;
 };
 

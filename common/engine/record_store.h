@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/tensor/fwd.h"
 #include "common/tensor/memory.h"
 
 namespace flux::engine {
@@ -24,6 +25,8 @@ class RecordStore {
   virtual void read(int64_t index, int64_t offset, std::span<std::byte> to) const = 0;
   /// The whole record.
   void read(int64_t index, std::span<std::byte> to) const { read(index, 0, to); }
+  /// Makes a record whole whose parts(), all of them, were read to their places in it; on a GPU in the current stream.
+  virtual void complete(int64_t /*index*/, const at::Tensor& /*record*/) const {}
   /// Tells that the record will be read soon.
   virtual void prefetch(int64_t /*index*/) const {}
 
@@ -32,7 +35,8 @@ class RecordStore {
   virtual void write(int64_t index, int64_t offset, std::span<const std::byte> from);
   void write(int64_t index, std::span<const std::byte> from) { write(index, 0, from); }
 
-  /// Ranges (offset, bytes) that together are the record, none larger than `max_bytes` unless
+  /// Ranges (offset, bytes) to be read, and written, that together are the record, unless complete() adds what is
+  /// missing; none larger than `max_bytes` unless
   /// reading it in smaller pieces would cost more.
   virtual std::vector<std::pair<int64_t, int64_t>> parts(int64_t index, int64_t max_bytes) const;
   /// Memory that one read holds while it runs, for plans.

@@ -83,8 +83,12 @@ class DeviceCopies {
     if (event) event->block(stream_);
   }
 
-  /// `to` is a part of the arena. Returns the event of its last copy.
-  SharedEvent read(const RecordStore& store, int64_t record, int64_t offset, const at::Tensor& to) {
+  /// `to` is a part of the arena; `whole`, with a record's last part: all of it. Returns the event of its last copy.
+  SharedEvent read(const RecordStore& store,
+                   int64_t record,
+                   int64_t offset,
+                   const at::Tensor& to,
+                   const at::Tensor& whole) {
     const c10::StreamGuard guard(stream_);
     const std::byte* pinned = store.pinned(record);
     for (int64_t done = 0; done < to.size(0);) {
@@ -103,6 +107,7 @@ class DeviceCopies {
       }
       done += take;
     }
+    if (whole.defined()) store.complete(record, whole);
     auto event = std::make_shared<c10::Event>(device_.type());
     event->record(stream_);
     return event;
@@ -179,6 +184,8 @@ class Ring::Impl {
 
   Lease acquire() {
     std::unique_lock lock(mutex_);
+    if (!options_.repeats && next_position_ == static_cast<int64_t>(cycle_.size()))
+      throw std::logic_error("Ring: the schedule is at its end");
     wait(lock, [&] {
       if (!ahead_.empty()) return ahead_.front()->unread == 0;
       if (blocker_ && blocker_->held == blocker_->open && blocker_->held > 0)
@@ -236,9 +243,12 @@ class Ring::Impl {
     flush();
     RingPlan plan = plan_for(cycle);
     std::unique_lock lock(mutex_);
-    restarting_ = true;
-    reads_.clear();
-    consumer_.wait(lock, [&] { return reading_ == 0; });  // a few MiB: whatever was asked for
+    const auto all_read = [&] { return reads_.empty() && reading_ == 0; };
+    if (options_.repeats) {
+      restarting_ = true;
+      reads_.clear();
+    }
+    wait(lock, all_read);
     restarting_ = false;
     plan_ = std::move(plan);
     cycle_ = std::move(cycle);
@@ -322,7 +332,8 @@ class Ring::Impl {
   /// Gives places to the next positions as far as their memory is free.
   void advance() {
     // what is never overwritten could be planned without end
-    const int64_t limit = next_position_ + static_cast<int64_t>(cycle_.size());
+    const auto cycle = static_cast<int64_t>(cycle_.size());
+    const int64_t limit = options_.repeats ? next_position_ + cycle : cycle;
     blocker_.reset();
     while (!error_ && !restarting_ && planned_ < limit && place(plan_.at(planned_))) ++planned_;
     consumer_.notify_all();
@@ -363,6 +374,7 @@ class Ring::Impl {
     counts_.bytes_read += bytes;
     if (device_.is_meta()) return true;
     Read read{resident, store_->parts(placement.record, kPartBytes), 0, std::move(after)};
+    if (read.parts.empty()) read.parts.emplace_back(0, 0);  // all of it comes by complete()
     resident->unread = read.parts.size();
     reads_.push_back(std::move(read));
     workers_.notify_all();
@@ -393,7 +405,7 @@ class Ring::Impl {
       Read& read = reads_.front();
       const SharedResident resident = read.resident;
       const Part part = read.parts[read.next++];
-      const bool first = read.next == 1;
+      const bool first = read.next == 1, last = read.next == read.parts.size();
       const auto after = read.after;
       if (read.next == read.parts.size()) reads_.pop_front();
       ++reading_;
@@ -405,15 +417,19 @@ class Ring::Impl {
         if (on_gpu()) {
           if (!copies) copies = std::make_unique<DeviceCopies>(device_);
           for (const SharedEvent& event : after) copies->wait_for(event);
-          ready = copies->read(*store_,
-                               resident->record,
-                               part.first,
-                               arena_.narrow(0, resident->offset + part.first, part.second));
+          ready = copies->read(
+              *store_,
+              resident->record,
+              part.first,
+              arena_.narrow(0, resident->offset + part.first, part.second),
+              last ? arena_.narrow(0, resident->offset, resident->bytes) : at::Tensor());
         } else {
           store_->read(
               resident->record,
               part.first,
               {arena_data_ + resident->offset + part.first, static_cast<size_t>(part.second)});
+          if (last)
+            store_->complete(resident->record, arena_.narrow(0, resident->offset, resident->bytes));
         }
       } catch (...) {
         error = std::current_exception();
@@ -447,9 +463,8 @@ class Ring::Impl {
           if (!copies) copies = std::make_unique<DeviceCopies>(device_);
           copies->wait_for(resident->free);
         }
-        for (int64_t offset = 0; offset < resident->bytes; offset += kPartBytes) {
+        for (const auto& [offset, take] : store_->parts(resident->record, kPartBytes)) {
           if (stopping()) return;
-          const int64_t take = std::min(kPartBytes, resident->bytes - offset);
           if (on_gpu())
             copies->write(*store_,
                           resident->record,

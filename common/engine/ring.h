@@ -26,6 +26,9 @@ struct RingOptions {
   /// Threads that read. Two get 2.0 GB/s out of a disk that gives one 1.7 (docs/benchmarks.md).
   int read_threads = 2;
   RingSlots slots = RingSlots::kFitting;
+  /// Whether the cycle begins again after its end. If not, nothing is read beyond it, and set_schedule() lets all reads
+  /// that it planned come to their end.
+  bool repeats = true;
   /// acquire() and flush() throw Interrupted while they wait, once a signal has come: for work
   /// that has nothing to save.
   bool interruptible = false;

@@ -24,8 +24,8 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
           .device = o.device,
           .train_weights = o.full,
           .resident_blocks = o.residency.resident_blocks,
-          .kept_graphs = blocks_with_kept_graph(config.num_double_blocks + config.num_single_blocks,
-                                                o.residency),
+          .kept_graphs = blocks_with_kept_graph(
+              config.num_double_blocks + config.num_single_blocks, o.residency, o.shares_weights()),
           .stream_from = o.residency.stream_from,
           .lookahead = o.residency.lookahead,
           .access = o.access,
@@ -33,11 +33,18 @@ ModelOptions model_options(const dit::Config& config, const TrainerOptions& o, b
           .keep_gradients = o.clip == ClipMode::kGlobal || two_phase,
           .several_micro_batches = o.several_micro_batches || o.ranks.several(),
           .stream_adapters = o.residency.stream_adapters,
-          .stream_states = o.residency.stream_states};
+          .stream_states = o.residency.stream_states,
+          .sharing = o.shares_weights()
+                         ? Sharing{o.ranks.shard_world, o.ranks.shard_rank(), o.ranks.gather}
+                         : Sharing{}};
 }
 
 std::unique_ptr<Optimizer> new_optimizer(const TrainerOptions& o) {
   auto optimizer = make_optimizer(o.optimizer, o.precision);
+  const bool whole_tensors = std::holds_alternative<AdafactorOptions>(o.optimizer);
+  if (o.shares_weights() && (whole_tensors || optimizer->two_phase() || optimizer->averages()))
+    throw std::invalid_argument(
+        fmt::format("ranks cannot share weights out with {}", optimizer->name()));
   if (o.ema_decay > 0) optimizer->keep_average({.decay = o.ema_decay}, o.ema_dtype);
   return optimizer;
 }
@@ -55,10 +62,13 @@ void append_values(const at::Tensor& floats, std::vector<double>& out) {
 
 }  // namespace
 
-std::vector<char> blocks_with_kept_graph(int64_t num_blocks, const Residency& residency) {
+std::vector<char> blocks_with_kept_graph(int64_t num_blocks,
+                                         const Residency& residency,
+                                         bool all_stream) {
   std::vector<char> kept(static_cast<size_t>(num_blocks), 0);
-  const int64_t resident =
+  int64_t resident =
       residency.resident_blocks < 0 ? num_blocks : std::min(residency.resident_blocks, num_blocks);
+  if (all_stream) resident = 0;
   int64_t left = residency.kept_graphs;
   for (int64_t block = num_blocks; block-- > 0 && left > 0;) {
     if (block >= resident && block < num_blocks - 1 - residency.lookahead) continue;
@@ -70,7 +80,8 @@ std::vector<char> blocks_with_kept_graph(int64_t num_blocks, const Residency& re
 
 LoopOptions Trainer::loop_options() const {
   return {.first_trained = model_.first_trained(),
-          .keep_graph = blocks_with_kept_graph(model_.num_blocks(), options_.residency),
+          .keep_graph = blocks_with_kept_graph(
+              model_.num_blocks(), options_.residency, options_.shares_weights()),
           .inputs = options_.residency.inputs,
           .scratch = options_.scratch};
 }
@@ -98,6 +109,8 @@ Trainer::Trainer(const dit::Config& config, std::shared_ptr<ModelFile> file, Tra
                 // reading all gradients of a model once more takes its time
                 .want_norm = !options_.full,
                 .exchange = exchange_ ? &*exchange_ : nullptr,
+                .shard_world = options_.ranks.shard_world,
+                .shard = options_.ranks.shard,
                 .after_update = options_.max_weight_norm > 0
                                     ? std::function<void(std::span<Trainable>)>(
                                           [this](std::span<Trainable> t) { limit_norms(t); })
@@ -312,7 +325,7 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
   std::vector<int64_t> own_sizes;
   for (const FlowInputs& inputs : micro_batches) own_sizes.push_back(inputs.latents.size(0));
   const int64_t world = batch_sizes.empty() ? 1 : options_.ranks.world;
-  const int64_t rank = options_.ranks.group && world > 1 ? options_.ranks.group->rank() : 0;
+  const int64_t rank = world > 1 ? options_.ranks.rank : 0;
   if (batch_sizes.empty()) batch_sizes = own_sizes;
   std::vector<uint64_t> first_samples;  // of each micro-batch in the step
   int64_t num_samples = 0;

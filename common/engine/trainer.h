@@ -42,7 +42,10 @@ struct Residency {
 /// By block: whether its graph is kept from the forward to the backward. Blocks are taken from the last one on, for the
 /// last ones' graphs are needed soonest: with one micro-batch the very last costs nothing. A streamed one must stay in the
 /// ring meanwhile, so of them only the last lookahead + 1 can.
-std::vector<char> blocks_with_kept_graph(int64_t num_blocks, const Residency& residency);
+///   all_stream  of weights that ranks share out
+std::vector<char> blocks_with_kept_graph(int64_t num_blocks,
+                                         const Residency& residency,
+                                         bool all_stream = false);
 
 struct TrainerOptions {
   at::Device device = at::kCPU;
@@ -66,10 +69,13 @@ struct TrainerOptions {
   double max_norm = 1;
   LossOptions loss{};
   bool several_micro_batches = false;  // steps have more than one
-  Ranks ranks{};                       // that share the micro-batches of a step
+  /// That share the micro-batches of a step, and with `full` the weights. Then all of them call evaluate(), predict() and
+  /// ModelBlocks::pass() equally often; not with Adafactor, Prodigy or schedule-free AdamW.
+  Ranks ranks{};
   Residency residency{};
   FileAccess access = kDefaultFileAccess;
   std::filesystem::path scratch{};  // folder
+  bool shares_weights() const { return full && ranks.sharded(); }
 };
 
 struct TrainResult {

@@ -1,6 +1,7 @@
 #include "common/engine/updater.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -19,6 +20,7 @@ void Updater::begin(int64_t step, double learning_rate) {
   pending_ = std::exchange(waiting_, {});
   whole_ = pending_.empty();
   norms_.clear();
+  squares_.clear();
   scalars_ = {step, learning_rate, 1, options_.seed};
   // while blocks wait for the step before, the optimizer is still at that one
   if (!gradients_wait()) optimizer_.begin_step(scalars_);
@@ -28,7 +30,7 @@ LoopHooks Updater::hooks() {
   std::function<void(int64_t, std::span<Trainable>)> collected;
   if (options_.exchange)
     collected = [this](int64_t block, std::span<Trainable> trainables) {
-      options_.exchange->collected(block, trainables);
+      options_.exchange->collected(block, trainables, share_of(block));
     };
   return {.before_forward = [this](int64_t block) { return before_forward(block); },
           .collected = std::move(collected),
@@ -51,28 +53,70 @@ StepScalars Updater::scalars_of(const Trainable& trainable, StepScalars scalars)
 bool Updater::update(int64_t block, StepScalars scalars) {
   const at::NoGradGuard no_grad;
   const auto average = [&](const Trainable& t) {
-    optimizer_.average({t.value.detach(), {}, t.states, t.id}, scalars);
+    optimizer_.average({t.value.detach(), {}, t.states, t.id, t.offset}, scalars);
   };
   const bool changed = blocks_.for_each_trainable(block, [&](Trainable& t) {
     at::Tensor gradient = std::exchange(t.gradient, {});
     // none reaches the text half of the last double block of a model without single blocks
     if (!gradient.defined()) gradient = at::zeros_like(t.value);
-    optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id},
+    optimizer_.step({t.value.detach(), gradient.contiguous(), t.states, t.id, t.offset},
                     scalars_of(t, scalars));
     if (!options_.after_update) average(t);
     return true;
   });
   if (changed && options_.after_update) {
-    const auto updated = block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block);
+    const auto updated = blocks_.owned(block);
     options_.after_update(updated);
     for (const Trainable& t : updated) average(t);
   }
   return changed;
 }
 
-void Updater::add_norms(std::span<Trainable> trainables) {
-  for (const Trainable& t : trainables)
+void Updater::add_norms(int64_t block) {
+  if (share_of(block)) return take_squares(block);
+  for (const Trainable& t : blocks_.owned(block))
     norms_[t.id] = t.gradient.defined() ? std::sqrt(sum_of_squares(t.gradient)) : 0;
+}
+
+/// Every rank has the sums of squares of its parts of the record; all ranks add all of them in the record's order, which is
+/// what one rank that has all does.
+void Updater::take_squares(int64_t block) {
+  const Share& share = *share_of(block);
+  auto& sums = squares_[block];
+  sums.assign(static_cast<size_t>(share.elements / kSquaresPart), 0);
+  for (size_t i = 0; i < share.owned.size(); ++i)
+    std::ranges::copy(squares_by_part(share.owned[i].gradient),
+                      sums.begin() + share.begins[i] / kSquaresPart);
+}
+
+void Updater::add_shared_norms() {
+  if (squares_.empty()) return;
+  std::vector<double> own;
+  for (const auto& [block, sums] : squares_) own.insert(own.end(), sums.begin(), sums.end());
+  const auto world = static_cast<size_t>(options_.shard_world);
+  std::vector<double> all(own.size() * world);
+  const auto tensor = [](std::vector<double>& values) {
+    return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble);
+  };
+  if (options_.shard) options_.shard->all_gather(tensor(all), tensor(own));
+  size_t begin = 0;  // of the block's in each rank's
+  for (const auto& [block, sums] : squares_) {
+    const Share& share = *share_of(block);
+    const auto square = [&](int64_t part) {
+      const auto p = static_cast<size_t>(part), n = sums.size();
+      return all[p / n * own.size() + begin + p % n];
+    };
+    const auto trainables = blocks_.trainables(block);
+    for (size_t i = 0; i < trainables.size(); ++i) {
+      const auto [first, count] = share.tensors[i];
+      double sum = 0;
+      for (int64_t part = first; part < first + count; part += kSquaresPart)
+        sum += square(part / kSquaresPart);
+      norms_[trainables[i].id] = std::sqrt(sum);
+    }
+    begin += sums.size();
+  }
+  squares_.clear();
 }
 
 double Updater::global_norm() const {
@@ -82,17 +126,18 @@ double Updater::global_norm() const {
 }
 
 bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
-  if (options_.exchange) options_.exchange->start(block, trainables);
+  if (options_.exchange) options_.exchange->start(block, trainables, share_of(block));
   if (sums_later(block)) {
     waiting_.push_back(block);
     return false;
   }
   if (options_.exchange) options_.exchange->finish();
-  if (wants_norms()) add_norms(trainables);
+  if (wants_norms()) add_norms(block);
   if (gradients_wait()) {
     waiting_.push_back(block);
     return false;
   }
+  add_shared_norms();
   for (const Trainable& t : trainables)
     if (norms_.contains(t.id) && !std::isfinite(norms_.at(t.id)))
       throw NotFinite("the gradient of " + t.name);
@@ -103,8 +148,8 @@ bool Updater::ready(int64_t block, std::span<Trainable> trainables) {
 std::optional<double> Updater::finish() {
   if (options_.exchange) options_.exchange->finish();
   for (const int64_t block : waiting_)
-    if (wants_norms() && sums_later(block))
-      add_norms(block < 0 ? blocks_.outer_trainables() : blocks_.trainables(block));
+    if (wants_norms() && sums_later(block)) add_norms(block);
+  add_shared_norms();
   whole_ = true;
   std::optional<double> norm;
   if (!norms_.empty()) norm = global_norm();
@@ -120,17 +165,22 @@ std::optional<double> Updater::finish() {
     return norm;
   }
   std::erase_if(waiting_, [&](int64_t block) {
-    if (block >= 0 && !blocks_.trainables_stay(block)) return false;
+    if (!stays(block)) return false;
     update(block, scalars_);
     return true;
   });
+  if (!waiting_.empty() && share_of(waiting_.front())) {
+    whole_ = false;
+    flush();
+    whole_ = true;
+  }
   return norm;
 }
 
 void Updater::update_in_two_phases() {
   std::vector<int64_t> staying, streamed;
   for (const int64_t block : std::exchange(waiting_, {}))
-    (block < 0 || blocks_.trainables_stay(block) ? staying : streamed).push_back(block);
+    (stays(block) ? staying : streamed).push_back(block);
   std::ranges::sort(streamed);
   const at::NoGradGuard no_grad;
   const auto observe = [&](int64_t block) {

@@ -22,6 +22,8 @@ struct UpdateOptions {
   uint64_t seed = 0;                     // of stochastic rounding
   bool want_norm = true;                 // with kNone: whether the norm is computed, for the log
   GradientExchange* exchange = nullptr;  // of several ranks; must outlive this
+  int64_t shard_world = 1;               // as Ranks has them: for norms of what is shared out
+  dist::Group* shard = nullptr;
   /// Called with what was just updated, before averages take it in: only for what stays with its states while its block
   /// is there.
   std::function<void(std::span<Trainable> trainables)> after_update{};
@@ -43,7 +45,8 @@ struct NotFinite : std::runtime_error {
 /// blocks that have left twice.
 ///
 /// With kGlobal a block in memory is updated in finish(), and one that has left at its next forward: its gradient stays
-/// with it until then. Otherwise a block is updated in the backward, as soon as its gradients are there, and they go.
+/// with it until then. Where ranks share a block out its forward needs what all of them updated, so that finish() updates
+/// it in any case. Otherwise a block is updated in the backward, as soon as its gradients are there, and they go.
 class Updater {
  public:
   Updater(Blocks& blocks, Optimizer& optimizer, UpdateOptions options);
@@ -63,7 +66,10 @@ class Updater {
  private:
   double clip_scale(double norm) const;
   double global_norm() const;
-  void add_norms(std::span<Trainable> trainables);
+  void add_norms(int64_t block);
+  void take_squares(int64_t block);
+  void add_shared_norms();
+  Share* share_of(int64_t block) const { return block < 0 ? nullptr : blocks_.share(block); }
   bool update(int64_t block, StepScalars scalars);
   void update_in_two_phases();
   /// Whether gradients stay until finish().
@@ -73,8 +79,9 @@ class Updater {
   bool wants_norms() const { return options_.clip != ClipMode::kNone || options_.want_norm; }
   /// Whether the block's gradients are summed over the ranks while later ones compute.
   bool sums_later(int64_t block) const {
-    return options_.exchange && gradients_wait() && (block < 0 || blocks_.trainables_stay(block));
+    return options_.exchange && gradients_wait() && stays(block);
   }
+  bool stays(int64_t block) const { return block < 0 || blocks_.trainables_stay(block); }
   /// With its learning rate and clipping.
   StepScalars scalars_of(const Trainable& trainable, StepScalars scalars) const;
   bool before_forward(int64_t block);
@@ -89,6 +96,8 @@ class Updater {
   std::vector<int64_t> pending_;  // the same of the step before, until their next forward
   bool whole_ = true;
   std::map<uint64_t, double> norms_;  // by parameter, so that their sum has one order
+  /// By block, of what this rank has of it: its parts' sums of squares, until they are in norms_.
+  std::map<int64_t, std::vector<double>> squares_;
 };
 
 }  // namespace flux::engine

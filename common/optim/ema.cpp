@@ -26,7 +26,8 @@ void ema_update(const at::Tensor& average,
                 double decay,
                 uint64_t seed,
                 int64_t step,
-                uint64_t id) {
+                uint64_t id,
+                int64_t offset) {
   check_shape("weights", weights, average.sizes());
   for (const auto& [name, tensor] :
        {std::pair<const char*, const at::Tensor&>("average", average), {"weights", weights}}) {
@@ -46,6 +47,7 @@ void ema_update(const at::Tensor& average,
   key.keep = keep_of(average.scalar_type(), WeightMode::kStochastic);
   // not the numbers of the parameter's own step
   key.rounding = rounding_key(seed, step, id | uint64_t{1} << 63);
+  key.offset = offset;
   optimizer_step(average,
                  weights,
                  {},

@@ -23,7 +23,7 @@ double ema_decay(const EmaOptions& options, int64_t step);
 ///   average  float32|bfloat16, contiguous; bfloat16 is rounded stochastically, since a decay near 1
 ///            changes less than its last place
 ///   weights  shape and device of average; float32|bfloat16
-///   seed, step, id  of the random numbers, as of optimizer steps
+///   seed, step, id, offset  of the random numbers, as of optimizer steps: a Slot's
 ///
 /// Throws std::invalid_argument, naming the argument and both values, if they disagree.
 void ema_update(const at::Tensor& average,
@@ -31,6 +31,7 @@ void ema_update(const at::Tensor& average,
                 double decay,
                 uint64_t seed,
                 int64_t step,
-                uint64_t id);
+                uint64_t id,
+                int64_t offset = 0);
 
 }  // namespace flux

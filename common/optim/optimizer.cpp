@@ -125,7 +125,8 @@ void Optimizer::average(const Slot& slot, const StepScalars& scalars) const {
              ema_decay(average_->options, scalars.step),
              scalars.seed,
              scalars.step,
-             slot.id);
+             slot.id,
+             slot.offset);
 }
 
 at::Tensor Optimizer::averaged_weights(const Slot& slot) const {

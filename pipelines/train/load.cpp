@@ -198,6 +198,7 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.loss.renormalise_mask = o.masked_loss == MaskedLoss::kRenormalised;
   t.several_micro_batches = o.gradient_accumulation > 1;
   t.ranks.world = o.launch.world;
+  t.ranks.rank = o.launch.rank;
   t.ranks.exact = o.exact_reduction;
   t.scratch = o.scratch.empty() ? o.out : o.scratch;
   engine::Residency& r = t.residency;
@@ -215,7 +216,12 @@ engine::TrainerOptions trainer_options(const Options& o,
 Session open_data(const Options& options) {
   Session session;
   session.options = options;
-  session.device = resolve_device(options.device);
+  const dist::Launch& launch = options.launch;
+  session.device = resolve_device(options.device,
+                                  launch.own_gpus ? LocalProcess{}
+                                                  : LocalProcess{.number = launch.local_rank,
+                                                                 .num = launch.local_world});
+  if (launch.several() && session.device.is_cuda()) dist::require_nccl();
   session.compute = compute_type(options, session.device);
   log::info("version {} device={} precision={} command: {}",
             tool_version(),

@@ -148,6 +148,7 @@ class Planner {
 
   /// How many graphs can be kept: streamed blocks stay in the ring for it.
   int64_t most_graphs(int64_t resident) const {
+    if (wanted_.shares_weights()) resident = 0;
     return std::min(num_blocks(), resident + wanted_.residency.lookahead + 1);
   }
 

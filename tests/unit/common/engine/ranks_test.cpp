@@ -1,14 +1,17 @@
 // Steps whose micro-batches run in several ranks (threads here), against one rank that accumulates them.
 #include <ATen/ops/allclose.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <gtest/gtest.h>
 
 #include <functional>
 #include <map>
+#include <numeric>
 #include <thread>
 
 #include "common/engine/gradient_exchange.h"
 #include "common/engine/model_blocks.h"
+#include "common/engine/trainer.h"
 #include "common/engine/updater.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/unit/common/engine/small_model.h"
@@ -27,6 +30,11 @@ struct Setting {
   OptimizerOptions optimizer = AdamWOptions{};
   int64_t resident = -1;
   bool stream_adapters = false;
+  int64_t shard_world = 1;
+  at::ScalarType compute = at::kFloat;
+  StreamFrom stream_from = StreamFrom::kFile;
+  bool stream_states = false, average = false;
+  int64_t kept_graphs = 0;
 };
 
 class StepOfRanks : public testing::Test {
@@ -36,31 +44,40 @@ class StepOfRanks : public testing::Test {
   /// All trained tensors and states after three steps of one rank.
   Values train_rank(const Setting& run, const Ranks& ranks) const {
     const auto optimizer = make_optimizer(run.optimizer);
+    if (run.average) optimizer->keep_average({.decay = 0.9}, at::kBFloat16);
     ModelFileOptions read;
-    read.dtype = at::kFloat;
+    read.dtype = run.compute;
+    const auto kept = blocks_with_kept_graph(
+        5, {.resident_blocks = run.resident, .kept_graphs = run.kept_graphs}, ranks.sharded());
     auto file = std::make_shared<ModelFile>(folder_.path() / "flux.safetensors", read);
     const bool waits = run.clip == ClipMode::kGlobal || optimizer->two_phase();
     ModelBlocks model(config_,
                       file,
                       *optimizer,
-                      {.compute = at::kFloat,
+                      {.compute = run.compute,
                        .train_weights = run.full,
                        .resident_blocks = run.resident,
+                       .kept_graphs = kept,
+                       .stream_from = run.stream_from,
                        .scratch = folder_.path(),
                        .keep_gradients = waits,
                        .several_micro_batches = true,
-                       .stream_adapters = run.stream_adapters});
+                       .stream_adapters = run.stream_adapters,
+                       .stream_states = run.stream_states,
+                       .sharing = {ranks.shard_world, ranks.shard_rank(), ranks.gather}});
     if (!run.full)
       model.train(lora::make_adapters(lora::with_rank(lora::default_targets(config_), 4, 4), 7));
-    BlockLoop loop(config_, model, {.first_trained = model.first_trained()});
+    BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
     GradientExchange exchange(ranks);
     Updater updater(model,
                     *optimizer,
                     {.clip = run.clip,
                      .max_norm = 0.05,
                      .seed = 5,
-                     .exchange = ranks.several() ? &exchange : nullptr});
-    const int64_t rank = ranks.group ? ranks.group->rank() : 0;
+                     .exchange = ranks.several() ? &exchange : nullptr,
+                     .shard_world = ranks.shard_world,
+                     .shard = ranks.shard});
+    const int64_t rank = ranks.rank;
     Values out;
     for (int64_t step = 1; step <= 3; ++step) {
       const auto all =
@@ -72,14 +89,38 @@ class StepOfRanks : public testing::Test {
       loop.step(own, updater.hooks());
       const auto norm = updater.finish();
       out["norm " + std::to_string(step)] = at::ones({1}, at::kDouble) * norm.value_or(0);
+      // as validation does
+      updater.flush();
+      loop.forward_only(own);
     }
     updater.flush();
     model.for_all_trainables([&](const Trainable& t) {
-      out[t.name] = t.value.detach().clone();
+      const std::string part = t.whole.empty() ? "" : "@" + std::to_string(t.offset);
+      out[t.name + part] = t.value.detach().clone();
       for (size_t i = 0; i < t.states.size(); ++i)
-        out[t.name + " state " + std::to_string(i)] = t.states[i].clone();
+        out[t.name + " state " + std::to_string(i) + part] = t.states[i].clone();
       return false;
     });
+    return out;
+  }
+
+  /// Puts the parts "NAME@OFFSET" of all ranks of a copy together, as flat as those of one.
+  static Values joined(std::span<const Values> ranks) {
+    Values out;
+    std::map<std::string, std::map<int64_t, at::Tensor>> parts;
+    for (const Values& rank : ranks)
+      for (const auto& [name, tensor] : rank) {
+        const auto at = name.find('@');
+        if (at == std::string::npos)
+          out[name] = tensor.flatten();
+        else
+          parts[name.substr(0, at)][std::stoll(name.substr(at + 1))] = tensor;
+      }
+    for (const auto& [name, of_name] : parts) {
+      std::vector<at::Tensor> in_order;
+      for (const auto& [offset, tensor] : of_name) in_order.push_back(tensor);
+      out[name] = at::cat(in_order);
+    }
     return out;
   }
 
@@ -97,7 +138,24 @@ class StepOfRanks : public testing::Test {
               dist::Group::join({.rank = rank, .world = world, .launcher = "flags", .job = "test"},
                                 folder_.path() / "address",
                                 {.start = seconds(60), .silence = seconds(30)});
-          out[i] = train_rank(run, {.group = group.get(), .world = world, .exact = run.exact});
+          Ranks ranks{.world = world, .rank = rank, .group = group.get(), .exact = run.exact};
+          std::vector<std::unique_ptr<dist::Group>> parts;
+          if (run.shard_world > 1) {
+            ranks.shard_world = run.shard_world;
+            std::vector<int64_t> copy(static_cast<size_t>(run.shard_world));
+            std::iota(copy.begin(), copy.end(), rank / run.shard_world * run.shard_world);
+            const std::string of_copy = std::to_string(copy[0]);
+            ranks.shard = parts.emplace_back(group->part("shard" + of_copy, copy)).get();
+            ranks.gather = parts.emplace_back(group->part("gather" + of_copy, copy)).get();
+            std::vector<int64_t> same_part;
+            for (int64_t r = ranks.shard_rank(); r < world; r += run.shard_world)
+              same_part.push_back(r);
+            if (ranks.num_replicas() > 1)
+              ranks.replica =
+                  parts.emplace_back(group->part("same" + std::to_string(same_part[0]), same_part))
+                      .get();
+          }
+          out[i] = train_rank(run, ranks);
           group->leave();
         } catch (const std::exception& error) {
           errors[i] = error.what();
@@ -110,7 +168,8 @@ class StepOfRanks : public testing::Test {
 
   static void expect_equal(const Values& a, const Values& b) {
     ASSERT_EQ(a.size(), b.size());
-    for (const auto& [name, tensor] : a) EXPECT_TRUE(at::equal(tensor, b.at(name))) << name;
+    for (const auto& [name, tensor] : a)
+      EXPECT_TRUE(at::equal(tensor.flatten(), b.at(name).flatten())) << name;
   }
 
   dit::Config config_ = small_config(2, 3);
@@ -144,6 +203,56 @@ TEST_F(StepOfRanks, HaveTheSameBitsAmongEachOtherAndNearlyThoseOfOneRank) {
       EXPECT_TRUE(at::allclose(tensor, two[0].at(name), 1e-3, 1e-5)) << name;
     // one micro-batch each: their order is that of the step
     for (const Values& rank : train(run, 4)) expect_equal(expected, rank);
+  }
+}
+
+TEST_F(StepOfRanks, SharedWeightsHaveTheBitsOfOneRank) {
+  int number = 0;
+  for (Setting run : {Setting{},
+                      Setting{.resident = 0},
+                      Setting{.clip = ClipMode::kPerParameter, .resident = 2},
+                      Setting{.clip = ClipMode::kNone, .resident = 1},
+                      Setting{.optimizer = AdamW8bitOptions{}, .resident = 2},
+                      Setting{.optimizer = LionOptions{}, .compute = at::kBFloat16},
+                      Setting{.optimizer = AdamW8bitOptions{},
+                      .resident = 1,
+                      .compute = at::kBFloat16,
+                      .stream_from = StreamFrom::kHost,
+                      .stream_states = true,
+                      .average = true},
+                      Setting{.clip = ClipMode::kNone,
+                      .compute = at::kBFloat16,
+                      .stream_states = true,
+                      .kept_graphs = 2},
+                      Setting{.optimizer = SgdOptions{.momentum = 0.9}, .resident = 3}}) {
+    SCOPED_TRACE(testing::Message() << "setting " << number++);
+    run.full = true;
+    const Values expected = train(run, 1)[0];
+    run.exact = true;
+    for (const int64_t world : {2, 4}) {
+      SCOPED_TRACE(testing::Message() << world << " ranks");
+      run.shard_world = world;
+      expect_equal(expected, joined(train(run, world)));
+    }
+    // two copies of two parts each
+    run.shard_world = 2;
+    const auto four = train(run, 4);
+    expect_equal(expected, joined(std::span(four).first(2)));
+    expect_equal(expected, joined(std::span(four).last(2)));
+  }
+}
+
+TEST_F(StepOfRanks, SharedWeightsAreNearlyThoseOfOneRankWithSumsOfRanks) {
+  for (Setting run : {Setting{.full = true}, Setting{.full = true, .resident = 1}}) {
+    const Values expected = train(run, 1)[0];
+    for (const auto& [world, shard_world] : {std::pair{2, 2}, {4, 2}}) {
+      run.shard_world = shard_world;
+      const auto ranks = train(run, world);
+      const Values found = joined(std::span(ranks).first(2));
+      for (const auto& [name, tensor] : expected)
+        EXPECT_TRUE(at::allclose(tensor.flatten(), found.at(name), 1e-3, 1e-5)) << name;
+      if (world == 4) expect_equal(found, joined(std::span(ranks).last(2)));
+    }
   }
 }
 
