@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -29,6 +30,16 @@
 /// Asked by common/tensor/device.cpp after it has opened this library.
 extern "C" int flux_cuda_device_count() { return static_cast<int>(c10::cuda::device_count()); }
 
+namespace {
+std::atomic<int> used_gpu = 0;  // threads begin at the first one
+}
+
+/// Asked by common/tensor/device.cpp: the one GPU of this process.
+extern "C" void flux_cuda_use(int device) {
+  used_gpu = device;
+  c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+}
+
 /// Asked by common/tensor/device.cpp.
 extern "C" int64_t flux_cuda_free_bytes(int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(std::max(device, 0)));
@@ -40,11 +51,13 @@ extern "C" int64_t flux_cuda_free_bytes(int device) {
 /// Asked by common/engine/record_store.cpp: pins host memory, so that copies to the GPU do not wait for the CPU.
 /// Whether that worked; it may not, by the limit on locked memory.
 extern "C" int flux_cuda_pin(void* memory, size_t bytes) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(used_gpu.load()));
   if (cudaHostRegister(memory, bytes, cudaHostRegisterPortable) == cudaSuccess) return 1;
   cudaGetLastError();  // the next call shall not see it
   return 0;
 }
 extern "C" int flux_cuda_unpin(void* memory) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(used_gpu.load()));
   if (cudaHostUnregister(memory) == cudaSuccess) return 1;
   cudaGetLastError();
   return 0;

@@ -6,11 +6,12 @@
 
 #include <algorithm>
 #include <functional>
+#include <future>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "common/core/log.h"
-#include "common/core/text.h"
 #include "common/dist/run_state.h"
 
 namespace flux::dist {
@@ -18,6 +19,8 @@ namespace {
 
 using StorePointer = c10::intrusive_ptr<c10d::Store>;
 using BackendPointer = c10::intrusive_ptr<c10d::Backend>;
+
+constexpr std::chrono::seconds kAbortLimit{10};
 
 /// What moves is bytes: backends do not know every type.
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.view({-1}).view(at::kByte); }
@@ -29,18 +32,17 @@ BackendPointer connect(RunState& run, const StorePointer& store, int64_t rank, i
         run.meeting.address.empty()
             ? c10d::ProcessGroupGloo::createDefaultDevice()
             : c10d::ProcessGroupGloo::createDeviceForHostname(run.meeting.address));
-    return c10::make_intrusive<c10d::ProcessGroupGloo>(
+    auto backend = c10::make_intrusive<c10d::ProcessGroupGloo>(
         c10::make_intrusive<c10d::PrefixStore>("gloo", store),
         static_cast<int>(rank),
         static_cast<int>(world),
         gloo);
+    break_silent_connections(run.options.silence);
+    return backend;
   } catch (const std::exception& error) {
-    run.note(fmt::format("rank {} of {} cannot connect to the others by its address {}: {}",
-                         run.launch.rank,
-                         run.launch.world,
-                         run.meeting.address,
-                         printable(split(error.what(), '\n')[0])));
-    run.throw_failure();
+    run.broken(fmt::format("the address {} and those of others do not connect: {}",
+                           run.meeting.address,
+                           first_line(error)));
   }
 }
 
@@ -49,17 +51,73 @@ BackendPointer connect(RunState& run, const StorePointer& store, int64_t rank, i
 struct Group::State {
   std::shared_ptr<RunState> run;
   int64_t rank = 0, world = 1;  // within this group
-  bool whole = true;            // has all ranks of the run
+  bool whole = true;            // that of join()
   StorePointer store;           // its keys are this group's own
-  BackendPointer backend;       // none: one rank
+  BackendPointer cpu, gpu;      // none: one rank; of GPUs: not used yet
   c10::intrusive_ptr<c10d::Work> started;
+
+  c10d::Backend& of(const at::Tensor& tensor);
+  /// What `operation` starts on the backend of `tensor`.
+  template <typename Operation>
+  c10::intrusive_ptr<c10d::Work> start(const at::Tensor& tensor, const Operation& operation);
+  void wait(c10d::Work& work);
+  void abort_gpu();
 };
+
+c10d::Backend& Group::State::of(const at::Tensor& tensor) {
+  if (tensor.is_cpu()) return *cpu;
+  if (!gpu)
+    gpu = run->options.gpu_backend({.store = c10::make_intrusive<c10d::PrefixStore>("gpu", store),
+                                    .rank = rank,
+                                    .world = world,
+                                    .device = tensor.device(),
+                                    .operation = run->options.operation});
+  return *gpu;
+}
+
+template <typename Operation>
+c10::intrusive_ptr<c10d::Work> Group::State::start(const at::Tensor& tensor,
+                                                   const Operation& operation) {
+  run->check();
+  try {
+    return operation(of(tensor));
+  } catch (const c10::DistError& error) {
+    run->broken(first_line(error));
+  }
+}
+
+void Group::State::wait(c10d::Work& work) {
+  try {
+    run->wait(work);
+  } catch (const std::exception&) {
+    abort_gpu();
+    throw;
+  }
+}
+
+void Group::State::abort_gpu() {
+  if (!gpu) return;
+  // what a GPU waits for keeps it for ever; the abort itself may hang
+  std::promise<void> done;
+  const auto is_done = done.get_future();
+  std::thread([backend = std::exchange(gpu, nullptr), done = std::move(done)]() mutable {
+    try {
+      backend->abort();
+    } catch (const std::exception& error) {
+      log::warn("what GPUs exchange is not aborted: {}", first_line(error));
+    }
+    backend.release();  // its threads wait for ranks that do not answer
+    done.set_value();
+  }).detach();
+  is_done.wait_for(kAbortLimit);
+}
 
 Group::Group(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
 std::unique_ptr<Group> Group::join(const Launch& launch,
                                    const std::filesystem::path& address_file,
                                    const GroupOptions& options) {
+  prepare_nccl();
   auto state = std::make_unique<State>();
   state->run = RunState::meet_and_watch(launch, address_file, options);
   state->rank = launch.rank;
@@ -67,7 +125,7 @@ std::unique_ptr<Group> Group::join(const Launch& launch,
   state->store = state->run->meeting.store;
   State& s = *state;
   auto group = std::unique_ptr<Group>(new Group(std::move(state)));  // ends the watch if it fails
-  s.backend = connect(*s.run, s.store, s.rank, s.world);
+  s.cpu = connect(*s.run, s.store, s.rank, s.world);
   log::info("{}", launch.describe());
   return group;
 }
@@ -94,14 +152,16 @@ std::unique_ptr<Group> Group::part(const std::string& name, std::span<const int6
       fmt::format("part/{}/{}", name, ranks.front()), state_->store->clone());
   State& s = *state;
   auto group = std::unique_ptr<Group>(new Group(std::move(state)));
-  if (s.world > 1) s.backend = connect(run, s.store, s.rank, s.world);
+  if (s.world > 1) s.cpu = connect(run, s.store, s.rank, s.world);
   return group;
 }
 
 Group::~Group() {
   RunState& run = *state_->run;
-  if (state_->whole) run.leaving = true;
+  if (!run.has_failed && state_->gpu) state_->gpu->shutdown();
+  if (state_->whole) run.end();
   if (!run.has_failed) return;
+  state_->abort_gpu();
   // their threads wait for ranks that do not answer
   state_.release();
 }
@@ -113,8 +173,8 @@ void Group::all_gather(const at::Tensor& all, const at::Tensor& own) {
   State& s = *state_;
   s.run->check();
   at::Tensor out = as_bytes(all), in = as_bytes(own);
-  if (s.backend)
-    s.run->wait(*s.backend->all_gather_single(out, in));
+  if (s.cpu)
+    s.wait(*s.start(out, [&](c10d::Backend& b) { return b.all_gather_single(out, in); }));
   else if (out.data_ptr() != in.data_ptr())
     out.copy_(in);
 }
@@ -124,20 +184,22 @@ void Group::start_all_to_all(const at::Tensor& received, const at::Tensor& sent)
   s.run->check();
   at::Tensor out = as_bytes(received), in = as_bytes(sent);
   std::vector<int64_t> equal_parts;
-  if (s.backend)
-    s.started = s.backend->all_to_all_single(out, in, equal_parts, equal_parts);
+  if (s.cpu)
+    s.started = s.start(out, [&](c10d::Backend& b) {
+      return b.all_to_all_single(out, in, equal_parts, equal_parts);
+    });
   else
     out.copy_(in);
 }
 
 void Group::wait() {
-  if (state_->started) state_->run->wait(*state_->started);
+  if (state_->started) state_->wait(*state_->started);
   state_->started.reset();
 }
 
 void Group::barrier() {
   state_->run->check();
-  if (state_->backend) state_->run->wait(*state_->backend->barrier());
+  if (state_->cpu) state_->wait(*state_->cpu->barrier());
 }
 
 std::vector<std::string> Group::gather(const std::string& name, const std::string& mine) {

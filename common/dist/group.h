@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/dist/launch.h"
+#include "common/dist/nccl.h"
 
 namespace flux::dist {
 
@@ -18,14 +19,18 @@ struct GroupOptions {
   std::chrono::seconds start{300};       // for all ranks to come
   std::chrono::seconds silence{30};      // of a rank, until it is taken for dead
   std::chrono::seconds operation{1800};  // of one collective operation, while all ranks are alive
+  /// Makes what moves tensors that are not on the CPU.
+  c10::intrusive_ptr<c10d::Backend> (*gpu_backend)(const BackendPlace& place) = &nccl_backend;
 };
 
 /// Calls to one group come from one thread at a time, in the same order in each of its ranks. Each throws ResourceError
 /// that names the rank and the reason when any rank of the run has failed, ended, hung or cannot be reached, and
-/// Interrupted never: ranks stop together, see train. Tensors are contiguous and on the CPU.
+/// Interrupted never: ranks stop together, see train. Tensors are contiguous; Gloo moves those on the CPU, NCCL those on
+/// a GPU.
 class Group {
  public:
-  /// Meets the others (see meet()) and connects every pair by Gloo. `launch` has several ranks.
+  /// Meets the others (see meet()) and connects every pair by Gloo; by NCCL when the first tensor on a GPU comes.
+  /// `launch` has several ranks.
   static std::unique_ptr<Group> join(const Launch& launch,
                                      const std::filesystem::path& address_file,
                                      const GroupOptions& options);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
 
@@ -119,10 +120,10 @@ Launch from_pmi(const Environment& environment) {
 Launch from_slurm(const Environment& environment) {
   const Variables v(environment, "srun");
   Launch out = read_ranks(v, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", nullptr});
-  // "2(x3),1": of each node; that of this one is not said directly
-  const std::string tasks = v.text("SLURM_STEP_TASKS_PER_NODE");
-  out.local_world =
-      parse_number(tasks.substr(0, tasks.find_first_of("(,")), 1, kMaxWorld).value_or(1);
+  // "2,3": the tasks on this node
+  if (const auto here = v.text("SLURM_GTIDS"); !here.empty())
+    out.local_world = std::ranges::count(here, ',') + 1;
+  out.own_gpus = v.has("SLURM_GPUS_PER_TASK");
   out.job = fmt::format(
       "{}.{}.{}", v.text("SLURM_JOB_ID"), v.text("SLURM_STEP_ID"), v.text("SLURM_RESTART_COUNT"));
   return out;

@@ -5,13 +5,17 @@
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
@@ -36,6 +40,7 @@ using std::chrono::seconds;
 constexpr milliseconds kSlice{500};  // between looks at signals
 constexpr milliseconds kLook{20};    // between looks for a key
 constexpr seconds kConnectLimit{3};  // to one of several addresses
+constexpr const char* kLoopback = "127.0.0.1";
 
 /// A file descriptor that is closed.
 struct Socket {
@@ -120,8 +125,12 @@ std::vector<std::string> own_addresses() {
       }
     freeifaddrs(first);
   }
-  out.push_back("127.0.0.1");
+  out.push_back(kLoopback);
   return out;
+}
+
+bool only_here(const std::string& address) {
+  return address.starts_with("127.") || address == "::1";
 }
 
 StorePointer open_store(const std::string& host, int64_t port, bool is_server, milliseconds limit) {
@@ -136,29 +145,26 @@ StorePointer open_store(const std::string& host, int64_t port, bool is_server, m
 
 std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text.end()}; }
 
-/// Nothing within the limit: nullopt.
+/// Nothing within the limit: nullopt. Throws what LibTorch throws: the store is gone.
 std::optional<std::string> get_within(c10d::Store& store,
                                       const std::string& key,
                                       milliseconds limit) {
   // looked for and not waited for: a wait that times out is a warning of LibTorch on stderr
   const auto end = Clock::now() + limit;
-  try {
-    while (!store.check({key})) {
-      if (Clock::now() >= end) return std::nullopt;
-      std::this_thread::sleep_for(kLook);
-    }
-    const auto value = store.get(key);
-    return std::string(value.begin(), value.end());
-  } catch (const std::exception&) {
-    return std::nullopt;
+  while (!store.check({key})) {
+    if (Clock::now() >= end) return std::nullopt;
+    std::this_thread::sleep_for(kLook);
   }
+  return store.get_to_str(key);
 }
 
 /// Calls `attempt` until it returns something. Nothing: patience ran out.
 template <typename Attempt>
-auto until(Clock::time_point end, const Attempt& attempt) -> decltype(attempt()) {
+auto until(Clock::time_point end, const std::function<void()>& answered, const Attempt& attempt)
+    -> decltype(attempt()) {
   for (;;) {
     cancel::check();
+    answered();
     if (auto result = attempt()) return result;
     if (Clock::now() >= end) return {};
     std::this_thread::sleep_for(kSlice);
@@ -180,8 +186,9 @@ struct Place {
 Place keep_store(const Launch& launch, const fs::path& address_file, seconds patience) {
   Place place;
   try {
-    place.host = launch.host.empty() ? "127.0.0.1" : launch.host;
-    place.store = open_store(place.host, launch.port, true, patience);
+    place.host = launch.host.empty() ? kLoopback : launch.host;
+    // by an address that stays when the network goes
+    place.store = open_store(kLoopback, launch.port, true, patience);
     place.port = static_cast<const c10d::TCPStore&>(*place.store).getPort();
   } catch (const std::exception& error) {
     fail_to_meet(fmt::format("cannot keep a store at {}:{}: {}",
@@ -190,7 +197,15 @@ Place keep_store(const Launch& launch, const fs::path& address_file, seconds pat
                              printable(split(error.what(), '\n')[0])),
                  launch);
   }
-  if (!launch.host.empty()) return place;
+  if (!launch.host.empty()) {
+    if (!answers(launch.host, place.port))
+      fail_to_meet(
+          fmt::format("keeps a store at port {}, and {} does not answer there: is it this machine?",
+                      place.port,
+                      printable(launch.host)),
+          launch);
+    return place;
+  }
   const std::string number = random_name();
   place.store->set("number", bytes(number));
   const nlohmann::json written = {
@@ -199,7 +214,11 @@ Place keep_store(const Launch& launch, const fs::path& address_file, seconds pat
   return place;
 }
 
-std::optional<Place> try_written(const fs::path& address_file) {
+std::optional<Place> try_written(const fs::path& address_file,
+                                 const std::function<void()>& answered) {
+  // NFS remembers for up to a minute that a name was not there, or of which file it was, until the folder is opened
+  std::error_code ignored;
+  const fs::directory_iterator look(address_file.parent_path(), ignored);
   std::string text;
   try {
     text = read_file(address_file, 1 << 16);
@@ -210,6 +229,7 @@ std::optional<Place> try_written(const fs::path& address_file) {
   try {
     const auto port = written.at("port").get<int64_t>();
     for (const auto& address : written.at("addresses").get<std::vector<std::string>>()) {
+      answered();
       if (!answers(address, port)) continue;
       auto store = open_store(address, port, false, kConnectLimit);
       // another machine of the same private address, or another program at an old port
@@ -222,10 +242,13 @@ std::optional<Place> try_written(const fs::path& address_file) {
   return std::nullopt;
 }
 
-Place find_store(const Launch& launch, const fs::path& address_file, seconds patience) {
+Place find_store(const Launch& launch,
+                 const fs::path& address_file,
+                 seconds patience,
+                 const std::function<void()>& answered) {
   const auto end = Clock::now() + patience;
-  const auto place = until(end, [&]() -> std::optional<Place> {
-    if (launch.host.empty()) return try_written(address_file);
+  const auto place = until(end, answered, [&]() -> std::optional<Place> {
+    if (launch.host.empty()) return try_written(address_file, answered);
     if (!answers(launch.host, launch.port)) return std::nullopt;
     try {
       return Place{open_store(launch.host, launch.port, false, patience), launch.host, launch.port};
@@ -244,35 +267,97 @@ Place find_store(const Launch& launch, const fs::path& address_file, seconds pat
       launch);
 }
 
-}  // namespace
+/// Others do not reach this machine by loopback: the address on the way to the first of them that has another.
+std::string seen_by_others(c10d::Store& store, const Launch& launch, const Place& place) {
+  std::string mine = address_towards(place.host, place.port);
+  if (!only_here(mine)) return mine;
+  for (int64_t rank = 0; rank < launch.world; ++rank) {
+    const std::string its = store.get_to_str(fmt::format("there/{}", rank));
+    if (its.empty() || only_here(its)) continue;
+    const std::string towards = address_towards(its, place.port);
+    if (!towards.empty() && !only_here(towards)) return towards;
+  }
+  return mine;
+}
 
-Meeting meet(const Launch& launch, const fs::path& address_file, seconds patience) {
-  const auto end = Clock::now() + patience;
-  Place place = launch.rank == 0 && !launch.hosted ? keep_store(launch, address_file, patience)
-                                                   : find_store(launch, address_file, patience);
-  const std::string prefix = fmt::format("flux-stages/{}", launch.job);
-  Meeting meeting{c10::make_intrusive<c10d::PrefixStore>(prefix, place.store),
-                  c10::make_intrusive<c10d::PrefixStore>(prefix, place.store->clone()),
-                  address_towards(place.host, place.port)};
-  c10d::Store& store = *meeting.store;
-  store.set(fmt::format("there/{}", launch.rank), bytes("1"));
+/// Waits until all ranks have come.
+void assemble(c10d::Store& store,
+              const Launch& launch,
+              const Place& place,
+              Clock::time_point end,
+              seconds patience,
+              const std::function<void()>& answered,
+              const std::function<void()>& found) {
+  store.set(fmt::format("there/{}", launch.rank), address_towards(place.host, place.port));
   if (launch.rank == 0) {
     std::vector<int64_t> missing;
-    const bool all = until(end, [&] {
+    const bool all = until(end, answered, [&] {
       missing.clear();
       for (int64_t rank = 1; rank < launch.world; ++rank)
         if (!store.check({fmt::format("there/{}", rank)})) missing.push_back(rank);
       return missing.empty();
     });
+    found();
+    store.set("all", all ? "1" : fmt::format("rank {} did not come", fmt::join(missing, ", ")));
+    if (!all) std::this_thread::sleep_for(2 * kSlice);  // the others read it here
+  }
+  const auto all =
+      until(end + seconds(10), answered, [&] { return get_within(store, "all", kSlice); });
+  if (!all) fail_to_meet("rank 0 says nothing", launch);
+  if (*all != "1") fail_to_meet(fmt::format("{} within {} s", *all, patience.count()), launch);
+}
+
+}  // namespace
+
+Meeting meet(const Launch& launch,
+             const fs::path& address_file,
+             seconds patience,
+             const std::function<void()>& answered) {
+  const auto end = Clock::now() + patience;
+  const bool keeps = launch.rank == 0 && !launch.hosted;
+  const Place place = keeps ? keep_store(launch, address_file, patience)
+                            : find_store(launch, address_file, patience, answered);
+  const auto remove_address = [&] {
     std::error_code ignored;
     if (launch.host.empty()) fs::remove(address_file, ignored);
-    store.set("all",
-              bytes(all ? "1" : fmt::format("rank {} did not come", fmt::join(missing, ", "))));
+  };
+  try {
+    const std::string prefix = fmt::format("flux-stages/{}", launch.job);
+    Meeting meeting{c10::make_intrusive<c10d::PrefixStore>(prefix, place.store),
+                    c10::make_intrusive<c10d::PrefixStore>(prefix, place.store->clone()),
+                    {}};
+    assemble(*meeting.store, launch, place, end, patience, answered, remove_address);
+    meeting.address = seen_by_others(*meeting.store, launch, place);
+    return meeting;
+  } catch (const c10::Error& error) {
+    const std::string keeper =
+        launch.hosted ? fmt::format("torchrun's agent at {}:{}", printable(place.host), place.port)
+                      : "rank 0";
+    fail_to_meet(fmt::format("{} was killed, ended or cannot be reached while ranks came: {}",
+                             keeper,
+                             printable(split(error.what(), '\n')[0])),
+                 launch);
   }
-  const auto all = until(end + seconds(10), [&] { return get_within(store, "all", kSlice); });
-  if (!all) fail_to_meet("rank 0 is gone", launch);
-  if (*all != "1") fail_to_meet(fmt::format("{} within {} s", *all, patience.count()), launch);
-  return meeting;
+}
+
+void break_silent_connections(seconds limit) {
+  const auto milliseconds_limit = static_cast<unsigned>(milliseconds(limit).count());
+  const int on = 1, quiet = std::max(1, static_cast<int>(limit.count() / 3)), probes = 3;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator("/proc/self/fd", ignored)) {
+    const auto fd = static_cast<int>(std::strtol(entry.path().filename().c_str(), nullptr, 10));
+    sockaddr_storage peer{};
+    socklen_t length = sizeof peer;
+    // of what is no TCP connection either call fails
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0 ||
+        setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &milliseconds_limit, sizeof(unsigned)) != 0)
+      continue;
+    // where nothing is sent the kernel asks whether the other side is there
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &quiet, sizeof quiet);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &quiet, sizeof quiet);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+  }
 }
 
 }  // namespace flux::dist

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <functional>
 #include <string>
 
 #include "common/dist/launch.h"
@@ -16,7 +17,7 @@ struct Meeting {
   c10::intrusive_ptr<c10d::Store> store;
   /// A connection of its own to the same keys, for another thread.
   c10::intrusive_ptr<c10d::Store> store_of_watch;
-  /// This machine's address as it reaches the store: others reach it there.
+  /// This machine's address as it reaches the store, or the others if it keeps the store: they reach it there.
   std::string address;
 };
 
@@ -25,9 +26,16 @@ struct Meeting {
 /// try them until one answers with the number in the file, so that a file left by a killed run is no harm. Rank 0
 /// removes the file when all have come.
 /// Waits `patience` for the others. Throws ResourceError naming the ranks that did not come, or the address that does
-/// not answer; Interrupted after a signal.
-Meeting meet(const Launch& launch,
-             const std::filesystem::path& address_file,
-             std::chrono::seconds patience);
+/// not answer; Interrupted after a signal. A store that answers no more, and leaves its connection open, keeps it waiting:
+/// `answered` is called whenever it is not, twice a second or more often.
+Meeting meet(
+    const Launch& launch,
+    const std::filesystem::path& address_file,
+    std::chrono::seconds patience,
+    const std::function<void()>& answered = [] {});
+
+/// Of all TCP connections of this process: what is sent and does not arrive for so long breaks them. The kernel's own limit
+/// is a quarter of an hour, and Gloo and stores know no other.
+void break_silent_connections(std::chrono::seconds limit);
 
 }  // namespace flux::dist

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <dlfcn.h>
+#include <fmt/format.h>
 #include <torch/headeronly/version.h>
 
 #include <cstdlib>
@@ -42,8 +43,8 @@ bool has_cuda_library() {
   return std::filesystem::exists(cuda_library(), ignored);
 }
 
-/// Opens the library; throws ResourceError that says what is missing.
-void open_cuda() {
+/// Opens the library and takes a GPU; throws ResourceError that says what is missing.
+int64_t open_cuda(const LocalProcess& process) {
   const auto path = cuda_library();
   if (!has_cuda_library())
     throw ResourceError("--device cuda: this build has no " + show(path),
@@ -56,25 +57,40 @@ void open_cuda() {
     throw ResourceError("--device cuda: " + show(path) + " does not load: " + printable(dlerror()),
                         "install the NVIDIA libraries with scripts/setup --cuda");
   const auto devices = reinterpret_cast<int (*)()>(dlsym(library, "flux_cuda_device_count"));
-  if (!devices || devices() == 0)
+  const auto use = reinterpret_cast<void (*)(int)>(dlsym(library, "flux_cuda_use"));
+  if (!devices || !use || devices() == 0)
     throw ResourceError("--device cuda: LibTorch finds no GPU that it can use",
                         "check that the driver is new enough for CUDA 13, or use --device cpu");
+  const int64_t gpu = choose_gpu(process, devices());
+  use(static_cast<int>(gpu));
   // float32 means float32 here: TF32 keeps 10 bits of the mantissa
   at::globalContext().setAllowTF32CuBLAS(false);
   at::globalContext().setAllowTF32CuDNN(false);
+  return gpu;
 }
 
 }  // namespace
 
 void use_huge_pages() { setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
 
-c10::Device resolve_device(DeviceChoice choice) {
+int64_t choose_gpu(const LocalProcess& process, int64_t num_gpus) {
+  if (process.num <= num_gpus && process.number < num_gpus) return process.number;
+  throw ResourceError(
+      fmt::format(
+          "--device cuda: {} processes on this machine, this is number {}, and {} {} for them",
+          process.num,
+          process.number,
+          num_gpus,
+          num_gpus == 1 ? "GPU" : "GPUs"),
+      "start one process a GPU, and let each see all GPUs of the machine (CUDA_VISIBLE_DEVICES)");
+}
+
+c10::Device resolve_device(DeviceChoice choice, const LocalProcess& process) {
   if (choice == DeviceChoice::kCpu) return {c10::DeviceType::CPU};
   if (choice == DeviceChoice::kAuto && !(has_cuda_library() && driver_has_gpu()))
     return {c10::DeviceType::CPU};
   try {
-    open_cuda();
-    return {c10::DeviceType::CUDA, 0};
+    return {c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(open_cuda(process))};
   } catch (const ResourceError& error) {
     if (choice == DeviceChoice::kCuda) throw;
     log::warn("there is a GPU, but it is not used: {}", error.what());

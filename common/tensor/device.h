@@ -1,6 +1,7 @@
 // common/tensor/device.h - `--device auto|cpu|cuda`, and the CUDA library that is opened only when
 // asked for.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,15 +12,27 @@ namespace flux {
 
 enum class DeviceChoice { kAuto, kCpu, kCuda };
 
+/// Which of the processes of one run on this machine; each takes a GPU of its own.
+struct LocalProcess {
+  int64_t number = 0, num = 1;
+};
+
+/// The index of the process's GPU among those that it sees. Throws ResourceError that says both numbers: there are fewer
+/// GPUs than processes.
+int64_t choose_gpu(const LocalProcess& process, int64_t num_gpus);
+
 /// What to compute on. Call it once, before the first use of a tensor: kernels for CUDA live in
 /// libflux_cuda.so (in ../lib beside the program's folder), and LibTorch takes them only before it
 /// was asked whether there is a GPU.
 ///
 ///   kCpu   nothing is opened
-///   kAuto  cuda:0 where the library, its NVIDIA libraries and a GPU are there, else the CPU
+///   kAuto  the process's GPU where the library, its NVIDIA libraries and a GPU for each process are
+///          there, else the CPU
 ///   kCuda  throws ResourceError naming what is missing: the library, the NVIDIA libraries, or a
-///   GPU
-c10::Device resolve_device(DeviceChoice choice);
+///          GPU
+///
+/// The GPU becomes the current one of the calling thread.
+c10::Device resolve_device(DeviceChoice choice, const LocalProcess& process = {});
 
 /// Asks LibTorch to put tensors of 2 MiB and more on huge pages; does nothing where the system has
 /// none, or where the user has set THP_MEM_ALLOC_ENABLE. Call it before the first tensor is made.

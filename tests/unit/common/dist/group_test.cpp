@@ -11,6 +11,7 @@
 #include "common/core/error.h"
 #include "common/dist/meeting.h"
 #include "tests/support/temporary_folder.h"
+#include "tests/unit/common/dist/as_ranks.h"
 
 namespace flux::dist {
 namespace {
@@ -19,40 +20,6 @@ using std::chrono::seconds;
 using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-constexpr GroupOptions kQuick{
-    .start = seconds(20), .silence = seconds(5), .operation = seconds(60)};
-
-Launch rank_of(int64_t rank, int64_t world) {
-  return {.rank = rank,
-          .world = world,
-          .local_rank = rank,
-          .local_world = world,
-          .launcher = "flags",
-          .job = "test"};
-}
-
-/// Runs `work` as every rank of a group, each in a thread; what it threw, by rank.
-std::vector<std::string> as_ranks(int64_t world,
-                                  const std::function<void(Group& group)>& work,
-                                  const GroupOptions& options = kQuick) {
-  const test::TemporaryFolder folder;
-  std::vector<std::string> errors(static_cast<size_t>(world));
-  std::vector<std::thread> threads;
-  for (int64_t rank = 0; rank < world; ++rank)
-    threads.emplace_back([&, rank] {
-      try {
-        const auto group = Group::join(rank_of(rank, world), folder.path() / "address", options);
-        work(*group);
-      } catch (const std::exception& error) {
-        errors[static_cast<size_t>(rank)] = error.what();
-      }
-    });
-  for (auto& thread : threads) thread.join();
-  EXPECT_TRUE(std::filesystem::is_empty(folder.path()))
-      << "the address is removed when all have come";
-  return errors;
-}
 
 class GroupOf : public testing::TestWithParam<int64_t> {};
 

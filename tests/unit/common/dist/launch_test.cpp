@@ -79,16 +79,20 @@ TEST(Launch, OfSrunIsATaskOfAStep) {
                                           {"SLURM_PROCID", "3"},
                                           {"SLURM_NTASKS", "4"},
                                           {"SLURM_STEP_NUM_TASKS", "4"},
-                                          {"SLURM_STEP_TASKS_PER_NODE", "2(x2)"},
+                                          {"SLURM_STEP_TASKS_PER_NODE", "1,2,1"},
+                                          {"SLURM_GTIDS", "2,3"},
                                           {"SLURM_LOCALID", "1"}};
   const Launch l = launch(task);
   EXPECT_EQ(l.launcher, "srun");
   EXPECT_EQ(l.rank, 3);
   EXPECT_EQ(l.world, 4);
   EXPECT_EQ(l.local_rank, 1);
-  EXPECT_EQ(l.local_world, 2);
+  EXPECT_EQ(l.local_world, 2) << "of this node, whatever the first one has";
   EXPECT_EQ(l.job, "77.0.");
   EXPECT_TRUE(l.host.empty()) << "rank 0 writes its address down";
+  EXPECT_FALSE(l.own_gpus);
+  task["SLURM_GPUS_PER_TASK"] = "1";
+  EXPECT_TRUE(launch(task).own_gpus);
   task["SLURM_RESTART_COUNT"] = "1";
   EXPECT_NE(launch(task).job, l.job) << "a requeued job does not meet its former self";
   // the batch script itself: --ntasks is set there too

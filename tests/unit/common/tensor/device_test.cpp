@@ -23,6 +23,26 @@ TEST(ResolveDevice, CudaIsThereOrSaysWhatIsMissing) {
   }
 }
 
+TEST(ChooseGpu, GivesEachProcessOfAMachineItsOwn) {
+  EXPECT_EQ(choose_gpu({}, 1), 0);
+  EXPECT_EQ(choose_gpu({}, 8), 0);
+  for (int64_t number = 0; number < 4; ++number) {
+    EXPECT_EQ(choose_gpu({.number = number, .num = 4}, 4), number);
+    EXPECT_EQ(choose_gpu({.number = number, .num = 4}, 8), number);
+    // all of them say it, so that none waits for the others
+    try {
+      choose_gpu({.number = number, .num = 4}, 3);
+      FAIL() << "a GPU for two";
+    } catch (const ResourceError& error) {
+      EXPECT_THAT(error.what(), testing::HasSubstr("4 processes on this machine"));
+      EXPECT_THAT(error.what(), testing::HasSubstr("3 GPUs for them"));
+      EXPECT_THAT(error.what(), testing::HasSubstr("hint: "));
+    }
+  }
+  // a launcher that says no number of processes
+  EXPECT_THROW(choose_gpu({.number = 2, .num = 1}, 2), ResourceError);
+}
+
 TEST(DeviceChoices, AreTheWordsOfTheFlag) {
   ASSERT_EQ(device_choices().size(), 3u);
   EXPECT_EQ(device_choices()[0].first, "auto");  // the default

@@ -1,0 +1,19 @@
+// common/cuda/nccl.cpp - the only file that sees NCCL's header.
+#include "common/dist/nccl.h"
+
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+
+#include <type_traits>
+
+/// See kMakeNcclBackend.
+extern "C" void flux_cuda_make_nccl_backend(const flux::dist::BackendPlace& place,
+                                            c10::intrusive_ptr<c10d::Backend>& out) {
+  static_assert(std::is_same_v<decltype(flux_cuda_make_nccl_backend), flux::dist::MakeNcclBackend>);
+  const c10::cuda::CUDAGuard guard(place.device);
+  // what the ranks wait for shall not wait behind what they compute
+  auto options = c10d::ProcessGroupNCCL::Options::create(/*is_high_priority_stream=*/true);
+  options->timeout = place.operation;
+  out = c10::make_intrusive<c10d::ProcessGroupNCCL>(
+      place.store, static_cast<int>(place.rank), static_cast<int>(place.world), options);
+}
