@@ -131,6 +131,23 @@ void check_held_out(const Session& session) {
                        "give --validation-split 0.1, or validation_split in the data set file");
 }
 
+/// The groups of those that a rank shares its weights with, and of those that have the same part of theirs.
+void join_parts(Session& session, engine::Ranks& ranks) {
+  ranks.group = session.group;
+  if (!ranks.sharded()) return;
+  const auto join = [&](const char* name, int64_t first, int64_t stride, int64_t count) {
+    std::vector<int64_t> members;
+    for (int64_t i = 0; i < count; ++i) members.push_back(first + i * stride);
+    session.parts.push_back(session.group->part(fmt::format("{} {}", name, first), members));
+    return session.parts.back().get();
+  };
+  const int64_t first = ranks.rank - ranks.shard_rank();
+  ranks.shard = join("gradients", first, 1, ranks.shard_world);
+  ranks.gather = join("weights", first, 1, ranks.shard_world);
+  if (ranks.num_replicas() > 1)
+    ranks.replica = join("copies", ranks.shard_rank(), ranks.shard_world, ranks.num_replicas());
+}
+
 engine::StepShape step_shape(const Session& session) {
   const TrainingData& data = *session.data;
   engine::StepShape shape;
@@ -200,6 +217,7 @@ engine::TrainerOptions trainer_options(const Options& o,
   t.ranks.world = o.launch.world;
   t.ranks.rank = o.launch.rank;
   t.ranks.exact = o.exact_reduction;
+  t.ranks.shard_world = o.shard_world();
   t.scratch = o.scratch.empty() ? o.out : o.scratch;
   engine::Residency& r = t.residency;
   r.resident_blocks = o.resident_blocks.value_or(-1);
@@ -217,10 +235,10 @@ Session open_data(const Options& options) {
   Session session;
   session.options = options;
   const dist::Launch& launch = options.launch;
-  session.device = resolve_device(options.device,
-                                  launch.own_gpus ? LocalProcess{}
-                                                  : LocalProcess{.number = launch.local_rank,
-                                                                 .num = launch.local_world});
+  session.device = resolve_device(
+      options.device,
+      launch.own_gpus ? LocalProcess{}
+                      : LocalProcess{.number = launch.local_rank, .num = launch.local_world});
   if (launch.several() && session.device.is_cuda()) dist::require_nccl();
   session.compute = compute_type(options, session.device);
   log::info("version {} device={} precision={} command: {}",
@@ -301,7 +319,7 @@ void load_model(Session& session) {
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
-  wanted.ranks.group = session.group;
+  if (session.group) join_parts(session, wanted.ranks);
   if (validates(session)) plan_validation(session, wanted, step_shape(session));
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
   if (wanted.full)

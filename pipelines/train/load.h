@@ -30,6 +30,7 @@ struct Session {
   dit::Config config;
   /// The weights that the run begins with; of a resumed full fine-tuning, those of its checkpoint.
   std::shared_ptr<engine::ModelFile> file;
+  std::vector<std::unique_ptr<dist::Group>> parts;  // of `group`; the trainer uses them
   std::unique_ptr<engine::Trainer> trainer;
   engine::MemoryPlan plan;
   std::shared_future<std::string>

@@ -582,6 +582,13 @@ void add_flags(Options& o, Tool& tool) {
             "seconds without a sign of life after which a rank is taken for dead",
             2,
             86400);
+  tool.flag("dist-shard",
+            o.dist_shard,
+            "N",
+            "with --method full: ranks that share one copy of weights and states, as many as a "
+            "machine has for one copy a machine; 1: each has all; all ranks if not given",
+            1,
+            1 << 20);
   tool.flag("exact-reduction",
             o.exact_reduction,
             "gradients are summed in the order of the step's batches: the bits of one rank that "
@@ -678,16 +685,31 @@ void check_optimizer(const Options& o, const Tool& tool) {
 
 void check_ranks(const Options& o, const Tool& tool) {
   if (!o.launch.several()) {
-    for (const char* name : {"dist-store", "dist-timeout", "dist-start-timeout"})
+    for (const char* name : {"dist-store", "dist-timeout", "dist-start-timeout", "dist-shard"})
       if (tool.given(name))
         throw UsageError(fmt::format("--{} has no effect with one rank", name),
                          "start several with torchrun, srun or mpirun, or give --dist-rank and "
                          "--dist-world; or leave it out");
     return;
   }
-  if (o.method == Method::kFull)
-    throw UsageError("--method full does not run in several ranks yet",
-                     "start one, or train a LoRA");
+  if (tool.given("dist-shard") && o.method == Method::kLora)
+    throw UsageError(
+        "--dist-shard has no effect with --method lora: every rank has all of the model",
+        "leave it out");
+  const int64_t sharing = o.shard_world();
+  if (o.launch.world % sharing != 0)
+    throw UsageError(
+        fmt::format("--dist-shard {}: {} ranks are no multiple of it", sharing, o.launch.world),
+        "give a divisor of the number of ranks");
+  const bool whole = o.optimizer == OptimizerKind::kAdafactor ||
+                     o.optimizer == OptimizerKind::kProdigy ||
+                     o.optimizer == OptimizerKind::kScheduleFree;
+  if (sharing > 1 && whole)
+    throw UsageError(fmt::format("--optimizer {} needs all of the weights in each rank, of which "
+                                 "{} would share a copy",
+                                 word(kOptimizers, o.optimizer),
+                                 sharing),
+                     "--dist-shard 1 gives each rank all of them; or take another optimizer");
   if (!o.reproduce.empty()) throw UsageError("--reproduce runs in one rank", "start one");
 }
 
@@ -934,6 +956,7 @@ nlohmann::json resolved_options(const Options& o) {
   all["device"] = word(device_choices(), o.device);
   if (o.exact_reduction) all["exact-reduction"] = true;
   if (o.launch.several()) {
+    if (o.dist_shard > 0) all["dist-shard"] = o.dist_shard;
     all["dist-timeout"] = o.dist_timeout;
     all["dist-start-timeout"] = o.dist_start_timeout;
   }

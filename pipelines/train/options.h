@@ -148,6 +148,7 @@ struct Options {
   int64_t dist_timeout = 30, dist_start_timeout = 300;  // seconds
   bool exact_reduction = false;  // gradients are summed in the order of the step's micro-batches
   dist::Launch launch;           // set by check()
+  int64_t dist_shard = 0;        // ranks that share one copy of trained weights; 0: all
 
   int64_t reader_threads = 2, prefetch = 4;
   bool rehash = false;
@@ -162,6 +163,11 @@ struct Options {
   engine::ClipMode effective_clip() const;
   /// Batches an update, of all ranks.
   int64_t batches_a_step() const { return gradient_accumulation * launch.world; }
+  /// Ranks that share one copy of the weights and of their states; 1: each has all.
+  int64_t shard_world() const {
+    if (method == Method::kLora) return 1;
+    return dist_shard > 0 ? dist_shard : launch.world;
+  }
   double effective_alpha() const { return alpha > 0 ? alpha : static_cast<double>(rank); }
 };
 
