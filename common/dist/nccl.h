@@ -2,13 +2,13 @@
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <chrono>
 #include <cstdint>
 
 namespace c10d {
 class Backend;
-class Store;
 }  // namespace c10d
 
 namespace flux::dist {
