@@ -96,8 +96,8 @@ Launch from_torchrun(const Environment& environment) {
   const Variables v(environment, "torchrun");
   Launch out = read_ranks(v, {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"});
   out.hosted = v.text("TORCHELASTIC_USE_AGENT_STORE") == "True";
-  out.job =
-      fmt::format("{}.{}", v.text("TORCHELASTIC_RUN_ID"), v.text("TORCHELASTIC_RESTART_COUNT"));
+  // not TORCHELASTIC_RESTART_COUNT: each machine counts its own
+  out.job = v.text("TORCHELASTIC_RUN_ID");
   return out;
 }
 

@@ -13,7 +13,7 @@ struct Launch {
   int64_t local_rank = 0, local_world = 1;  // among those on its machine
   bool own_gpus = false;                    // the launcher shows each process its own GPUs alone
   std::string launcher{};  // "torchrun", "srun", "mpirun", "flags"; empty: one process
-  std::string job{};  // differs between runs, and restarts of one, that may meet at the same place
+  std::string job{};       // differs between runs that may meet at the same place
   /// A TCP store. Empty: rank 0 writes its address to a file that all can read.
   std::string host{};
   int64_t port = 0;
@@ -35,10 +35,11 @@ using Environment = std::function<std::optional<std::string>(const std::string& 
 Environment process_environment();
 
 /// Resolves, in this order: flags; torchrun (RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT,
-/// TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT); Open MPI (OMPI_COMM_WORLD_*); PMI
+/// TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RUN_ID); Open MPI (OMPI_COMM_WORLD_*); PMI
 /// (PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS); a task of srun (SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS
 /// SLURM_LOCALID; with SLURM_GPUS_PER_TASK each sees its own GPUs). A batch script of Slurm itself is one process,
-/// whatever --ntasks is; so is a shell that srun started. MASTER_ADDR and MASTER_PORT, where both are set, name the store for every launcher.
+/// whatever --ntasks is; so is a shell that srun started. MASTER_ADDR and MASTER_PORT, where both are set, name the store
+/// for every launcher.
 /// Throws UsageError: values that are no numbers, a rank that is not below the world's size, one of two flags, a store
 /// that is not HOST:PORT.
 ///

@@ -39,6 +39,7 @@ using std::chrono::seconds;
 
 constexpr milliseconds kSlice{500};  // between looks at signals
 constexpr milliseconds kLook{20};    // between looks for a key
+constexpr milliseconds kCome{50};    // between looks for ranks
 constexpr seconds kConnectLimit{3};  // to one of several addresses
 constexpr const char* kLoopback = "127.0.0.1";
 
@@ -143,8 +144,6 @@ StorePointer open_store(const std::string& host, int64_t port, bool is_server, m
   return c10::make_intrusive<c10d::TCPStore>(host, options);
 }
 
-std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text.end()}; }
-
 /// Nothing within the limit: nullopt. Throws what LibTorch throws: the store is gone.
 std::optional<std::string> get_within(c10d::Store& store,
                                       const std::string& key,
@@ -160,14 +159,16 @@ std::optional<std::string> get_within(c10d::Store& store,
 
 /// Calls `attempt` until it returns something. Nothing: patience ran out.
 template <typename Attempt>
-auto until(Clock::time_point end, const std::function<void()>& answered, const Attempt& attempt)
-    -> decltype(attempt()) {
+auto until(Clock::time_point end,
+           milliseconds between,
+           const std::function<void()>& answered,
+           const Attempt& attempt) -> decltype(attempt()) {
   for (;;) {
     cancel::check();
     answered();
     if (auto result = attempt()) return result;
     if (Clock::now() >= end) return {};
-    std::this_thread::sleep_for(kSlice);
+    std::this_thread::sleep_for(between);
   }
 }
 
@@ -207,7 +208,7 @@ Place keep_store(const Launch& launch, const fs::path& address_file, seconds pat
     return place;
   }
   const std::string number = random_name();
-  place.store->set("number", bytes(number));
+  place.store->set("number", number);
   const nlohmann::json written = {
       {"port", place.port}, {"addresses", own_addresses()}, {"number", number}};
   write_file_atomic(address_file, written.dump() + "\n");
@@ -247,7 +248,7 @@ Place find_store(const Launch& launch,
                  seconds patience,
                  const std::function<void()>& answered) {
   const auto end = Clock::now() + patience;
-  const auto place = until(end, answered, [&]() -> std::optional<Place> {
+  const auto place = until(end, kSlice, answered, [&]() -> std::optional<Place> {
     if (launch.host.empty()) return try_written(address_file, answered);
     if (!answers(launch.host, launch.port)) return std::nullopt;
     try {
@@ -280,31 +281,79 @@ std::string seen_by_others(c10d::Store& store, const Launch& launch, const Place
   return mine;
 }
 
-/// Waits until all ranks have come.
-void assemble(c10d::Store& store,
-              const Launch& launch,
-              const Place& place,
-              Clock::time_point end,
-              seconds patience,
-              const std::function<void()>& answered,
-              const std::function<void()>& found) {
-  store.set(fmt::format("there/{}", launch.rank), address_towards(place.host, place.port));
-  if (launch.rank == 0) {
-    std::vector<int64_t> missing;
-    const bool all = until(end, answered, [&] {
-      missing.clear();
-      for (int64_t rank = 1; rank < launch.world; ++rank)
-        if (!store.check({fmt::format("there/{}", rank)})) missing.push_back(rank);
-      return missing.empty();
-    });
-    found();
-    store.set("all", all ? "1" : fmt::format("rank {} did not come", fmt::join(missing, ", ")));
-    if (!all) std::this_thread::sleep_for(2 * kSlice);  // the others read it here
-  }
-  const auto all =
-      until(end + seconds(10), answered, [&] { return get_within(store, "all", kSlice); });
+StorePointer keys_of(const StorePointer& store, const std::string& prefix) {
+  return c10::make_intrusive<c10d::PrefixStore>(prefix, store);
+}
+
+struct Patience {
+  Clock::time_point end;
+  seconds in_all;
+  const std::function<void()>& answered;
+};
+
+// torchrun starts ranks again at the same store, while ranks of the attempt before may still be there on other machines,
+// where its count of restarts is another. So rank 0 gives each attempt a name, the others ask for it by a name of their
+// own, and what stands in the store from before answers nobody.
+
+/// Rank 0: tells ranks the name, until all have come to it.
+std::string lead(const StorePointer& store,
+                 const Launch& launch,
+                 const std::string& address,
+                 const fs::path& address_file,
+                 const Patience& patience) {
+  const std::string name = random_name();
+  const auto attempt = keys_of(store, name);
+  std::vector<std::string> asked(static_cast<size_t>(launch.world));
+  std::vector<int64_t> missing;
+  attempt->set("there/0", address);
+  const bool all = until(patience.end, kCome, patience.answered, [&] {
+    missing.clear();
+    for (int64_t rank = 1; rank < launch.world; ++rank) {
+      const std::string ask = fmt::format("ask/{}", rank);
+      std::string& last = asked[static_cast<size_t>(rank)];
+      if (store->check({ask})) {
+        if (const std::string who = store->get_to_str(ask); who != last) {
+          store->set("answer/" + who, name);
+          last = who;
+        }
+      }
+      if (!attempt->check({fmt::format("there/{}", rank)})) missing.push_back(rank);
+    }
+    return missing.empty();
+  });
+  const std::string verdict =
+      all ? "" : fmt::format("rank {} did not come", fmt::join(missing, ", "));
+  std::error_code ignored;
+  if (launch.host.empty()) fs::remove(address_file, ignored);
+  attempt->set("all", verdict);
+  if (all) return name;
+  std::this_thread::sleep_for(2 * kSlice);  // the others read it here
+  fail_to_meet(fmt::format("{} within {} s", verdict, patience.in_all.count()), launch);
+}
+
+/// The others: come to the attempt of the rank 0 that answered last.
+std::string follow(const StorePointer& store,
+                   const Launch& launch,
+                   const std::string& address,
+                   const Patience& patience) {
+  const std::string who = random_name(), answer = "answer/" + who;
+  std::string name;
+  StorePointer attempt;
+  store->set(fmt::format("ask/{}", launch.rank), who);
+  const bool all = until(patience.end + seconds(10), kCome, patience.answered, [&] {
+    if (!store->check({answer})) return false;
+    if (const std::string now = store->get_to_str(answer); now != name) {
+      name = now;
+      attempt = keys_of(store, name);
+      attempt->set(fmt::format("there/{}", launch.rank), address);
+    }
+    return attempt->check({"all"});
+  });
   if (!all) fail_to_meet("rank 0 says nothing", launch);
-  if (*all != "1") fail_to_meet(fmt::format("{} within {} s", *all, patience.count()), launch);
+  const std::string verdict = attempt->get_to_str("all");
+  if (!verdict.empty())
+    fail_to_meet(fmt::format("{} within {} s", verdict, patience.in_all.count()), launch);
+  return name;
 }
 
 }  // namespace
@@ -317,16 +366,16 @@ Meeting meet(const Launch& launch,
   const bool keeps = launch.rank == 0 && !launch.hosted;
   const Place place = keeps ? keep_store(launch, address_file, patience)
                             : find_store(launch, address_file, patience, answered);
-  const auto remove_address = [&] {
-    std::error_code ignored;
-    if (launch.host.empty()) fs::remove(address_file, ignored);
-  };
   try {
-    const std::string prefix = fmt::format("flux-stages/{}", launch.job);
-    Meeting meeting{c10::make_intrusive<c10d::PrefixStore>(prefix, place.store),
-                    c10::make_intrusive<c10d::PrefixStore>(prefix, place.store->clone()),
-                    {}};
-    assemble(*meeting.store, launch, place, end, patience, answered, remove_address);
+    const std::string job = "flux-stages/" + launch.job;
+    const auto store = keys_of(place.store, job);
+    const Patience limits{end, patience, answered};
+    const std::string address = address_towards(place.host, place.port);
+    const std::string attempt = launch.rank == 0
+                                    ? lead(store, launch, address, address_file, limits)
+                                    : follow(store, launch, address, limits);
+    Meeting meeting{
+        keys_of(store, attempt), keys_of(place.store->clone(), job + "/" + attempt), {}};
     meeting.address = seen_by_others(*meeting.store, launch, place);
     return meeting;
   } catch (const c10::Error& error) {

@@ -13,7 +13,7 @@
 namespace flux::dist {
 
 struct Meeting {
-  /// Keys are this run's own.
+  /// Keys are this run's own, and this attempt's.
   c10::intrusive_ptr<c10d::Store> store;
   /// A connection of its own to the same keys, for another thread.
   c10::intrusive_ptr<c10d::Store> store_of_watch;

@@ -5,6 +5,9 @@
 #include <ATen/ops/full.h>
 #include <gmock/gmock.h>
 
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include <atomic>
 #include <functional>
 #include <thread>
 
@@ -188,6 +191,79 @@ TEST(Group, SaysWhichRankFailedAndWhy) {
                 AllOf(HasSubstr("rank 2 of 3 (process "),
                       HasSubstr("ended: its disk is full"),
                       HasSubstr("hint:")));
+}
+
+/// What torchrun's agent keeps while it starts ranks again.
+class MeetingAtOneStore : public testing::Test {
+ protected:
+  static Launch hosted(int64_t rank, int64_t world) {
+    Launch out = rank_of(rank, world);
+    out.launcher = "torchrun";
+    out.host = "127.0.0.1";
+    out.port = static_cast<const c10d::TCPStore&>(*agent()).getPort();
+    out.hosted = true;
+    return out;
+  }
+  static c10::intrusive_ptr<c10d::TCPStore> agent() {
+    static const auto store = [] {
+      c10d::TCPStoreOptions options;
+      options.port = 0;
+      options.isServer = true;
+      options.waitWorkers = false;
+      options.useLibUV = false;
+      return c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options);
+    }();
+    return store;
+  }
+  /// Both ranks of an attempt; what rank 0 said to rank 1.
+  static std::string meet_both(const std::string& says) {
+    std::string heard;
+    std::thread second([&] {
+      const Meeting its = meet(hosted(1, 2), {}, seconds(20));
+      while (!its.store->check({"said"})) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      heard = its.store_of_watch->get_to_str("said");
+    });
+    const Meeting mine = meet(hosted(0, 2), {}, seconds(20));
+    EXPECT_FALSE(mine.store->check({"said"})) << "of the attempt before";
+    mine.store->set("said", says);
+    second.join();
+    return heard;
+  }
+};
+
+TEST_F(MeetingAtOneStore, KnowsNothingOfTheAttemptBefore) {
+  EXPECT_EQ(meet_both("one"), "one");
+  EXPECT_EQ(meet_both("two"), "two");
+  // one that only some ranks came to
+  EXPECT_THROW(meet(hosted(0, 2), {}, seconds(1)), ResourceError);
+  EXPECT_EQ(meet_both("three"), "three");
+  static_cast<c10d::Store&>(*agent()).set("flux-stages/test/ask/1", "one that was killed");
+  EXPECT_EQ(meet_both("four"), "four");
+}
+
+TEST_F(MeetingAtOneStore, FollowsTheNewRankZeroIfTheOldOneIsStillThere) {
+  // of three ranks the old rank 0 and the new rank 1 come first, then the new rank 0, then rank 2
+  std::vector<std::thread> ranks;
+  ranks.emplace_back([] { EXPECT_THROW(meet(hosted(0, 3), {}, seconds(2)), ResourceError); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  std::atomic<int> met = 0;
+  ranks.emplace_back([&] {
+    const Meeting its = meet(hosted(1, 3), {}, seconds(20));
+    if (its.store->get_to_str("said") == "new") ++met;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  ranks.emplace_back([&] {
+    const Meeting its = meet(hosted(0, 3), {}, seconds(20));
+    its.store->set("said", "new");
+    ++met;
+  });
+  std::this_thread::sleep_for(seconds(3));  // the old one gives up
+  ranks.emplace_back([&] {
+    const Meeting its = meet(hosted(2, 3), {}, seconds(20));
+    if (its.store->get_to_str("said") == "new") ++met;
+  });
+  for (auto& rank : ranks) rank.join();
+  EXPECT_EQ(met, 3);
 }
 
 TEST(Meeting, NamesTheRanksThatDidNotCome) {
