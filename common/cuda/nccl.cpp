@@ -4,7 +4,17 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
+#include <cstddef>
+#include <new>
 #include <type_traits>
+
+/// See kNcclFits. LibTorch's constructor writes an ncclConfig_t with the size that it has there.
+extern "C" int flux_cuda_nccl_fits() {
+  static_assert(std::is_same_v<decltype(flux_cuda_nccl_fits), flux::dist::NcclFits>);
+  using Options = c10d::ProcessGroupNCCL::Options;
+  alignas(Options) static std::byte room[sizeof(Options) + 4096];  // it may be larger there
+  return (new (room) Options(false))->config.size == sizeof(ncclConfig_t);
+}
 
 /// See kMakeNcclBackend.
 extern "C" void flux_cuda_make_nccl_backend(const flux::dist::BackendPlace& place,

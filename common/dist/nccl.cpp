@@ -10,8 +10,9 @@
 namespace flux::dist {
 namespace {
 
-MakeNcclBackend* find_nccl() {
-  return reinterpret_cast<MakeNcclBackend*>(dlsym(RTLD_DEFAULT, kMakeNcclBackend));
+template <typename Function>
+Function* find(const char* name) {
+  return reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
 }
 
 }  // namespace
@@ -19,14 +20,21 @@ MakeNcclBackend* find_nccl() {
 c10::intrusive_ptr<c10d::Backend> nccl_backend(const BackendPlace& place) {
   require_nccl();
   c10::intrusive_ptr<c10d::Backend> out;
-  find_nccl()(place, out);
+  find<MakeNcclBackend>(kMakeNcclBackend)(place, out);
   return out;
 }
 
 void require_nccl() {
-  if (find_nccl()) return;
-  throw ResourceError("several ranks with --device cuda: libflux_cuda.so was built without NCCL",
-                      "run scripts/setup, which fetches NCCL's headers, and build again");
+  const char* const hint = "run scripts/setup, which fetches NCCL's headers, and build again";
+  NcclFits* const fits = find<NcclFits>(kNcclFits);
+  if (!fits)
+    throw ResourceError("several ranks with --device cuda: libflux_cuda.so was built without NCCL",
+                        hint);
+  if (fits() == 0)
+    throw ResourceError(
+        "several ranks with --device cuda: libflux_cuda.so was built with another version of NCCL "
+        "than LibTorch",
+        hint);
 }
 
 void prepare_nccl() {

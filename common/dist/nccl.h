@@ -25,6 +25,9 @@ struct BackendPlace {
 /// Throws what LibTorch throws.
 inline constexpr const char* kMakeNcclBackend = "flux_cuda_make_nccl_backend";
 using MakeNcclBackend = void(const BackendPlace& place, c10::intrusive_ptr<c10d::Backend>& out);
+/// Whether it was built with the header of LibTorch's NCCL, which decides the layout of what they share.
+inline constexpr const char* kNcclFits = "flux_cuda_nccl_fits";
+using NcclFits = int();
 
 /// Throws ResourceError: the library is not open (see resolve_device()), or was built without NCCL.
 c10::intrusive_ptr<c10d::Backend> nccl_backend(const BackendPlace& place);
