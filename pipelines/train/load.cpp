@@ -131,23 +131,6 @@ void check_held_out(const Session& session) {
                        "give --validation-split 0.1, or validation_split in the data set file");
 }
 
-/// The groups of those that a rank shares its weights with, and of those that have the same part of theirs.
-void join_parts(Session& session, engine::Ranks& ranks) {
-  ranks.group = session.group;
-  if (!ranks.sharded()) return;
-  const auto join = [&](const char* name, int64_t first, int64_t stride, int64_t count) {
-    std::vector<int64_t> members;
-    for (int64_t i = 0; i < count; ++i) members.push_back(first + i * stride);
-    session.parts.push_back(session.group->part(fmt::format("{} {}", name, first), members));
-    return session.parts.back().get();
-  };
-  const int64_t first = ranks.rank - ranks.shard_rank();
-  ranks.shard = join("gradients", first, 1, ranks.shard_world);
-  ranks.gather = join("weights", first, 1, ranks.shard_world);
-  if (ranks.num_replicas() > 1)
-    ranks.replica = join("copies", ranks.shard_rank(), ranks.shard_world, ranks.num_replicas());
-}
-
 engine::StepShape step_shape(const Session& session) {
   const TrainingData& data = *session.data;
   engine::StepShape shape;
@@ -229,6 +212,24 @@ engine::TrainerOptions trainer_options(const Options& o,
   r.stream_from = o.stream_from.value_or(device.is_cuda() ? engine::StreamFrom::kHost
                                                           : engine::StreamFrom::kFile);
   return t;
+}
+
+GroupParts join_parts(dist::Group& group, engine::Ranks& ranks) {
+  ranks.group = &group;
+  GroupParts parts;
+  if (!ranks.sharded()) return parts;
+  const auto join = [&](const char* name, int64_t first, int64_t stride, int64_t count) {
+    std::vector<int64_t> members;
+    for (int64_t i = 0; i < count; ++i) members.push_back(first + i * stride);
+    parts.push_back(group.part(fmt::format("{} {}", name, first), members));
+    return parts.back().get();
+  };
+  const int64_t first = ranks.rank - ranks.shard_rank();
+  ranks.shard = join("gradients", first, 1, ranks.shard_world);
+  ranks.gather = join("weights", first, 1, ranks.shard_world);
+  if (ranks.num_replicas() > 1)
+    ranks.replica = join("copies", ranks.shard_rank(), ranks.shard_world, ranks.num_replicas());
+  return parts;
 }
 
 Session open_data(const Options& options) {
@@ -319,7 +320,7 @@ void load_model(Session& session) {
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
-  if (session.group) join_parts(session, wanted.ranks);
+  if (session.group) session.parts = join_parts(*session.group, wanted.ranks);
   if (validates(session)) plan_validation(session, wanted, step_shape(session));
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
   if (wanted.full)

@@ -20,6 +20,8 @@
 
 namespace flux::train {
 
+using GroupParts = std::vector<std::unique_ptr<dist::Group>>;
+
 /// All that training holds in memory.
 struct Session {
   Options options;
@@ -30,7 +32,7 @@ struct Session {
   dit::Config config;
   /// The weights that the run begins with; of a resumed full fine-tuning, those of its checkpoint.
   std::shared_ptr<engine::ModelFile> file;
-  std::vector<std::unique_ptr<dist::Group>> parts;  // of `group`; the trainer uses them
+  GroupParts parts;  // of `group`; the trainer uses them
   std::unique_ptr<engine::Trainer> trainer;
   engine::MemoryPlan plan;
   std::shared_future<std::string>
@@ -66,6 +68,10 @@ std::string attention_word(const Session& session);
 engine::TrainerOptions trainer_options(const Options& options,
                                        at::Device device,
                                        at::ScalarType compute);
+
+/// Gives `ranks` its groups: all, those that share a copy of trained weights, twice, and those that have the same part of
+/// their copies. Called by all ranks together.
+GroupParts join_parts(dist::Group& group, engine::Ranks& ranks);
 
 /// Picks the device and opens the caches. Throws CacheError for caches that cannot be joined.
 Session open_data(const Options& options);

@@ -1,6 +1,7 @@
 // tests/bench/step_bench.cpp - one training step of a model file, without caches: seconds, plan and peak.
 //
 //   step_bench --model flux.safetensors --method lora --resolution 512x512 --precision bf16 --steps 2
+//   torchrun --standalone --nproc-per-node 2 --no-python step_bench ... --method full      # or --dist-rank, --dist-world
 //
 // Inputs are random. Every line is one step; the last is a JSON object for scripts. Residency is the plan's, within
 // --host-memory, unless given.
@@ -22,6 +23,7 @@
 #include "pipelines/train/load.h"
 #include "pipelines/train/options.h"
 #include "pipelines/train/plan.h"
+#include "pipelines/train/ranks.h"
 #include "tests/support/random_batch.h"
 
 namespace flux {
@@ -38,6 +40,8 @@ ExitCode run(Tool& tool) {
   tool.flag("steps", steps, "N", "steps to run", 1, 1000);
   if (!tool.parse()) return ExitCode::kOk;
   if (o.scratch.empty()) o.scratch = std::filesystem::temp_directory_path();
+  o.launch = dist::resolve_launch(dist::process_environment(), o.dist);
+  o.out = o.scratch / "step_bench";  // ranks meet beside it
   count_tensor_memory();
   const at::Device device(at::kCPU);
   engine::TrainerOptions wanted = train::trainer_options(
@@ -60,17 +64,21 @@ ExitCode run(Tool& tool) {
   fmt::print("plan: {} ({:.2f} s)\n", choice.describe(), planned - begin);
   if (!choice.fits) throw ResourceError("does not fit", choice.hint);
   wanted.residency = choice.residency;
+  const auto group = train::join_ranks(o);
+  train::GroupParts parts;
+  if (group) parts = train::join_parts(*group, wanted.ranks);
   engine::Trainer trainer(file->config(), file, wanted);
   fmt::print("loaded in {:.2f} s\n", seconds() - planned);
   std::vector<FlowInputs> batches;
   for (int64_t i = 0; i < shape.micro_batches; ++i)
     batches.push_back(test::random_batch(file->config(), shape));
+  const std::vector<int64_t> sizes(static_cast<size_t>(o.batches_a_step()), shape.batch);
   double last = 0;
   nlohmann::json losses = nlohmann::json::array();
   for (int64_t step = 1; step <= steps; ++step) {
     const double start = seconds();
     const auto before = trainer.model().ring_counts();
-    const auto result = trainer.step(batches, step, 1e-4);
+    const auto result = trainer.step(batches, step, 1e-4, sizes);
     const auto after = trainer.model().ring_counts();
     last = seconds() - start;
     losses.push_back(result.loss);
@@ -90,12 +98,15 @@ ExitCode run(Tool& tool) {
   }
   const nlohmann::json object{{"seconds", last},
                               {"losses", losses},
+                              {"rank", o.launch.rank},
+                              {"world", o.launch.world},
                               {"flops", choice.plan.flops},
                               {"planned_bytes", choice.needed},
                               {"planned_tensor_bytes", choice.plan.device_bytes()},
                               {"tensor_bytes", cpu_memory().peak},
                               {"peak_rss_bytes", peak_rss_bytes()}};
   fmt::print("{}\n", object.dump());
+  if (group) group->leave();
   return ExitCode::kOk;
 }
 
