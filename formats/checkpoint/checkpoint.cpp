@@ -126,8 +126,8 @@ void check_files(const Checkpoint& checkpoint) {
   }
 }
 
-/// Throws Damage, and CacheError for another schema.
-Checkpoint read_checkpoint(const fs::path& run, int64_t step) {
+/// Without its files. Throws Damage, and CacheError for another schema.
+Checkpoint read_state(const fs::path& run, int64_t step) {
   Checkpoint found{run / step_name(step), step, nullptr};
   const fs::path file = found.folder / kStateName;
   const auto damaged = [&](const std::string& what) {
@@ -158,7 +158,6 @@ Checkpoint read_checkpoint(const fs::path& run, int64_t step) {
   if (const auto actual = checksum(found.state); sum != actual)
     damaged(fmt::format(
         "damaged or edited: checksum {}, its content has {}", printable(sum.dump()), actual));
-  check_files(found);
   return found;
 }
 
@@ -292,7 +291,9 @@ std::optional<Checkpoint> read_latest(const fs::path& run) {
   std::string newest;  // what is wrong with it
   for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
     try {
-      return read_checkpoint(run, *step);
+      Checkpoint found = read_state(run, *step);
+      check_files(found);
+      return found;
     } catch (const Damage& damage) {
       if (newest.empty()) newest = damage.what();
       if (std::next(step) != steps.rend())
@@ -303,6 +304,12 @@ std::optional<Checkpoint> read_latest(const fs::path& run) {
   throw CacheError(
       fmt::format("{}{}", newest, steps.size() > 1 ? "; no older checkpoint is good either" : ""),
       "bring back the files as they were, or start anew with --replace, which moves the run aside");
+}
+
+Checkpoint read_unchecked(const fs::path& run, int64_t step) try {
+  return read_state(run, step);
+} catch (const Damage& damage) {
+  throw CacheError(damage.what(), "all ranks must see the folder that rank 0 reads and writes");
 }
 
 LoraHashes lora_hashes(std::span<const Tensor> tensors, const safetensors::Metadata& metadata) {

@@ -89,6 +89,9 @@ struct Checkpoint {
 /// not what it was), naming the newest; the newest is of another schema.
 std::optional<Checkpoint> read_latest(const std::filesystem::path& run);
 
+/// That of a step, as its state.json says; the bytes of its other files were checked by another process. Throws CacheError.
+Checkpoint read_unchecked(const std::filesystem::path& run, int64_t step);
+
 /// sd-scripts' hashes of a LoRA file, as metadata has them.
 struct LoraHashes {
   std::string

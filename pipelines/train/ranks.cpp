@@ -1,13 +1,17 @@
 #include "pipelines/train/ranks.h"
 
-#include <ATen/ops/full.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <exception>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <span>
+#include <system_error>
 #include <vector>
 
 #include "common/core/cancel.h"
@@ -49,14 +53,27 @@ std::string model_digest(const engine::ModelFile& file) {
 nlohmann::json identity(const Session& session) {
   nlohmann::json out = deciding_options(session.options);
   out["program"] = fmt::format("{} {}", tool_version(), commit());
+  out["device"] = session.device.is_cuda() ? "cuda" : "cpu";
   out["precision"] = precision_word(session.compute);
   out["exact-reduction"] = session.options.exact_reduction;
+  out["dist-shard"] = session.options.shard_world();
   out["max-steps"] = session.options.max_steps;
   out["latents cache"] = session.data->latents_digest();
   out["text cache"] = session.data->text_digest();
   out["model"] = session.config.describe() + ", " + model_digest(*session.file);
   out["step to go on from"] = session.step;
   return out;
+}
+
+/// As many bytes of every rank, one behind the other.
+std::string gather_equal(const Session& session, std::string mine) {
+  // views of memory of ours: what the engine counts and plans are tensors
+  const auto view = [](std::string& bytes) {
+    return at::from_blob(bytes.data(), {static_cast<int64_t>(bytes.size())}, at::kByte);
+  };
+  std::string all(mine.size() * static_cast<size_t>(session.group->world()), '\0');
+  session.group->all_gather(view(all), view(mine));
+  return all;
 }
 
 }  // namespace
@@ -69,7 +86,7 @@ std::unique_ptr<dist::Group> join_ranks(const Options& options) {
                                  address,
                                  {.start = std::chrono::seconds(options.dist_start_timeout),
                                   .silence = std::chrono::seconds(options.dist_timeout),
-                                  // rank 0 saves, validates and samples while the others wait
+                                  // rank 0 alone saves a LoRA, and reads what all have saved
                                   .operation = std::chrono::hours(24)});
   if (options.launch.rank != 0)
     log::start(fmt::format("flux-train[{}]", options.launch.rank), log::Level::kWarn);
@@ -99,14 +116,83 @@ void require_same_ranks(const Session& session) {
     throw UsageError(verdict, "start every rank with the same program, options, caches and model");
 }
 
+bool shares_weights(const Session& session) { return session.trainer->options().ranks.sharded(); }
+
+std::vector<std::string> gather_bytes(const Session& session, std::string_view mine) {
+  if (!session.group) return {std::string(mine)};
+  const auto sizes = gather_numbers(session, {static_cast<int64_t>(mine.size())});
+  const auto largest = static_cast<size_t>((*std::ranges::max_element(sizes))[0]);
+  if (largest == 0) return std::vector<std::string>(sizes.size());
+  std::string own(mine);
+  own.resize(largest);
+  const std::string all = gather_equal(session, own);
+  std::vector<std::string> out;
+  for (size_t rank = 0; rank < sizes.size(); ++rank)
+    out.push_back(all.substr(rank * largest, static_cast<size_t>(sizes[rank][0])));
+  return out;
+}
+
+std::vector<std::vector<int64_t>> gather_numbers(const Session& session,
+                                                 const std::vector<int64_t>& mine) {
+  if (!session.group) return {mine};
+  const size_t bytes = mine.size() * sizeof(int64_t);
+  const std::string all =
+      gather_equal(session, {reinterpret_cast<const char*>(mine.data()), bytes});
+  std::vector<std::vector<int64_t>> out(all.size() / bytes, mine);
+  for (size_t rank = 0; rank < out.size(); ++rank)
+    std::memcpy(out[rank].data(), all.data() + rank * bytes, bytes);
+  return out;
+}
+
+void together(const Session& session, const std::function<void()>& work) {
+  std::exception_ptr failure;
+  std::string why;
+  try {
+    work();
+  } catch (const std::exception& error) {
+    if (!session.group) throw;
+    failure = std::current_exception();
+    why = fmt::format(
+        "rank {} of {}: {}", session.group->rank(), session.group->world(), error.what());
+  }
+  const auto all = gather_bytes(session, why);
+  if (failure) std::rethrow_exception(failure);
+  for (const std::string& its : all)
+    if (!its.empty()) throw ResourceError(its);
+}
+
+void require_common_out(const Session& session) {
+  const auto& out = session.options.out;
+  std::string name;  // as a file is called that is left over when a run ends now
+  together(session, [&] {
+    if (!session.leads()) return;
+    name = fmt::format(".ranks.tmp-{}", random_name());
+    write_file_atomic(out / name, "");
+  });
+  name = gather_bytes(session, name)[0];
+  together(session, [&] {
+    std::error_code error;
+    if (!std::filesystem::exists(out / name, error))
+      throw UsageError(fmt::format("--out: {} is not the folder that rank 0 writes to", show(out)),
+                       "each rank has a part of the weights, which it saves: give a folder on a "
+                       "file system that all see");
+  });
+  std::error_code ignored;
+  if (session.leads()) std::filesystem::remove(out / name, ignored);
+}
+
+Decision agree(const Session& session, const Decision& mine) {
+  const auto all = gather_numbers(
+      session, {mine.stop ? static_cast<int64_t>(*mine.stop) : 0, mine.saves, mine.validates});
+  Decision out{{}, all[0][1] != 0, all[0][2] != 0};
+  int64_t code = 0;
+  for (const auto& its : all) code = std::max(code, its[0]);
+  if (code > 0) out.stop = static_cast<ExitCode>(code);
+  return out;
+}
+
 std::optional<ExitCode> agreed_stop(const Session& session) {
-  const auto mine = cancel::requested();
-  if (!session.group) return mine;
-  const at::Tensor codes = at::full({session.group->world()}, 0, at::kLong);
-  const at::Tensor own = at::full({1}, mine ? static_cast<int64_t>(*mine) : 0, at::kLong);
-  session.group->all_gather(codes, own);
-  const auto code = codes.max().item<int64_t>();
-  return code > 0 ? std::optional(static_cast<ExitCode>(code)) : std::nullopt;
+  return agree(session, {.stop = cancel::requested()}).stop;
 }
 
 }  // namespace flux::train

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <filesystem>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "common/core/cancel.h"
+#include "common/core/deadline.h"
 #include "common/core/file.h"
 #include "common/core/log.h"
 #include "common/core/process.h"
@@ -31,6 +33,7 @@
 #include "pipelines/train/save.h"
 #include "pipelines/train/step.h"
 #include "pipelines/train/tensorboard.h"
+#include "pipelines/train/time_limit.h"
 #include "pipelines/train/validate.h"
 
 namespace flux::train {
@@ -132,6 +135,26 @@ void mark_if_best(Session& session) {
   log::info("step {} has the lowest validation loss so far, {:.6g}", now->step, now->loss);
 }
 
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// Whether the last step can be saved after a failure: it must be whole, and where ranks share the weights all must have
+/// failed together, for the parts of one that failed alone are lost.
+bool can_save(const Session& session, const std::exception_ptr& failure) {
+  const bool whole = session.trainer->step_is_whole();
+  if (!shares_weights(session)) return whole;
+  try {
+    std::rethrow_exception(failure);
+  } catch (const CommonFailure&) {
+    return std::ranges::all_of(gather_numbers(session, {whole}),
+                               [](const auto& its) { return its[0] != 0; });
+  } catch (...) {
+    log::info("nothing is saved: the part that the rank which failed has of the weights is lost");
+    return false;
+  }
+}
+
 void train_steps(Session& session, BatchReader& reader, Report& report) {
   const Options& options = session.options;
   std::optional<Metrics> metrics;
@@ -148,12 +171,24 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   Clock validate_clock(options.validate_every, session.position.epoch);
   // weights may be read from the one that was resumed all the time
   const std::set<int64_t> needed{first};
+  TimeLimit limit(session.leads() ? options.time_limit : 0, checkpoint_bytes(session));
+  bool out_of_time = false;
+  // from when on validation and pictures are left for the save
+  const auto set_deadline = [&] {
+    if (session.leads() && options.time_limit > 0 && !out_of_time)
+      cancel::set_deadline(limit.deadline());
+  };
+  set_deadline();
   const auto save_now = [&] {
-    if (saved == session.step || !session.leads()) return;
-    metrics->flush();
+    if (saved == session.step) return;
+    if (metrics) metrics->flush();
+    const double start = process_seconds();
     save(session);
     saved = session.step;
     save_clock.done();
+    if (!session.leads()) return;
+    limit.save_took(process_seconds() - start);
+    set_deadline();
     mark_if_best(session);
     if (options.keep_last > 0) {
       std::set<int64_t> spared = needed;
@@ -166,40 +201,54 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   // made smaller. Of a full fine-tuning that updates in the backward it may not be whole any more.
   const auto save_and_rethrow = [&](const std::exception_ptr& failure) {
     try {
-      if (session.trainer->step_is_whole()) save_now();
+      if (can_save(session, failure)) save_now();
     } catch (const std::exception& error) {
       log::error("the last step could not be saved either: {}", error.what());
     }
     std::rethrow_exception(failure);
   };
   const auto sample = [&] {
-    if (!session.leads()) return;
     try {
-      sample_if_due(session);
+      return sample_if_due(session);
     } catch (...) {
       save_and_rethrow(std::current_exception());
+      return false;  // never
     }
   };
   if (first > 0) sample();  // what an interruption left out
   double waited = 0;
-  auto stop = agreed_stop(session);
-  while (session.step < options.max_steps && !stop) {
+  // before a step that would not fit, rank 0 says so to all
+  const auto agreed = [&](bool saves, bool validates) {
+    if (!out_of_time && session.step < options.max_steps && limit.ends(process_seconds())) {
+      out_of_time = true;
+      log::info("{}", limit.describe(process_seconds()));
+      cancel::set_deadline(0);
+    }
+    return agree(session, {cancel::requested(), saves, validates});
+  };
+  auto next = agreed(false, false);
+  if (out_of_time)
+    log::warn("--time-limit leaves no time for a step: with no more than that nothing gets done");
+  while (session.step < options.max_steps && !next.stop) {
     const auto start = std::chrono::steady_clock::now();
     std::vector<Batch> batches;
+    int64_t last_epoch = 0;  // of the step's last batch, whichever rank's it is
     StepResult result;
     try {
       const auto outline = reader.outline(options.batches_a_step());
+      last_epoch = outline.back().epoch;
       for (int64_t i = 0; i < options.gradient_accumulation; ++i) batches.push_back(reader.next());
       result = train_step(session, batches, outline);
-      stop = agreed_stop(session);
+      session.position = reader.position();
+      limit.step_took(seconds_since(start));
+      const int64_t epoch = session.position.epoch;
+      const bool saves = save_clock.due(session.step, epoch) || session.step == options.max_steps;
+      next = agreed(saves, validate_clock.due(session.step, epoch) || saves);
     } catch (...) {
       save_and_rethrow(std::current_exception());
     }
-    session.position = reader.position();
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double seconds = seconds_since(start);
     report.loss_last = result.loss;
-    if (!session.leads()) continue;
     if (!report.loss_first) {
       report.loss_first = result.loss;
       report.seconds_to_first_step = process_seconds();
@@ -209,7 +258,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
                 *report.seconds_to_first_step);
     }
     StepMetrics line{.step = session.step,
-                     .epoch = batches.back().epoch + 1,
+                     .epoch = last_epoch + 1,
                      .loss = result.loss,
                      .learning_rate = result.learning_rate,
                      .learning_rates = group_learning_rates(options, result.learning_rate),
@@ -223,11 +272,8 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
     waited = reader.wait_seconds();
     batches.clear();
     if (session.step == first + 1) compare_with_plan(session, line);
-    const bool saves =
-        save_clock.due(session.step, session.position.epoch) || session.step == options.max_steps;
-    const bool wanted = validate_clock.due(session.step, session.position.epoch) || saves;
     std::exception_ptr failure;
-    if (wanted && session.validation_batches > 0) {
+    if (next.validates && session.validation_batches > 0) {
       try {
         if (auto found = validate(session)) {
           session.validation = line.validation = std::move(found);
@@ -238,15 +284,19 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
       }
       validate_clock.done();
     }
-    metrics->write(line);
+    if (metrics) metrics->write(line);
     if (events) events->add(line.step, line.curves());
-    progress->update(session.step - first, describe(line, session));
+    if (progress) progress->update(session.step - first, describe(line, session));
     if (failure) save_and_rethrow(failure);
-    if (saves) save_now();
-    sample();
+    if (next.saves) save_now();
+    // all of that may take long: another step after a signal meanwhile would be one too many
+    if (sample() || next.saves || next.validates) next.stop = agreed_stop(session);
   }
   save_now();
-  if (stop) report.exit_code = *stop;
+  if (next.stop)
+    report.exit_code = *next.stop;
+  else
+    cancel::set_deadline(std::nullopt);  // all is done
 }
 
 Report report_of(const Session& session, Report report) {
@@ -261,18 +311,32 @@ Report report_of(const Session& session, Report report) {
   return report;
 }
 
-Report run_rank(const Options& asked, dist::Group* group) {
+/// The checkpoint to go on from. Rank 0 reads all of it, to see that it is good, the others what it says.
+std::optional<checkpoint::Checkpoint> latest(const Session& session) {
+  const auto& out = session.options.out;
+  std::optional<checkpoint::Checkpoint> found;
+  together(session, [&] {
+    if (session.leads()) found = checkpoint::read_latest(out);
+  });
+  const int64_t step = gather_numbers(session, {found ? found->step : -1})[0][0];
+  together(session, [&] {
+    if (!session.leads() && step >= 0) found = checkpoint::read_unchecked(out, step);
+  });
+  return found;
+}
+
+Report run_rank(const Options& asked, dist::Group* group, Session& session) {
   RunLock lock;
   if (asked.launch.rank == 0) {
     lock_out(asked, lock);
     check_out(asked);
   }
-  Session session = open_data(asked);
+  session = open_data(asked);
   session.group = group;
   const Options& options = session.options;
   std::optional<checkpoint::Checkpoint> resumed;
   if (options.resume) {
-    resumed = checkpoint::read_latest(options.out);
+    resumed = latest(session);
     if (!resumed) log::info("{}: no checkpoint is there: a new run", show(options.out));
   }
   if (resumed) {
@@ -320,6 +384,7 @@ Report run_rank(const Options& asked, dist::Group* group) {
     if (resumed) session.best = best_checkpoint(options.out, session.step);
     mark_best(options.out, session.best);
   }
+  if (shares_weights(session)) require_common_out(session);
 
   Report report;
   train_steps(session, reader, report);
@@ -328,9 +393,11 @@ Report run_rank(const Options& asked, dist::Group* group) {
 
 Report run_in_memory(const Options& options) {
   const auto group = join_ranks(options);
-  if (!group) return run_rank(options, nullptr);
+  // outlives the report of a failure: its threads wait for the other ranks, until those know
+  Session session;
+  if (!group) return run_rank(options, nullptr, session);
   try {
-    const Report report = run_rank(options, group.get());
+    const Report report = run_rank(options, group.get(), session);
     group->leave();
     return report;
   } catch (const std::exception& error) {
@@ -375,6 +442,8 @@ nlohmann::json Report::object() const {
 
 Report run(const Options& options) {
   count_tensor_memory();
+  // until there is something to save
+  cancel::set_deadline(options.time_limit > 0 ? std::optional(options.time_limit) : std::nullopt);
   return with_memory_errors("out of memory",
                             "give a smaller --host-memory or --device-memory, so that less stays "
                             "there, or a smaller --batch-size or resolution",

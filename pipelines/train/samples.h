@@ -11,7 +11,9 @@ void open_samples(Session& session);
 /// What is sampled at a time, for the plan; nothing without --sample-every.
 std::optional<engine::SampleShape> sample_shape(const Session& session);
 /// If step session.step is one to sample at, and its file is not there yet: OUT/samples/step-000500.h5, by the weights as
-/// they would be saved. After a signal there is no file: a resumed run makes it. Changes nothing of the training.
-void sample_if_due(Session& session);
+/// they would be saved. After a signal there is no file: a resumed run makes it. Changes nothing of the training. Called by
+/// all ranks, which share the work; rank 0 writes the file, which has the bits of one rank's. Returns
+/// whether the step is one to sample at.
+bool sample_if_due(Session& session);
 
 }  // namespace flux::train

@@ -5,9 +5,13 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <span>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -21,9 +25,11 @@
 #include "common/models/flux/layout.h"
 #include "common/models/flux/names.h"
 #include "common/models/lora/layouts.h"
+#include "common/optim/blockwise8_math.h"
 #include "common/tensor/tensor.h"
 #include "common/tensor/weight_file.h"
 #include "pipelines/train/metadata.h"
+#include "pipelines/train/ranks.h"
 
 namespace flux::train {
 namespace {
@@ -60,8 +66,6 @@ class Outgoing {
   std::vector<checkpoint::Tensor> tensors_;
 };
 
-using Named = std::vector<std::pair<std::string, at::Tensor>>;
-
 /// Under which prefix state.safetensors holds what is trained. The weights of a full fine-tuning are in the model's file,
 /// unless others are to be kept in the end.
 std::optional<std::string> weight_prefix(const Session& session) {
@@ -70,15 +74,33 @@ std::optional<std::string> weight_prefix(const Session& session) {
   return std::nullopt;
 }
 
-/// What state.safetensors holds of a trainable that is there.
-Named state_of(const engine::Trainable& t, Session& session) {
-  Named out;
+/// Of a tensor of state.safetensors: its elements from `first` on.
+struct Elements {
+  std::string name;
+  int64_t first = 0;
+  at::Tensor values;
+};
+
+/// What state.safetensors holds of a trainable that is there, or of the part that it is.
+std::vector<Elements> state_of(const engine::Trainable& t, const Session& session) {
+  std::vector<Elements> out;
   if (const auto prefix = weight_prefix(session))
-    out.emplace_back(*prefix + t.name, t.value.detach());
-  const auto layout =
-      session.trainer->optimizer().state_layout(t.value.sizes(), t.value.scalar_type());
-  for (size_t i = 0; i < layout.size(); ++i)
-    out.emplace_back(layout[i].name + "." + t.name, t.states.at(i));
+    out.push_back({*prefix + t.name, t.offset, t.value.detach()});
+  const at::IntArrayRef whole = t.whole.empty() ? t.value.sizes() : at::IntArrayRef(t.whole);
+  const int64_t num_elements = c10::multiply_integers(whole);
+  const auto layout = session.trainer->optimizer().state_layout(whole, t.value.scalar_type());
+  for (size_t i = 0; i < layout.size(); ++i) {
+    const at::Tensor& state = t.states.at(i);
+    if (state.scalar_type() != layout[i].dtype)
+      throw std::invalid_argument(fmt::format("{} of a part of {} is {}, of the whole {}",
+                                              layout[i].name,
+                                              t.name,
+                                              c10::toString(state.scalar_type()),
+                                              c10::toString(layout[i].dtype)));
+    // one for each element, or one for so many of them
+    const bool is_scale = c10::multiply_integers(layout[i].shape) < num_elements;
+    out.push_back({layout[i].name + "." + t.name, is_scale ? t.offset / kBlock8 : t.offset, state});
+  }
   return out;
 }
 
@@ -116,56 +138,145 @@ std::vector<Trained> all_trained(const Session& session) {
   return out;
 }
 
-/// state.safetensors, and the model of a full fine-tuning, in one pass over the blocks.
-void save_trained(Session& session, checkpoint::Writer& writer) {
+/// What save_trained() writes.
+struct Contents {
+  std::vector<safetensors::TensorSpec> weights, states;
+  bool average = false;  // beside the weights of a full fine-tuning
+  uint64_t bytes = 0;
+};
+
+Contents contents_of(const Session& session) {
   const bool full = session.options.method == Method::kFull;
   const Optimizer& optimizer = session.trainer->optimizer();
   const dit::FileTensors files(session.config, session.options.model_layout);
-  std::vector<safetensors::TensorSpec> weights, states;
+  Contents out;
   for (const auto& [name, type, shape] : all_trained(session)) {
     if (full)
       for (const auto& piece : files.pieces(name))
-        weights.push_back({piece.name, dtype_of(type), piece.shape});
+        out.weights.push_back({piece.name, dtype_of(type), piece.shape});
     if (const auto prefix = weight_prefix(session))
-      states.push_back({*prefix + name, dtype_of(type), shape});
+      out.states.push_back({*prefix + name, dtype_of(type), shape});
     for (const auto& state : optimizer.state_layout(shape, type))
-      states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
+      out.states.push_back({state.name + "." + name, dtype_of(state.dtype), state.shape});
   }
-  uint64_t needed = 0;
-  const bool average = full && optimizer.keeps_average();
-  for (const auto* specs : {&weights, &states})
-    for (const auto& spec : *specs) needed += safetensors::tensor_bytes(spec.dtype, spec.shape);
-  if (average)
-    for (const auto& spec : weights) needed += safetensors::tensor_bytes(spec.dtype, spec.shape);
-  require_free_space(session.options.out, needed);  // rather than to find out at the end
-  {
-    std::optional<safetensors::ScatteredWriter> model, ema;
-    if (full) model.emplace(writer.path_of(kModelName), weights, model_metadata(session));
-    if (average)
-      ema.emplace(
-          writer.path_of(kAverageName), weights, averaged(model_metadata(session), session));
-    safetensors::ScatteredWriter state(writer.path_of(kStateName), states, {});
+  out.average = full && optimizer.keeps_average();
+  const auto add = [&](const std::vector<safetensors::TensorSpec>& specs) {
+    for (const auto& spec : specs) out.bytes += safetensors::tensor_bytes(spec.dtype, spec.shape);
+  };
+  add(out.weights);
+  add(out.states);
+  if (out.average) add(out.weights);
+  return out;
+}
+
+/// The files that are written in one pass over the blocks: state.safetensors, and of a full fine-tuning its model and
+/// maybe the average.
+class TrainedFiles {
+ public:
+  using Writer = safetensors::ScatteredWriter;
+
+  /// Makes them.
+  TrainedFiles(const Session& session, const checkpoint::Writer& checkpoint)
+      : layout_(layout_of(session)) {
+    const auto contents = contents_of(session);
+    if (session.options.method == Method::kFull)
+      files_.emplace_back(
+          kModelName,
+          std::make_unique<Writer>(
+              checkpoint.path_of(kModelName), contents.weights, model_metadata(session)));
+    if (contents.average)
+      files_.emplace_back(kAverageName,
+                          std::make_unique<Writer>(checkpoint.path_of(kAverageName),
+                                                   contents.weights,
+                                                   averaged(model_metadata(session), session)));
+    files_.emplace_back(
+        kStateName,
+        std::make_unique<Writer>(
+            checkpoint.path_of(kStateName), contents.states, safetensors::Metadata{}));
+  }
+  /// Opens those that rank 0 has made, by what its share() says.
+  TrainedFiles(const Session& session, const nlohmann::json& shared) : layout_(layout_of(session)) {
+    const auto contents = contents_of(session);
+    const auto folder = session.options.out / shared.at("folder").get<std::string>();
+    for (const auto& file : shared.at("files")) {
+      const auto name = file.at("name").get<std::string>();
+      files_.emplace_back(
+          name,
+          std::make_unique<Writer>(folder / name,
+                                   name == kStateName ? contents.states : contents.weights,
+                                   Writer::Shared{file.at("temporary"), file.at("data_begin")}));
+    }
+  }
+
+  nlohmann::json share(const checkpoint::Writer& checkpoint) {
+    nlohmann::json files = nlohmann::json::array();
+    for (const auto& [name, file] : files_) {
+      const auto shared = file->share();
+      files.push_back(
+          {{"name", name}, {"temporary", shared.temporary}, {"data_begin", shared.data_begin}});
+    }
+    return {{"folder", checkpoint.path_of(kStateName).parent_path().filename().native()},
+            {"files", files}};
+  }
+
+  /// All that this rank has to write.
+  void write(Session& session) {
+    const Optimizer& optimizer = session.trainer->optimizer();
+    const auto& ranks = session.trainer->options().ranks;
+    // of several copies the first is written, and by its first rank what all have
+    if (ranks.rank >= ranks.shard_world) return;
     session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
-      const Slot slot{t.value.detach(), {}, t.states, t.id};
-      const auto write = [&](auto& file, const at::Tensor& tensor) {
-        files.split(t.name, tensor, [&](const std::string& name, const at::Tensor& piece) {
-          file->write(name, host_bytes(piece));
-        });
-      };
-      if (model) write(model, optimizer.evaluation_weights(slot));
-      if (ema) write(ema, optimizer.averaged_weights(slot));
-      for (const auto& [name, tensor] : state_of(t, session))
-        state.write(name, host_bytes(tensor.cpu().contiguous()));
+      if (ranks.rank > 0 && t.whole.empty()) return false;
+      const Slot slot{t.value.detach(), {}, t.states, t.id, t.offset};
+      for (const auto& [name, file] : files_) {
+        if (name == kStateName) {
+          for (const auto& [state, first, values] : state_of(t, session))
+            put(*file, state, first, values);
+        } else {
+          const at::Tensor weights = name == kModelName ? optimizer.evaluation_weights(slot)
+                                                        : optimizer.averaged_weights(slot);
+          layout_.split_part(
+              t.name,
+              weights,
+              t.offset,
+              [&](const std::string& piece, int64_t first, const at::Tensor& values) {
+                put(*file, piece, first, values);
+              });
+        }
+      }
       return false;
     });
-    if (model) model->commit();
-    if (ema) ema->commit();
-    state.commit();
   }
-  if (full) writer.added(kModelName);
-  if (average) writer.added(kAverageName);
-  writer.added(kStateName);
-}
+
+  /// Of each file, in order.
+  std::vector<std::vector<Writer::Range>> leave() {
+    std::vector<std::vector<Writer::Range>> out;
+    for (const auto& [name, file] : files_) out.push_back(file->leave());
+    return out;
+  }
+  void add_written(size_t file, std::span<const Writer::Range> ranges) {
+    files_.at(file).second->add_written(ranges);
+  }
+  size_t size() const { return files_.size(); }
+
+  void commit(checkpoint::Writer& checkpoint) {
+    for (const auto& [name, file] : files_) file->commit();
+    for (const auto& [name, file] : files_) checkpoint.added(name);
+  }
+
+ private:
+  static dit::FileTensors layout_of(const Session& session) {
+    return dit::FileTensors(session.config, session.options.model_layout);
+  }
+  static void put(Writer& file, const std::string& name, int64_t first, const at::Tensor& values) {
+    file.write_part(name,
+                    static_cast<uint64_t>(first) * values.element_size(),
+                    host_bytes(values.cpu().contiguous()));
+  }
+
+  dit::FileTensors layout_;
+  std::vector<std::pair<std::string, std::unique_ptr<Writer>>> files_;
+};
 
 // What a resumed run must repeat, by the words of messages; all but the model's hash, which takes
 // its time.
@@ -201,20 +312,11 @@ void refuse(const std::string& name,
 
 }  // namespace
 
-std::filesystem::path save(Session& session) {
-  if (session.model_sha256.wait_for(std::chrono::seconds(1)) != std::future_status::ready) {
-    log::info("waiting for the hash of {}", show(session.options.model));
-  }
-  const Options& o = session.options;
-  const at::NoGradGuard no_grad;
-  session.trainer->flush();
-  checkpoint::Writer writer(o.out, session.step);
-  if (o.method == Method::kLora) {
-    save_lora(session, writer, /*average=*/false);
-    if (session.trainer->optimizer().keeps_average()) save_lora(session, writer, /*average=*/true);
-  }
-  save_trained(session, writer);
+namespace {
 
+/// Beside the files of tensors.
+nlohmann::json record_of(const Session& session) {
+  const Options& o = session.options;
   nlohmann::json record = identity(session);
   record["model_sha256"] = session.model_sha256.get();
   record["position"] = {{"epoch", session.position.epoch}, {"batch", session.position.batch}};
@@ -227,10 +329,66 @@ std::filesystem::path save(Session& session) {
                           {"command_line", printable(o.command_line)},
                           {"device", session.device.str()},
                           {"attention", attention_word(session)}};
-  const auto folder = writer.commit(std::move(record));
-  log::info("saved {}", show(folder));
+  return record;
+}
+
+}  // namespace
+
+std::filesystem::path save(Session& session) {
+  const bool shared = shares_weights(session);
+  if (!shared && !session.leads()) return {};
+  if (session.leads() &&
+      session.model_sha256.wait_for(std::chrono::seconds(1)) != std::future_status::ready)
+    log::info("waiting for the hash of {}", show(session.options.model));
+  const Options& o = session.options;
+  const at::NoGradGuard no_grad;
+  session.trainer->flush();
+  std::optional<checkpoint::Writer> writer;
+  std::optional<TrainedFiles> files;
+  const auto jointly = [&](const std::function<void()>& work) {
+    shared ? together(session, work) : work();
+  };
+  std::string place;
+  jointly([&] {
+    if (!session.leads()) return;
+    require_free_space(o.out, checkpoint_bytes(session));  // rather than to find out at the end
+    writer.emplace(o.out, session.step);
+    if (o.method == Method::kLora) {
+      save_lora(session, *writer, /*average=*/false);
+      if (session.trainer->optimizer().keeps_average())
+        save_lora(session, *writer, /*average=*/true);
+    }
+    files.emplace(session, *writer);
+    if (shared) place = files->share(*writer).dump();
+  });
+  if (shared) place = gather_bytes(session, place)[0];
+  std::vector<std::vector<safetensors::ScatteredWriter::Range>> written;  // by file; of the others
+  jointly([&] {
+    if (session.leads()) return files->write(session);
+    TrainedFiles joined(session, nlohmann::json::parse(place));
+    joined.write(session);
+    written = joined.leave();
+  });
+  if (shared) {
+    const auto num_files = nlohmann::json::parse(place).at("files").size();
+    written.resize(num_files);
+    for (size_t i = 0; i < num_files; ++i) {
+      const auto all = gather_values<safetensors::ScatteredWriter::Range>(session, written[i]);
+      if (session.leads())
+        for (const auto& ranges : all) files->add_written(i, ranges);
+    }
+  }
+  std::filesystem::path folder;
+  jointly([&] {
+    if (!session.leads()) return;
+    files->commit(*writer);
+    folder = writer->commit(record_of(session));
+    log::info("saved {}", show(folder));
+  });
   return folder;
 }
+
+uint64_t checkpoint_bytes(const Session& session) { return contents_of(session).bytes; }
 
 std::filesystem::path weights_in(const std::filesystem::path& checkpoint) {
   return checkpoint / kModelName;
@@ -312,33 +470,33 @@ void restore(Session& session, const checkpoint::Checkpoint& checkpoint) {
   } catch (const InputError& error) {
     throw CacheError(error.what());
   }
+  const auto wanted = contents_of(session).states;
+  for (const auto& [name, dtype, shape] : wanted) {
+    const auto found = saved.tensors.find(name);
+    if (found != saved.tensors.end() && dtype_of(found->second) == dtype &&
+        found->second.sizes() == shape)
+      continue;
+    throw CacheError(fmt::format(
+        "{}: {} is {}, expected {} [{}]",
+        show(file),
+        name,
+        found == saved.tensors.end()
+            ? "absent"
+            : fmt::format("{} {}", dtype_name(dtype_of(found->second)), shape_text(found->second)),
+        dtype_name(dtype),
+        fmt::join(shape, ", ")));
+  }
+  if (saved.tensors.size() != wanted.size()) {
+    throw CacheError(fmt::format(
+        "{}: {} tensors, expected {}", show(file), saved.tensors.size(), wanted.size()));
+  }
   const at::NoGradGuard no_grad;
-  size_t num_wanted = 0;
   session.trainer->model().for_all_trainables([&](engine::Trainable& t) {
-    for (const auto& [name, tensor] : state_of(t, session)) {
-      ++num_wanted;
-      const auto found = saved.tensors.find(name);
-      if (found == saved.tensors.end() || found->second.sizes() != tensor.sizes() ||
-          found->second.scalar_type() != tensor.scalar_type()) {
-        throw CacheError(fmt::format("{}: {} is {}, expected {} {}",
-                                     show(file),
-                                     name,
-                                     found == saved.tensors.end()
-                                         ? "absent"
-                                         : fmt::format("{} {}",
-                                                       c10::toString(found->second.scalar_type()),
-                                                       shape_text(found->second)),
-                                     c10::toString(tensor.scalar_type()),
-                                     shape_text(tensor)));
-      }
-      tensor.copy_(found->second);
-    }
+    for (const auto& [name, first, values] : state_of(t, session))
+      values.copy_(
+          saved.tensors.at(name).view({-1}).narrow(0, first, values.numel()).view(values.sizes()));
     return true;
   });
-  if (saved.tensors.size() != num_wanted) {
-    throw CacheError(
-        fmt::format("{}: {} tensors, expected {}", show(file), saved.tensors.size(), num_wanted));
-  }
   try {
     session.trainer->optimizer().set_numbers(
         checkpoint.state.value("optimizer_numbers", std::map<std::string, double>()));

@@ -1,5 +1,6 @@
 // pipelines/train/save.h - a session to a checkpoint and back.
 #pragma once
+#include <cstdint>
 #include <filesystem>
 
 #include "formats/checkpoint/checkpoint.h"
@@ -11,7 +12,13 @@ namespace flux::train {
 /// training needs: float32 adapters, states of the optimizer), state.json; with --ema-decay ema.safetensors, the averaged
 /// weights as the first file has the others. Blocks that stream are written one at a time.
 /// Waits for the model's hash. Throws ResourceError if the disk is full; older checkpoints stay.
+/// Called by all ranks. Where they share the weights each writes its parts into rank 0's files, and a failure in one is one
+/// in all (together()); else rank 0 alone writes. The bytes are the same for any number of ranks. Returns the folder in
+/// rank 0.
 std::filesystem::path save(Session& session);
+
+/// Of state.safetensors and a full fine-tuning's weights: nearly all that save() writes.
+uint64_t checkpoint_bytes(const Session& session);
 
 /// The weights that a checkpoint of a full fine-tuning goes on with, by its folder.
 std::filesystem::path weights_in(const std::filesystem::path& checkpoint);

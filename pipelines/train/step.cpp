@@ -13,6 +13,7 @@
 #include "common/tensor/weight_file.h"
 #include "common/train/flow_loss.h"
 #include "pipelines/train/dump.h"
+#include "pipelines/train/ranks.h"
 
 namespace flux::train {
 namespace {
@@ -91,14 +92,15 @@ std::string dumped(Session& session,
            !batch.pooled_embedding.isfinite().all().item<bool>();
   }
   if (const std::string name = data ? "" : spoilt_weight(session); !name.empty())
-    throw InputError(fmt::format("{}: tensor '{}' has values that are not finite (step {}: {}){}",
-                                 show(session.file->path()),
-                                 printable(name),
-                                 session.step + 1,
-                                 reason.what(),
-                                 dump),
-                     "the file is damaged: download or convert it again");
-  throw InputError(
+    throw CommonFailure(
+        fmt::format("{}: tensor '{}' has values that are not finite (step {}: {}){}",
+                    show(session.file->path()),
+                    printable(name),
+                    session.step + 1,
+                    reason.what(),
+                    dump),
+        "the file is damaged: download or convert it again");
+  throw CommonFailure(
       fmt::format("step {}: {}, on {}{}",
                   session.step + 1,
                   reason.what(),

@@ -19,8 +19,9 @@ void plan_validation(Session& session,
                      const engine::StepShape& shape);
 
 /// The loss of the held-out samples at each noise level, by the weights as they are. Noise, captions and latents are the
-/// same at every call. Changes nothing that training sees. Nothing if a signal came meanwhile. Throws InputError naming the
-/// samples whose loss is not finite; what TrainingData::load_held_out() throws.
+/// same at every call. Changes nothing that training sees. Nothing if a signal came meanwhile. Called by all ranks, which
+/// share the work; each has the bits that one would have. Throws CommonFailure naming the samples whose loss is not
+/// finite; what TrainingData::load_held_out() throws.
 std::optional<Validation> validate(Session& session);
 
 }  // namespace flux::train

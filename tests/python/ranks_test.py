@@ -1,6 +1,6 @@
 """Several ranks train one run: ranks_test.py BIN_DIR FIXTURES PART
 
-Parts: flags torchrun mpirun (how they are started), sums, resume, failures. A launcher that is not installed is skipped by name (77).
+Parts: flags torchrun mpirun (how they are started), sums, resume, watching, failures. A launcher that is not installed is skipped by name (77).
 """
 import json
 import os
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from training_run import tensors
 
 BIN, FIXTURES = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "LC_ALL": "C"}
@@ -59,16 +61,6 @@ def run_ranks(world, out, *more, **kind):
     return succeed(start_ranks(world, out, *more, **kind))
 
 
-def tensors(path):
-    """The bytes of each tensor, without the file's metadata."""
-    data = path.read_bytes()
-    size, = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8:8 + size])
-    header.pop("__metadata__", None)
-    return {name: (entry["dtype"], data[8 + size + entry["data_offsets"][0]:8 + size + entry["data_offsets"][1]])
-            for name, entry in header.items()}
-
-
 def weights(out, step=5, name="lora"):
     return tensors(out / f"step-{step:06d}/{name}.safetensors")
 
@@ -104,10 +96,15 @@ def started_by_flags(folder):
     check_launched(out, folder)
 
 
-def started_by_torchrun(folder):
+def find_torchrun():
     torchrun = pathlib.Path(os.environ.get("FLUX_STAGES_CACHE") or pathlib.Path.home() / ".cache/flux-stages") / "peers/bin/torchrun"
     if not torchrun.exists():
         skip("torchrun is not installed: scripts/setup --peers")
+    return torchrun
+
+
+def started_by_torchrun(folder):
+    torchrun = find_torchrun()
     out = folder / "out"
     code, stdout, error = finish(start([torchrun, "--standalone", "--nproc-per-node", "2", "--no-python",
                                         *command(out, "--gradient-accumulation", BATCHES // 2, "--exact-reduction")]))
@@ -159,6 +156,65 @@ def resume(folder):
         run_ranks(world, out, "--exact-reduction", "--resume", "--max-steps", steps)
         assert not differ(weights(one, steps), weights(out, steps)), f"{world} ranks up to step {steps}"
         assert not differ(weights(one, steps, "state"), weights(out, steps, "state")), f"{world} ranks up to step {steps}"
+
+
+def frames(path):
+    """The compressed chunks of an HDF5 file of ours (RFC 8878), which hold all but the words of its attributes."""
+    data, out, at = path.read_bytes(), [], 0
+    while (start := data.find(b"\x28\xb5\x2f\xfd", at)) >= 0:
+        descriptor = data[start + 4]
+        single = descriptor >> 5 & 1
+        at = start + 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
+        last = False
+        while not last:
+            header = int.from_bytes(data[at:at + 3], "little")
+            last, kind, size = header & 1, header >> 1 & 3, header >> 3
+            at += 3 + (1 if kind == 1 else size)
+        at += 4 if descriptor & 4 else 0
+        out.append(data[start:at])
+    assert out, f"{path} has no chunks"
+    return out
+
+
+WATCHED = ("--max-steps", 4, "--validation-split", 0.3, "--validate-every", 2, "--sample-every", 2, "--sample-count", 3, "--sample-steps", 2, "--prompts",
+           FIXTURES / "prompts")
+
+
+def validations(out):
+    return [{**line["validation"], "seconds": None} for line in metrics(out) if "validation" in line]
+
+
+def check_watched(one, other, world):
+    """Losses of held-out samples and pictures on the way: equal to the bit."""
+    assert len(validations(one)) == 2 and validations(one) == validations(other), (world, validations(one), validations(other))
+    pictures = sorted((one / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-000002.h5", "step-000004.h5"]
+    for path in pictures:
+        assert frames(path) == frames(other / "samples" / path.name), f"{world} ranks: {path.name}"
+    assert json.loads((one / "best.json").read_text())["loss"] == json.loads((other / "best.json").read_text())["loss"]
+
+
+def watching(folder):
+    """Ranks share held-out samples and pictures; some ranks get none, and a signal to one ends both for all."""
+    run_ranks(1, folder / "one", *WATCHED)
+    for world in (2, 4):
+        run_ranks(world, folder / f"ranks{world}", "--exact-reduction", *WATCHED)
+        check_watched(folder / "one", folder / f"ranks{world}", world)
+    # weights that stream pass by once for several batches
+    streams = ("--resident-blocks", 0, "--exact-reduction", *WATCHED)
+    run_ranks(4, folder / "streamed", *streams)
+    check_watched(folder / "one", folder / "streamed", 4)
+    # while pictures are sampled
+    long = [word if word != 2 else 1000 if WATCHED[i - 1] == "--sample-steps" else 2 for i, word in enumerate(WATCHED)]
+    out = folder / "interrupted"
+    processes = start_ranks(2, out, *long, "--exact-reduction")
+    wait_for(lambda: (out / "metrics.jsonl").exists() and metrics_so_far(out)[-1:] and metrics_so_far(out)[-1]["step"] == 2, processes)
+    time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _, _ in (finish(process) for process in processes)] == [143, 143]
+    assert not list((out / "samples").glob("*")) and (out / "step-000002").exists()
+    run_ranks(4, out, "--exact-reduction", "--resume", *WATCHED)
+    check_watched(folder / "one", out, 4)
 
 
 def failures(folder):
@@ -217,7 +273,7 @@ def skip(why):
 
 
 PARTS = {"flags": started_by_flags, "torchrun": started_by_torchrun, "mpirun": started_by_mpirun, "sums": sums, "resume": resume,
-         "failures": failures}
+         "watching": watching, "failures": failures}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="flux-ranks-") as name:

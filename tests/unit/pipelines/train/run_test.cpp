@@ -13,6 +13,7 @@
 #include "common/core/cancel.h"
 #include "common/core/file.h"
 #include "common/core/hash.h"
+#include "common/core/process.h"
 #include "common/core/text.h"
 #include "common/tensor/weight_file.h"
 #include "formats/cache/lock.h"
@@ -521,6 +522,39 @@ TEST(Train, SavesAndStopsOnASignal) {
   EXPECT_EQ(report.exit_code, ExitCode::kInterrupt);
   EXPECT_GE(report.steps, 2);
   EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{report.steps}));
+}
+
+TEST(Train, SavesBeforeItsTimeIsOverAndGoesOn) {
+  Scene scene, whole;
+  scene.options.max_steps = 1'000'000;
+  const double limit = process_seconds() + 6;
+  scene.options.time_limit = limit;
+  const Report report = run(scene.options);
+  EXPECT_EQ(report.exit_code, ExitCode::kTerminate);
+  EXPECT_LT(process_seconds(), limit);
+  EXPECT_GT(process_seconds(), limit - 5) << "it need not have ended yet";
+  EXPECT_GE(report.steps, 2);
+  EXPECT_EQ(checkpoint::steps_in(scene.options.out), (std::vector<int64_t>{report.steps}));
+  scene.options.resume = true;
+  scene.options.time_limit = process_seconds() + 1000;
+  scene.options.max_steps = whole.options.max_steps = report.steps + 2;
+  EXPECT_EQ(run(scene.options).exit_code, ExitCode::kOk);
+  EXPECT_EQ(run(whole.options).exit_code, ExitCode::kOk);
+  const auto name = fmt::format("step-{:06d}", report.steps + 2);
+  EXPECT_EQ(read_file(scene.options.out / name / "state.safetensors"),
+            read_file(whole.options.out / name / "state.safetensors"));
+}
+
+TEST(Train, ALimitInWhichNoStepFitsMakesNone) {
+  Scene scene;
+  scene.options.time_limit = process_seconds() + 1;
+  EXPECT_EQ(run(scene.options).exit_code, ExitCode::kTerminate);
+  EXPECT_TRUE(checkpoint::steps_in(scene.options.out).empty());
+  scene.options.time_limit = 1e-9;  // over before anything was read
+  EXPECT_THROW(run(scene.options), Interrupted);
+  scene.options.time_limit = 0;
+  scene.options.replace = true;
+  EXPECT_EQ(run(scene.options).exit_code, ExitCode::kOk) << "a limit is of one run";
 }
 
 TEST(Train, SavesWhatIsDoneIfASegmentIsDamaged) {
