@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/core/log.h"
+#include "common/core/text.h"
 #include "common/dist/run_state.h"
 
 namespace flux::dist {
@@ -82,7 +83,10 @@ c10::intrusive_ptr<c10d::Work> Group::State::start(const at::Tensor& tensor,
   try {
     return operation(of(tensor));
   } catch (const c10::DistError& error) {
-    run->broken(first_line(error));
+    // NCCL says in the last of several lines what was wrong
+    std::string text = error.what_without_backtrace();
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    run->broken(printable(text));
   }
 }
 

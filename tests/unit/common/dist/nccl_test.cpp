@@ -56,7 +56,7 @@ struct FakeBackend : c10d::Backend {
     EXPECT_EQ(tensor.scalar_type(), at::kByte);
     calls.push_back(name);
     if (behaviour == Behaviour::kDoesNotStart)
-      C10_THROW_ERROR(DistBackendError, "NCCL error: unhandled system error\nmore");
+      C10_THROW_ERROR(DistBackendError, "NCCL error: invalid usage\nDuplicate GPU detected");
     auto work = c10::make_intrusive<FakeWork>();
     works.push_back(work);
     if (behaviour == Behaviour::kWorks) work->end();
@@ -178,7 +178,7 @@ TEST_F(GpuTensors, AreAbortedWhenARankFails) {
 TEST_F(GpuTensors, WhoseTransferFailsEndAllRanks) {
   for (const auto& [behaviour, text] :
        {std::pair(Behaviour::kFails, "NCCL watchdog: remote process exited"),
-        std::pair(Behaviour::kDoesNotStart, "NCCL error: unhandled system error")}) {
+        std::pair(Behaviour::kDoesNotStart, "NCCL error: invalid usage Duplicate GPU detected")}) {
     FakeBackend::behaviour = behaviour;
     made.clear();
     const auto errors = as_ranks(
