@@ -1,11 +1,12 @@
-"""pipelines/recipes does what its README says: recipes_test.py BIN_DIR make|slurm
+"""pipelines/recipes does what its README says: recipes_test.py BIN_DIR make|parallel|slurm
 
-`make` runs shards.mk; `slurm` runs the job scripts with a stand-in for sbatch and srun that runs each task at once, with Slurm's
+`make` runs shards.mk, `parallel` its work list by GNU parallel (skipped by name, 77, where that is not installed); `slurm` runs the job scripts with a stand-in for sbatch and srun that runs each task at once, with Slurm's
 variables. Both merged caches must hold the very samples of caches made in one piece.
 """
 import json
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import sys
@@ -47,7 +48,27 @@ def samples(bin_dir, cache):
     return sorted((sample["key"], sample["tensor_xxh3"]) for sample in found["samples"])
 
 
+def failing_part(run, work):
+    """A part that fails is in the log with its exit code; nothing is merged, and again only that part is run."""
+    run("make", "-f", RECIPES / "shards.mk", "list", "SHARDS=3", "LAUNCH=test $(part) != 1 &&", "WORK=failing", out=work.parent / "work.list")
+    lines = (work.parent / "work.list").read_text().splitlines()
+    assert len(lines) == 6 and all(line.startswith("test ") for line in lines), lines
+    parallel = ["parallel", "--joblog", work.parent / "work.log", "--resume-failed", "--jobs", "2"]
+    assert run(*parallel, stdin=work.parent / "work.list", code=None)[0] == 2, "two parts fail"
+    ended = [line.split("\t") for line in (work.parent / "work.log").read_text().splitlines()[1:]]
+    assert sorted(line[6] for line in ended) == ["0"] * 4 + ["1"] * 2, ended
+    code, said = run("make", "-f", RECIPES / "shards.mk", "merge", "SHARDS=3", "WORK=failing", code=None)
+    assert code and "1-of-3" in said, said
+    (work.parent / "work.list").write_text("\n".join(line.split("&& ", 1)[1] for line in lines) + "\n")
+    run(*parallel, stdin=work.parent / "work.list")
+    assert len((work.parent / "work.log").read_text().splitlines()) == 1 + 6 + 2, "more than the failed parts were run"
+    run("make", "-f", RECIPES / "shards.mk", "merge", "SHARDS=3", "WORK=failing")
+
+
 def main(bin_dir, which):
+    if which == "parallel" and not shutil.which("parallel"):
+        print("skipped: GNU parallel is not installed: apt-get install parallel")
+        return 77
     bin_dir = pathlib.Path(bin_dir).resolve()
     with tempfile.TemporaryDirectory(prefix="flux-recipes-") as folder:
         folder = pathlib.Path(folder)
@@ -64,9 +85,15 @@ def main(bin_dir, which):
             "AE": str(models / "ae.safetensors"), "CLIP": str(models / "clip.safetensors"), "T5": str(models / "t5.safetensors"),
             "T5_TOKENIZER": str(models / "tokenizers/t5/spiece.model"), "CLIP_TOKENIZER": str(models / "tokenizers/clip")}
 
-        def run(*command):
-            result = subprocess.run([str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True)
-            assert result.returncode == 0, f"{command}:\n{result.stdout}{result.stderr}"
+        def run(*command, code=0, stdin=None, out=None):
+            """What it says; with code None the exit code too, which is 0 else. `out` takes stdout."""
+            result = subprocess.run([str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True,
+                                    input=stdin.read_text() if stdin else None)
+            if out:
+                out.write_text(result.stdout)
+            if code is None:
+                return result.returncode, result.stdout + result.stderr
+            assert result.returncode == code, f"{command}:\n{result.stdout}{result.stderr}"
             return result.stdout + result.stderr
 
         run(ROOT / "scripts/demo-pictures", images, "7")
@@ -75,6 +102,8 @@ def main(bin_dir, which):
         def recipe():
             if which == "make":
                 return run("make", "-f", RECIPES / "shards.mk", "-j", "2", "SHARDS=3")
+            if which == "parallel":
+                return run("make", "-f", RECIPES / "shards.mk", "parallel", "SHARDS=3")
             return run(RECIPES / "slurm/submit", "3", "2")
 
         recipe()
@@ -96,6 +125,8 @@ def main(bin_dir, which):
         recipe()
         changed = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
         assert "text" in changed and "latents" not in changed, changed
+        if which == "parallel":
+            failing_part(run, work)
     return 0
 
 
