@@ -38,8 +38,8 @@ SMALLER = [
 
 # What cannot be run here: (pattern, reason, how it is checked instead).
 NOT_RUN = [
-    (r"(torchrun|srun|mpirun) ", "needs the launcher; tests/python/ranks_test.py runs ranks", "parse"),
-    (r"(PARTS=\d+ )?sbatch |pipelines/recipes/slurm/submit", "needs Slurm; tests/python/recipes_test.py runs the recipes", "script"),
+    (r"(torchrun|srun|mpirun) ", "needs the launcher; tests/python/ranks_test.py and slurm_test.py run ranks", "parse"),
+    (r"([A-Z]+=\S+ )*sbatch |pipelines/recipes/slurm/submit", "needs Slurm; tests/python/slurm_test.py runs the recipes", "script"),
     (r".*--device cuda", "needs a GPU", "parse"),
     (r".*--geometry (dev|t5-xxl)", "writes up to 23.8 GB", "parse"),
     (r"([A-Z]+=\S+ )*(cmake|ctest) ", "builds the project", "preset"),
@@ -52,7 +52,7 @@ NOT_RUN = [
 ]
 
 # Besides the programs here: what may begin a line of a block that is run.
-SHELL = (r"printf|echo|export|cp|mkdir|ls|cat|mv|rm|test|cd|nohup|timeout|python3?|pip|make|cmake|ctest|ninja|"
+SHELL = (r"printf|echo|export|cp|mkdir|ls|cat|mv|rm|test|cd|nohup|timeout|python3?|pip|make|parallel|cmake|ctest|ninja|"
          r"torchrun|srun|mpirun|sbatch|tensorboard|rsync|scp|ssh|nvidia-smi")
 PROGRAM = r"flux-(?:cache-latents|cache-text|cache|check|decode|lora|model|sample|train)"
 COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z_0-9]+=\S* )*(?:{PROGRAM}|scripts/\S+|pipelines/\S+|demo/\S+|{SHELL})(?=\s|$)")
@@ -279,6 +279,8 @@ class Pages:
             return None
         if not shutil.which("jq"):  # the output is JSON all the same
             small = re.sub(r"\bjq -r '[^']*'", "python3 -m json.tool", small)
+        if not shutil.which("parallel"):  # its list is one of commands
+            small = re.sub(r"^parallel .*<", "bash -e ", small)
         if "--tuned run/" in small and not list(stage.folder.glob("run/*/model.safetensors")):
             stage.tuned()
         self.ran += 1

@@ -258,6 +258,7 @@ def whole_job(cluster):
     assert all(number.isdigit() for number in ids.values()), ids
     for name in ("merge-latents", "merge-text", "train", "sample"):
         cluster.end(ids[name], seconds=240)
+    assert [cluster.show(f"{ids['cache-latents']}_{part}")["Restarts"] for part in range(3)] == ["1", "0", "0"]
     whole = folder / "whole"
     cluster.run(BIN / "flux-cache-latents", "--images", images, "--resolution", "64x64", "--ae", variables["AE"], "--out", whole / "latents")
     for kind in ("latents", "text"):
