@@ -153,7 +153,8 @@ std::unique_ptr<Group> Group::part(const std::string& name, std::span<const int6
   state->whole = false;
   // a connection of its own: one that waits for a key keeps others waiting
   state->store = c10::make_intrusive<c10d::PrefixStore>(
-      fmt::format("part/{}/{}", name, ranks.front()), state_->store->clone());
+      fmt::format("part/{}/{}", name, ranks.front()),
+      run.with_store([&] { return state_->store->clone(); }));
   State& s = *state;
   auto group = std::unique_ptr<Group>(new Group(std::move(state)));
   if (s.world > 1) s.cpu = connect(run, s.store, s.rank, s.world);
@@ -162,7 +163,13 @@ std::unique_ptr<Group> Group::part(const std::string& name, std::span<const int6
 
 Group::~Group() {
   RunState& run = *state_->run;
-  if (!run.has_failed && state_->gpu) state_->gpu->shutdown();
+  if (!run.has_failed && state_->gpu) {
+    try {
+      state_->gpu->shutdown();
+    } catch (const std::exception& error) {
+      log::warn("connections between GPUs: {}", first_line(error));
+    }
+  }
   if (state_->whole) run.end();
   if (!run.has_failed) return;
   state_->abort_gpu();
@@ -209,7 +216,7 @@ void Group::barrier() {
 std::vector<std::string> Group::gather(const std::string& name, const std::string& mine) {
   State& s = *state_;
   s.run->check();
-  s.store->set(fmt::format("gather/{}/{}", name, s.rank), mine);
+  s.run->with_store([&] { s.store->set(fmt::format("gather/{}/{}", name, s.rank), mine); });
   std::vector<std::string> all;
   if (s.rank != 0) return all;
   for (int64_t rank = 0; rank < s.world; ++rank)
@@ -223,7 +230,7 @@ std::string Group::share(const std::string& name, const std::string& text) {
   s.run->check();
   const std::string key = "share/" + name;
   if (s.rank == 0) {
-    s.store->set(key, text);
+    s.run->with_store([&] { s.store->set(key, text); });
     return text;
   }
   return s.run->get(*s.store, key, s.run->options.operation);

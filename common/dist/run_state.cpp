@@ -49,7 +49,8 @@ std::shared_ptr<RunState> RunState::meet_and_watch(const Launch& launch,
   std::thread([run] { run->guard(); }).detach();
   try {
     run->meeting = meet(launch, address_file, options.start, [&] { run->answered(); });
-    run->meeting.store->set(fmt::format("who/{}", launch.rank), this_process());
+    run->with_store(
+        [&] { run->meeting.store->set(fmt::format("who/{}", launch.rank), this_process()); });
   } catch (...) {
     run->end();
     throw;
@@ -215,6 +216,14 @@ void RunState::beat(c10d::Store& store, Seen& seen) {
     store.set("failed", store.get_to_str("trouble") + "; all ranks are alive");
 }
 
+void RunState::note_store_is_gone(const std::exception& error) {
+  note(fmt::format(
+      "rank {}: the store of the run is gone ({}): {} was killed, ended or cannot be reached",
+      launch.rank,
+      first_line(error),
+      keeper_of_store()));
+}
+
 void RunState::watch() {
   const auto store = meeting.store_of_watch;
   Seen seen;
@@ -222,12 +231,7 @@ void RunState::watch() {
     try {
       beat(*store, seen);
     } catch (const std::exception& error) {
-      if (!leaving_)
-        note(fmt::format(
-            "rank {}: the store of the run is gone ({}): {} was killed, ended or cannot be reached",
-            launch.rank,
-            first_line(error),
-            keeper_of_store()));
+      if (!leaving_) note_store_is_gone(error);
     }
     for (milliseconds slept{0}; slept < kBeat && !leaving_ && !has_failed; slept += kTick)
       std::this_thread::sleep_for(kTick);

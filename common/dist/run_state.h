@@ -1,5 +1,7 @@
 // common/dist/run_state.h - what all groups of a run share in one rank: its store, and whether anybody has failed.
 #pragma once
+#include <c10/util/Exception.h>
+
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -49,6 +51,16 @@ struct RunState {
   void wait(c10d::Work& work);
   /// An operation failed: finds out whose fault it is, and throws that.
   [[noreturn]] void broken(const std::string& why);
+  /// What `use` of the store returns. Throws if the store is gone.
+  template <typename Use>
+  auto with_store(const Use& use) {
+    try {
+      return use();
+    } catch (const c10::Error& error) {
+      note_store_is_gone(error);
+      throw_failure();
+    }
+  }
   /// The value of a key of `store`, when it is there.
   std::string get(c10d::Store& store, const std::string& key, std::chrono::seconds limit);
   /// See Group.
@@ -69,6 +81,7 @@ struct RunState {
   milliseconds awake() const { return milliseconds(awake_ms_.load()); }
   void answered() { last_answer_ms_ = awake_ms_.load(); }
   std::string keeper_of_store() const;
+  void note_store_is_gone(const std::exception& error);
   void watch();
   void beat(c10d::Store& store, Seen& seen);
   void guard();
