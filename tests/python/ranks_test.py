@@ -1,12 +1,15 @@
 """Several ranks train one run: ranks_test.py BIN_DIR FIXTURES PART
 
-Parts: flags torchrun mpirun (how they are started), sums, resume, watching, failures. A launcher that is not installed is skipped by name (77).
+Parts: flags torchrun mpirun (how they are started), sums, resume, watching, failures, and the same of weights that
+ranks share (full_*). A launcher that is not installed is skipped by name (77).
 """
+import functools
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -23,11 +26,11 @@ BATCHES = 4  # an update, of all ranks
 
 
 def command(out, *more):
-    options = {"--latents": FIXTURES / "latents", "--text": FIXTURES / "text", "--model": FIXTURES / "models/flux.safetensors", "--rank": 4,
-               "--learning-rate": 0.01, "--seed": 3, "--batch-size": 1, "--max-steps": 5, "--out": out}
+    method = () if "full" in more else ("--rank", 4)
+    options = {"--latents": FIXTURES / "latents", "--text": FIXTURES / "text", "--model": FIXTURES / "models/flux.safetensors", "--learning-rate": 0.01, "--seed": 3, "--batch-size": 1, "--max-steps": 5, "--out": out}
     for name in options.keys() & set(more):  # each is given once
         del options[name]
-    return [str(part) for part in (BIN / "flux-train", *(word for option in options.items() for word in option), *more)]
+    return [str(part) for part in (BIN / "flux-train", *(word for option in options.items() for word in option), *method, *more)]
 
 
 def finish(process, seconds=120):
@@ -158,6 +161,139 @@ def resume(folder):
         assert not differ(weights(one, steps, "state"), weights(out, steps, "state")), f"{world} ranks up to step {steps}"
 
 
+FULL = ("--method", "full", "--learning-rate", 0.0005)
+# what decides the numbers, and of 2 and 4 ranks what does not
+FULL_CASES = [
+    (("--precision", "bf16", "--optimizer", "adamw8bit"), {2: (), 4: ("--resident-blocks", 1, "--stream-from", "host")}),
+    (("--precision", "f32", "--optimizer", "adamw", "--clip", "per-parameter", "--model-layout", "diffusers"),
+     {2: ("--resident-blocks", 0, "--stream-from", "file"), 4: ("--stream-states",)}),
+    (("--precision", "bf16", "--optimizer", "adamw", "--weight-mode", "kahan", "--state-dtype", "bf16", "--clip", "none", "--ema-decay", 0.9),
+     {2: ("--resident-blocks", 2, "--stream-states"), 4: ("--dist-shard", 2)}),
+    (("--precision", "f32", "--optimizer", "adamw8bit", "--max-grad-norm", 0.5),
+     {2: ("--dist-shard", 1), 4: ("--resident-blocks", 0, "--stream-from", "file", "--ring-slots", 3)}),
+]
+
+
+def checkpoint(out, step):
+    """Each file of tensors, byte for byte."""
+    return {path.name: path.read_bytes() for path in (out / f"step-{step:06d}").glob("*.safetensors")}
+
+
+def check_same_checkpoint(one, other, step, what):
+    """Also their headers, which say nothing of ranks."""
+    expected, found = checkpoint(one, step), checkpoint(other, step)
+    assert {"model.safetensors", "state.safetensors"} <= expected.keys() == found.keys(), (what, expected.keys(), found.keys())
+    for name, data in expected.items():
+        assert data == found[name], f"{what}: {name}: {differ(tensors(one / f'step-{step:06d}' / name), tensors(other / f'step-{step:06d}' / name))}"
+
+
+def full_exact(precision, folder):
+    """Weights that ranks share: the files of one rank after 20 steps, to the byte, however they lie in memory."""
+    for number, (decides, ranks) in enumerate(FULL_CASES):
+        if precision not in decides:
+            continue
+        one = folder / f"one{number}"
+        run_ranks(1, one, *FULL, "--max-steps", 20, *decides)
+        for world, more in ranks.items():
+            out = folder / f"ranks{world}-{number}"
+            run_ranks(world, out, *FULL, "--max-steps", 20, "--exact-reduction", *decides, *more)
+            check_same_checkpoint(one, out, 20, f"{world} ranks with {decides} {more}")
+            for a, b in zip(metrics(one), metrics(out)):
+                for field in ("loss", "grad_norm", "sample_loss"):
+                    assert a.get(field) == b.get(field), f"{world} ranks, step {a['step']}: {field} {a.get(field)} and {b.get(field)}"
+            assert not [path for path in out.rglob(".*")], "leftovers"
+
+
+def full_plain(folder):
+    """The same within tolerance when each rank adds its own gradients first."""
+    for precision, tolerance in (("f32", 1e-4), ("bf16", 2e-2)):
+        more = (*FULL, "--max-steps", 20, "--precision", precision)
+        one = folder / precision
+        run_ranks(1, one, *more)
+        for world in (2, 4):
+            out = folder / f"{precision}-{world}"
+            run_ranks(world, out, *more)
+            for a, b in zip(metrics(one), metrics(out)):
+                assert abs(a["loss"] - b["loss"]) <= tolerance * abs(a["loss"]), f"{world} ranks, {precision}, step {a['step']}: {a['loss']} and {b['loss']}"
+        expected, found = (floats(weights(folder / name, 20, "model")) for name in ("f32", "f32-2"))
+        for name, values in expected.items():
+            for x, y in zip(values, found[name]):
+                assert abs(x - y) <= 1e-3, f"{name}: {x} and {y}"  # one step may move a weight by half of that
+
+
+def full_resume(folder):
+    """Four ranks, then two, then one, and two again: weights, states and place in the data are those of one rank."""
+    more = (*FULL, "--precision", "bf16", "--optimizer", "adamw8bit", "--ema-decay", 0.9, "--model-layout", "diffusers")
+    one, out = folder / "one", folder / "out"
+    run_ranks(1, one, "--save-every", "1", *more, "--max-steps", 7)
+    for world, steps in ((4, 2), (2, 3), (1, 5), (2, 7)):
+        run_ranks(world, out, "--exact-reduction", "--resume", "--max-steps", steps, *more)
+        check_same_checkpoint(one, out, steps, f"{world} ranks up to step {steps}")
+
+
+def full_watching(folder):
+    """Held-out samples and pictures by weights that ranks share."""
+    more = (*FULL, *WATCHED)
+    run_ranks(1, folder / "one", *more)
+    for world, residency in ((2, ()), (4, ("--resident-blocks", 0)), (4, ("--dist-shard", 2))):
+        out = folder / f"ranks{world}{len(residency)}{residency[0] if residency else ''}"
+        run_ranks(world, out, "--exact-reduction", *more, *residency)
+        check_watched(folder / "one", out, world)
+        check_same_checkpoint(folder / "one", out, 4, f"{world} ranks")
+
+
+def full_failures(folder):
+    """A save that one rank cannot write leaves no half checkpoint; a rank that dies leaves the last one."""
+    out = folder / "full-disk"
+    more = (*FULL, "--save-every", 1, "--max-steps", 3)
+    run_ranks(2, out, *more[:-1], 1)
+    size = (out / "step-000001/state.safetensors").stat().st_size
+    processes = [start(("prlimit", f"--fsize={size // 2}" if rank == 1 else "--nofile=1024", *command(
+        out, *more, "--resume", "--dist-rank", rank, "--dist-world", 2, "--gradient-accumulation", 2))) for rank in range(2)]
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [5, 5], results
+    assert "state.safetensors: writing failed: File too large" in results[1][2] and "ulimit" in results[1][2], results[1][2]
+    assert "rank 1 of 2" in results[0][2] and "state.safetensors: writing failed: File too large" in results[0][2], results[0][2]
+    names = sorted(path.name for path in out.iterdir() if "step-" in path.name)
+    assert names == ["step-000001"], names
+    run_ranks(2, out, *more, "--resume")
+    # --out that is another folder for one of them
+    (folder / "here").mkdir(), (folder / "there").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        store = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [start(command("out", *more, "--dist-rank", rank, "--dist-world", 2, "--dist-store", store, "--gradient-accumulation", 2),
+                       folder=folder / place) for rank, place in enumerate(("here", "there"))]
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [5, 2] and "out is not the folder that rank 0 writes to" in results[1][2], results
+    assert "rank 1 of 2" in results[0][2], results[0][2]
+    # killed between two saves: nothing is saved of a step whose parts are lost
+    out = folder / "killed"
+    processes = start_ranks(2, out, *FULL, "--max-steps", 5000, "--save-every", 4, "--keep-last", 2, "--dist-timeout", 5, "--exact-reduction")
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 9, processes)
+    processes[1].kill()
+    code, _, error = finish(processes[0], 60)
+    assert code == 5 and "rank 1 of 2" in error, (code, error)
+    processes[1].communicate()
+    saved = sorted(int(path.name[5:]) for path in out.glob("step-*"))
+    assert saved and all(step % 4 == 0 for step in saved), saved
+    assert not [path for path in out.iterdir() if path.name.startswith(".step")], "half a checkpoint stays"
+    run_ranks(2, out, *FULL, "--max-steps", saved[-1] + 2, "--exact-reduction", "--resume")
+    one = folder / "one"
+    run_ranks(1, one, *FULL, "--max-steps", saved[-1] + 2)
+    check_same_checkpoint(one, out, saved[-1] + 2, "after a rank was killed")
+    # a signal to one stops all after a step that all save
+    out = folder / "interrupted"
+    processes = start_ranks(2, out, *FULL, "--max-steps", 5000, "--exact-reduction")
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [143, 143], results
+    steps = metrics_so_far(out)[-1]["step"]
+    run_ranks(1, folder / "whole", *FULL, "--max-steps", steps)
+    check_same_checkpoint(folder / "whole", out, steps, "after a signal")
+
+
 def frames(path):
     """The compressed chunks of an HDF5 file of ours (RFC 8878), which hold all but the words of its attributes."""
     data, out, at = path.read_bytes(), [], 0
@@ -273,7 +409,9 @@ def skip(why):
 
 
 PARTS = {"flags": started_by_flags, "torchrun": started_by_torchrun, "mpirun": started_by_mpirun, "sums": sums, "resume": resume,
-         "watching": watching, "failures": failures}
+         "watching": watching, "failures": failures, "full_exact_f32": functools.partial(full_exact, "f32"),
+         "full_exact_bf16": functools.partial(full_exact, "bf16"), "full_plain": full_plain, "full_resume": full_resume,
+         "full_watching": full_watching, "full_failures": full_failures}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="flux-ranks-") as name:
