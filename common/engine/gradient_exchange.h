@@ -1,8 +1,8 @@
 // common/engine/gradient_exchange.h - gradients of a step whose micro-batches run in several ranks.
 //
-// Micro-batch j of a step runs in rank j mod world. A block's gradients travel as one flat float32 tensor, while the block
-// before it computes. Where every rank trains all of a block, all have the sums in the end; where they share it out
-// (Share), each has those of its part.
+// Micro-batch j of a step runs in rank j mod world. Where every rank trains all of a block, its gradients travel as one flat
+// float32 tensor, while the block before it computes, and all ranks have the sums in the end. Where ranks share a block out
+// (Share) each has the sums of its part; they travel in pieces, for such a block is large.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -41,34 +41,37 @@ struct Ranks {
 /// in every rank. Throws what dist::Group throws.
 class GradientExchange {
  public:
-  explicit GradientExchange(const Ranks& ranks) : ranks_(ranks) {}
+  /// `piece`: elements of what is shared out that are on their way at a time, to all ranks together.
+  explicit GradientExchange(const Ranks& ranks, int64_t piece = int64_t{1} << 24)
+      : ranks_(ranks), piece_(piece) {}
 
   /// A micro-batch's backward through the block (-1: through a part of what is outside) is over. Takes its gradients, if
   /// sums are to be exact. `share` as Blocks::share() has it.
   void collected(int64_t block, std::span<Trainable> trainables, const Share* share);
-  /// All micro-batches are through: begins to sum the block's gradients, after those of the block before.
+  /// All micro-batches are through: begins to sum the block's gradients, after those of the block before. With a share the
+  /// sums are in what is owned at once.
   void start(int64_t block, std::span<Trainable> trainables, Share* share);
-  /// The sums of all blocks that were started are in their trainables, or in what is owned of them; without a share the
-  /// trainables must be there still.
+  /// The sums of all blocks that were started are in their trainables, which must be there still.
   void finish();
 
  private:
   /// The trainables that a gradient reached, their gradients one behind the other, with zeros up to a multiple of the
-  /// ranks; or with a share all, as they lie in its record.
+  /// ranks.
   struct Flat {
     std::vector<size_t> indices;
     at::Tensor values;  // float32
   };
-  Flat take(std::span<Trainable> trainables, const Share* share) const;
+  Flat take(std::span<Trainable> trainables) const;
   void put(const Flat& flat, std::span<Trainable> trainables) const;
-  static void put_owned(const at::Tensor& part, Share& share);
-  at::Tensor send(const at::Tensor& values, const Share* share) const;
-  at::Tensor in_order(const at::Tensor& received, const Share* share) const;
-  at::Tensor over_replicas(const at::Tensor& part) const;
+  at::Tensor start_to_send(const at::Tensor& values) const;
   void gather(const at::Tensor& all, const at::Tensor& own) const;
+  void add_shared(std::span<Trainable> trainables, const Share& share, at::Tensor& sum) const;
+  at::Tensor in_order(const at::Tensor& received) const;
+  at::Tensor over_replicas(const at::Tensor& piece) const;
 
   Ranks ranks_;
-  /// Exact: by block and first trainable, this rank's part of the sum so far.
+  int64_t piece_;
+  /// Exact: by block and first trainable that was reached, this rank's part of the sum so far.
   struct Part {
     Flat flat;  // its values are reused for what comes back
     at::Tensor sum;
@@ -79,7 +82,6 @@ class GradientExchange {
     Flat flat;
     at::Tensor received;
     std::span<Trainable> trainables;
-    Share* share = nullptr;
   };
   std::optional<Started> started_;
 };

@@ -82,10 +82,11 @@ ModelBlocks::~ModelBlocks() = default;
 
 bool ModelBlocks::is_plan() const { return options_.device.is_meta(); }
 
-std::vector<at::Tensor> ModelBlocks::new_states(const at::Tensor& value) {
+std::vector<at::Tensor> ModelBlocks::new_states(const at::Tensor& value, int64_t offset) {
   const MemoryScope scope(MemoryCause::kOptimizer);
   std::vector<at::Tensor> states;
-  for (const StateTensor& state : optimizer_.state_layout(value.sizes(), value.scalar_type())) {
+  for (const StateTensor& state :
+       optimizer_.state_layout(value.sizes(), value.scalar_type(), offset)) {
     const auto options = value.options().dtype(state.dtype);
     const bool elsewhere = state.on_host && value.is_cuda();
     states.push_back(at::zeros(state.shape, elsewhere ? options.device(at::kCPU) : options));
@@ -135,10 +136,12 @@ void ModelBlocks::make_home(int64_t block) {
       shapes.clear();
       for (const int64_t count : home.share.counts) shapes.push_back({count});
     }
-    for (const auto& shape : shapes) {
+    for (size_t i = 0; i < shapes.size(); ++i) {
       if (!states_stream(block)) break;
+      const auto& shape = shapes[i];
+      const int64_t offset = shared() ? home.share.owned[i].offset : 0;
       StateEntry entry;
-      for (const auto& state : optimizer_.state_layout(shape, options_.compute))
+      for (const auto& state : optimizer_.state_layout(shape, options_.compute, offset))
         entry.states.add(state.name, state.shape, state.dtype);
       if (options_.keep_gradients && !is_resident(block))
         entry.gradient.add(
@@ -162,7 +165,8 @@ void ModelBlocks::make_home(int64_t block) {
   }
   shared() ? bind_owned(block, staying) : bind(block);
   if (states_stream(block)) return;
-  for (Trainable& trainable : owned(block)) trainable.states = new_states(trainable.value.detach());
+  for (Trainable& trainable : owned(block))
+    trainable.states = new_states(trainable.value.detach(), trainable.offset);
 }
 
 /// Of the record, what this rank holds; all of it if ranks share nothing.

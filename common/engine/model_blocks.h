@@ -128,7 +128,7 @@ class ModelBlocks final : public Blocks {
   void put_gradients_away(int64_t block);
   void visit_owned(std::span<const int64_t> blocks, const std::function<bool(int64_t block)>& work);
   void begin_pass(std::vector<int64_t> cycle);
-  std::vector<at::Tensor> new_states(const at::Tensor& value);
+  std::vector<at::Tensor> new_states(const at::Tensor& value, int64_t offset = 0);
   Home* home_of(const std::string& path);
   void set_tensors(int64_t block, const std::function<at::Tensor(size_t slice)>& value);
   void bind(int64_t block);

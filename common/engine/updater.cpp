@@ -85,8 +85,9 @@ void Updater::take_squares(int64_t block) {
   auto& sums = squares_[block];
   sums.assign(static_cast<size_t>(share.elements / kSquaresPart), 0);
   for (size_t i = 0; i < share.owned.size(); ++i)
-    std::ranges::copy(squares_by_part(share.owned[i].gradient),
-                      sums.begin() + share.begins[i] / kSquaresPart);
+    if (share.owned[i].gradient.defined())
+      std::ranges::copy(squares_by_part(share.owned[i].gradient),
+                        sums.begin() + share.begins[i] / kSquaresPart);
 }
 
 void Updater::add_shared_norms() {

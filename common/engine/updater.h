@@ -79,7 +79,7 @@ class Updater {
   bool wants_norms() const { return options_.clip != ClipMode::kNone || options_.want_norm; }
   /// Whether the block's gradients are summed over the ranks while later ones compute.
   bool sums_later(int64_t block) const {
-    return options_.exchange && gradients_wait() && stays(block);
+    return options_.exchange && gradients_wait() && stays(block) && !share_of(block);
   }
   bool stays(int64_t block) const { return block < 0 || blocks_.trainables_stay(block); }
   /// With its learning rate and clipping.

@@ -68,7 +68,7 @@ class StepOfRanks : public testing::Test {
     if (!run.full)
       model.train(lora::make_adapters(lora::with_rank(lora::default_targets(config_), 4, 4), 7));
     BlockLoop loop(config_, model, {.first_trained = model.first_trained(), .keep_graph = kept});
-    GradientExchange exchange(ranks);
+    GradientExchange exchange(ranks, /*piece=*/100'000);  // several a block
     Updater updater(model,
                     *optimizer,
                     {.clip = run.clip,
