@@ -1,6 +1,7 @@
-"""A short training of the fixtures' tiny model, for the tests of what people watch."""
+"""A short training of the fixtures' tiny model, and what it leaves, for several tests."""
 import json
 import os
+import struct
 import subprocess
 
 
@@ -12,3 +13,13 @@ def train(bin_dir, fixtures, out, steps, *more):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(path):
+    """The bytes of each tensor, without the file's metadata."""
+    data = path.read_bytes()
+    size, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + size])
+    header.pop("__metadata__", None)
+    return {name: (entry["dtype"], data[8 + size + entry["data_offsets"][0]:8 + size + entry["data_offsets"][1]])
+            for name, entry in header.items()}

@@ -177,6 +177,25 @@ TEST(Group, AFailureEndsWhatWaitsInAPart) {
   for (const size_t rank : {0, 1}) EXPECT_THAT(errors[rank], HasSubstr("ended: its disk is full"));
 }
 
+TEST(Group, SaysThatRankZeroIsGoneWithItsStore) {
+  const std::vector<int64_t> two{0, 1};
+  for (const bool parts : {true, false}) {
+    const auto errors = as_ranks(2, [&](Group& group) {
+      if (group.rank() == 0) return;  // and its store goes
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));
+      if (parts)
+        group.part("two", two);
+      else
+        group.gather("what", "it says");
+      group.barrier();
+    });
+    EXPECT_EQ(errors[0], "");
+    EXPECT_THAT(errors[1],
+                AllOf(HasSubstr("rank 0 of 2 was killed, ended or cannot be reached"),
+                      HasSubstr("hint:")));
+  }
+}
+
 TEST(Group, SaysWhichRankFailedAndWhy) {
   const auto errors = as_ranks(3, [&](Group& group) {
     if (group.rank() == 2) {
