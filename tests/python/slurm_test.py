@@ -95,7 +95,7 @@ def saved(out):
 
 def several_ranks(cluster):
     """Tasks of srun on two nodes are the ranks of one run: 2, 4, and 3 of which one node has two."""
-    steps = 20
+    steps = 6
     one = cluster.reference(steps)
     for world in (2, 4):
         out = cluster.folder / f"out{world}"
@@ -106,6 +106,12 @@ def several_ranks(cluster):
         local = world // 2
         assert f"rank 0 of {world} (local 0 of {local}), by srun" in result.stderr, result.stderr
         assert [line["samples"] for line in ranks.metrics(out)] == [ranks.BATCHES] * steps
+    # full fine-tuning, a copy of the weights a node
+    full = ("--method", "full", "--learning-rate", 0.0005, "--exact-reduction", "--no-tensorboard")
+    ranks.run_ranks(1, cluster.folder / "full", *full)
+    cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", *ranks.command(cluster.folder / "full4", *full, "--dist-shard", 2))
+    for name in ("model", "state"):
+        assert not ranks.differ(*(ranks.weights(cluster.folder / out, 5, name) for out in ("full", "full4"))), f"another {name}"
     result = cluster.run("srun", "--nodes=2", "--ntasks=3", *ranks.command(cluster.folder / "uneven", "--max-steps", 2))
     assert "rank 0 of 3 (local 0 of 2), by srun" in result.stderr, result.stderr
     # --ntasks of a batch job is not the number of ranks: the script is one process, its srun has them

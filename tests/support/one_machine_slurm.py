@@ -76,9 +76,21 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        if self.cgroup is not None:
+            for hierarchy in pathlib.Path("/sys/fs/cgroup").iterdir():
+                for i in range(1, self.nodes + 1):
+                    self.remove_groups(hierarchy / f"slurm_n{i}")
         # the socket's path must be short
         if hasattr(self, "munge"):
             shutil.rmtree(self.munge, ignore_errors=True)
+
+    @staticmethod
+    def remove_groups(top):
+        for folder, _, _ in os.walk(top, topdown=False):
+            try:
+                os.rmdir(folder)
+            except OSError:
+                pass  # somebody's task is there yet
 
     def run(self, *command, check=True, **more):
         result = subprocess.run([str(word) for word in command], env=os.environ | self.environment, capture_output=True, text=True, **more)
