@@ -37,7 +37,7 @@ class AdamW final : public Optimizer {
   std::string_view name() const override { return "adamw"; }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     return {{"exp_avg", precision().states, shape.vec()},
             {"exp_avg_sq", precision().states, shape.vec()}};
   }
@@ -60,9 +60,9 @@ class AdamW8bit final : public Optimizer {
   std::string_view name() const override { return "adamw8bit"; }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t elements) const override {
     const int64_t n = count_of(shape);
-    if (n < options_.min_8bit_size)
+    if (elements < options_.min_8bit_size)
       return {{"state1", at::kFloat, shape.vec()}, {"state2", at::kFloat, shape.vec()}};
     const std::vector<int64_t> blocks{(n + kBlock8 - 1) / kBlock8};
     return {{"state1", at::kByte, shape.vec()},
@@ -102,7 +102,7 @@ class Adafactor final : public Optimizer {
   std::string_view name() const override { return "adafactor"; }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     std::vector<StateTensor> out;
     if (shape.size() >= 2) {
       std::vector<int64_t> rows = shape.vec(), columns = shape.vec();
@@ -153,7 +153,7 @@ class Lion final : public Optimizer {
   std::string_view name() const override { return "lion"; }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     return {{"exp_avg", precision().states, shape.vec()}};
   }
   void update(const Slot& slot, const StepScalars& step) override {
@@ -178,7 +178,7 @@ class Sgd final : public Optimizer {
   std::string_view name() const override { return "sgd"; }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     return {{"momentum_buffer", precision().states, shape.vec()}};
   }
   void update(const Slot& slot, const StepScalars& step) override {
@@ -224,7 +224,7 @@ class ScheduleFree final : public Optimizer {
     if (keep == Keep::kKahan) y = y + slot.states.back();
     return at::lerp(y, slot.states[0], 1 - 1 / options_.beta1).to(slot.parameter.scalar_type());
   }
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     return {{"z", at::kFloat, shape.vec()}, {"exp_avg_sq", at::kFloat, shape.vec()}};
   }
   void update(const Slot& slot, const StepScalars& step) override {
@@ -294,7 +294,7 @@ class Prodigy final : public Optimizer {
   }
 
  protected:
-  std::vector<StateTensor> moments(c10::IntArrayRef shape) const override {
+  std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t /*elements*/) const override {
     return {{"exp_avg", precision().states, shape.vec()},
             {"exp_avg_sq", precision().states, shape.vec()},
             {"s", at::kFloat, shape.vec()},

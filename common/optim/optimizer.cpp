@@ -91,8 +91,9 @@ StepKey step_key(const Slot& slot, const StepScalars& step, const OptimizerPreci
 }
 
 std::vector<StateTensor> Optimizer::state_layout(c10::IntArrayRef shape,
-                                                 c10::ScalarType dtype) const {
-  std::vector<StateTensor> out = moments(shape);
+                                                 c10::ScalarType dtype,
+                                                 int64_t offset) const {
+  std::vector<StateTensor> out = moments(shape, offset + c10::multiply_integers(shape));
   const Keep keep = keep_of(dtype, precision_.weights);
   if (keep == Keep::kKahan) out.push_back({"compensation", at::kBFloat16, shape.vec()});
   if (keep == Keep::kMaster) out.push_back({"master", at::kFloat, shape.vec()});
@@ -138,7 +139,7 @@ void Optimizer::check(const Slot& slot, const StepScalars& scalars) const {
     throw std::invalid_argument(
         fmt::format("{} step {}, steps count from 1", name(), scalars.step));
   }
-  check_slot(slot, state_layout(slot.parameter.sizes(), slot.parameter.scalar_type()));
+  check_slot(slot, state_layout(slot.parameter.sizes(), slot.parameter.scalar_type(), slot.offset));
 }
 
 void Optimizer::step(const Slot& slot, const StepScalars& scalars) {

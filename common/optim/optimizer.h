@@ -83,7 +83,10 @@ class Optimizer {
   virtual std::string_view name() const = 0;
   const OptimizerPrecision& precision() const { return precision_; }
   /// The states of a parameter. All bytes of all of them are zero before step 1.
-  std::vector<StateTensor> state_layout(c10::IntArrayRef shape, c10::ScalarType dtype) const;
+  /// `offset` as Slot::offset: a slice of a parameter has slices of its states, of whatever size itself is.
+  std::vector<StateTensor> state_layout(c10::IntArrayRef shape,
+                                        c10::ScalarType dtype,
+                                        int64_t offset = 0) const;
 
   /// Updates one parameter and its states in place; order among parameters is free. Throws
   /// std::invalid_argument, naming the argument and both values, if the slot is not as described
@@ -114,7 +117,8 @@ class Optimizer {
 
  protected:
   /// States but for what the weight mode adds.
-  virtual std::vector<StateTensor> moments(c10::IntArrayRef shape) const = 0;
+  /// `elements`: that the parameter has, or at least has.
+  virtual std::vector<StateTensor> moments(c10::IntArrayRef shape, int64_t elements) const = 0;
   /// The update of a slot that was checked. Here and below slots are without the average.
   virtual void update(const Slot& slot, const StepScalars& scalars) = 0;
   /// observe() of a slot that was checked.

@@ -23,9 +23,9 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-std::vector<at::Tensor> zeros(const Optimizer& optimizer, const at::Tensor& p) {
+std::vector<at::Tensor> zeros(const Optimizer& optimizer, const at::Tensor& p, int64_t offset = 0) {
   std::vector<at::Tensor> states;
-  for (const StateTensor& state : optimizer.state_layout(p.sizes(), p.scalar_type()))
+  for (const StateTensor& state : optimizer.state_layout(p.sizes(), p.scalar_type(), offset))
     states.push_back(at::zeros(state.shape, p.options().dtype(state.dtype)));
   return states;
 }
@@ -107,17 +107,31 @@ TEST(Optimizer, UpdatesSlicesAsTheWhole) {
     Slot whole = slot_of(*optimizer, start);
     whole.id = 5;
     run(*optimizer, whole, 1, at::kFloat);
-    at::Tensor parts = start.clone();
-    for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 5120}, {5120, start.numel()}}) {
-      Slot slice;
-      slice.parameter = parts.slice(0, begin, end);
-      slice.gradient = whole.gradient.slice(0, begin, end);
-      slice.states = zeros(*optimizer, slice.parameter);
-      slice.id = 5;
-      slice.offset = begin;
-      optimizer->step(slice, {.step = 1, .learning_rate = 1e-3, .seed = 9});
+    for (const int64_t middle :
+         {5120, 10'240}) {  // also a rest that by itself were too small for 8 bits
+      at::Tensor parts = start.clone();
+      std::vector<at::Tensor> states;  // the slices', one behind the other
+      for (const auto& [begin, end] :
+           {std::pair<int64_t, int64_t>{0, middle}, {middle, start.numel()}}) {
+        Slot slice;
+        slice.parameter = parts.slice(0, begin, end);
+        slice.gradient = whole.gradient.slice(0, begin, end);
+        slice.states = zeros(*optimizer, slice.parameter, begin);
+        slice.id = 5;
+        slice.offset = begin;
+        optimizer->step(slice, {.step = 1, .learning_rate = 1e-3, .seed = 9});
+        for (size_t i = 0; i < slice.states.size(); ++i)
+          if (begin == 0)
+            states.push_back(slice.states[i]);
+          else
+            states.at(i) = at::cat({states[i], slice.states[i]});
+      }
+      EXPECT_TRUE(same_bits(parts, whole.parameter)) << name << " in two at " << middle;
+      ASSERT_EQ(states.size(), whole.states.size()) << name;
+      for (size_t i = 0; i < states.size(); ++i)
+        EXPECT_TRUE(same_bits(states[i], whole.states[i]))
+            << name << " state " << i << " in two at " << middle;
     }
-    EXPECT_TRUE(same_bits(parts, whole.parameter)) << name;
   }
 }
 
