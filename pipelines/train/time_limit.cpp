@@ -17,7 +17,8 @@ namespace flux::train {
 namespace {
 
 constexpr double kSaveFactor = 1.5, kFirstSaveBytesPerSecond = 100e6;
-constexpr double kEndSeconds = 2;  // report, leaving the other ranks, giving back memory
+/// Report, leaving the other ranks, giving back memory, and whatever was slower than measured: a share of the limit.
+constexpr double kEndShare = 0.02, kEndLeast = 2, kEndMost = 30;
 constexpr double kMost = 10.0 * 366 * 24 * 3600;
 
 std::optional<double> number_of(std::string_view text, bool whole) {
@@ -99,7 +100,8 @@ void TimeLimit::save_took(double seconds) {
 }
 
 double TimeLimit::reserve() const {
-  return (measured_ ? kSaveFactor * save_ : save_) + kEndSeconds;
+  const double end = std::clamp(kEndShare * limit_, kEndLeast, kEndMost);
+  return (measured_ ? kSaveFactor * save_ : save_) + end;
 }
 
 bool TimeLimit::ends(double now) const { return limit_ > 0 && now + step_ + reserve() > limit_; }

@@ -13,7 +13,8 @@ double parse_duration(const std::string& text);
 /// start.
 ///
 /// Another step begins only if one as long as the longest so far, a save and the end of the program fit. A save is taken
-/// for half as long again as the longest so far; the first one, which nothing is known of, for its bytes at 100 MB/s.
+/// for half as long again as the longest so far; the first one, which nothing is known of, for its bytes at 100 MB/s. The end
+/// has 2 % of the limit, at least 2 s and at most 30 s.
 class TimeLimit {
  public:
   /// `limit` 0: none.

@@ -167,25 +167,27 @@ TEST(TrainOptions, ATimeLimitIsATimeAsPeopleAndSlurmWriteIt) {
 
 TEST(TimeLimit, KeepsTimeForAStepAndASave) {
   TimeLimit limit(1000, 5'000'000'000);  // the first save is taken for 50 s
-  EXPECT_FALSE(limit.ends(900));
-  EXPECT_TRUE(limit.ends(949)) << "and two seconds for the end";
-  EXPECT_EQ(limit.deadline(), 948);
+  EXPECT_FALSE(limit.ends(929));
+  EXPECT_TRUE(limit.ends(931)) << "and 20 s for the end";
+  EXPECT_EQ(limit.deadline(), 930);
   limit.step_took(30);
   limit.step_took(10);
-  EXPECT_FALSE(limit.ends(917));
-  EXPECT_TRUE(limit.ends(919)) << "the longest step counts";
+  EXPECT_FALSE(limit.ends(899));
+  EXPECT_TRUE(limit.ends(901)) << "the longest step counts";
   limit.save_took(100);
-  EXPECT_EQ(limit.deadline(), 848) << "and half as long again as the longest save";
+  EXPECT_EQ(limit.deadline(), 830) << "and half as long again as the longest save";
   limit.save_took(20);
-  EXPECT_FALSE(limit.ends(817));
-  EXPECT_TRUE(limit.ends(819));
+  EXPECT_FALSE(limit.ends(799));
+  EXPECT_TRUE(limit.ends(801));
   EXPECT_THAT(limit.describe(820),
-              testing::AllOf(testing::HasSubstr("of 1000.0 are over"),
+              testing::AllOf(testing::HasSubstr("820.0 s of 1000.0 are over"),
                              testing::HasSubstr("up to 30.0 s"),
                              testing::HasSubstr("save up to 100.0 s")));
   TimeLimit fast(1000, 5'000'000'000);
   fast.save_took(1);
-  EXPECT_EQ(fast.deadline(), 996.5) << "what was measured counts, not what was expected";
+  EXPECT_EQ(fast.deadline(), 978.5) << "what was measured counts, not what was expected";
+  EXPECT_EQ(TimeLimit(10, 0).deadline(), 8);
+  EXPECT_EQ(TimeLimit(36000, 0).deadline(), 35970);
   EXPECT_FALSE(TimeLimit(0, 5'000'000'000).ends(1e9)) << "no limit";
 }
 
