@@ -47,7 +47,7 @@ class Slurm:
         self.nodes, self.settings, self.cgroup = nodes, settings, cgroup
         self.conf = self.folder / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.conf), "PATH": PATH}
-        self.daemons = []
+        self.daemons, self.munge = [], None
 
     def __enter__(self):
         for program, package in PROGRAMS.items():
@@ -55,15 +55,17 @@ class Slurm:
                 raise Unavailable(f"{program} is not installed: apt-get install {package}")
         if os.geteuid() != 0:
             raise Unavailable("Slurm's daemons need root")
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        for last in (False, False, True):  # another process may take a port in between
+            try:
+                self.start()
+                return self
+            except BaseException as why:
+                self.__exit__()
+                if last or not isinstance(why, Unavailable):
+                    raise
 
     def __exit__(self, *_):
-        if self.daemons:
+        if len(self.daemons) > 1:
             self.run("scancel", "--user=root", check=False)
             end = time.monotonic() + 20
             while self.run("squeue", "-h", check=False).stdout.strip() and time.monotonic() < end:
@@ -80,8 +82,8 @@ class Slurm:
             for hierarchy in pathlib.Path("/sys/fs/cgroup").iterdir():
                 for i in range(1, self.nodes + 1):
                     self.remove_groups(hierarchy / f"slurm_n{i}")
-        # the socket's path must be short
-        if hasattr(self, "munge"):
+        self.daemons = []
+        if self.munge:
             shutil.rmtree(self.munge, ignore_errors=True)
 
     @staticmethod
@@ -113,7 +115,7 @@ class Slurm:
 
     def start(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.munge = pathlib.Path(tempfile.mkdtemp(prefix="munge-"))
+        self.munge = pathlib.Path(tempfile.mkdtemp(prefix="munge-"))  # the path of a socket must be short
         self.munge.chmod(0o755)
         key = self.munge / "key"
         key.write_bytes(os.urandom(1024))
