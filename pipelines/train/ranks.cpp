@@ -21,6 +21,8 @@
 #include "common/core/text.h"
 #include "common/core/tool.h"
 #include "common/core/version.h"
+#include "common/models/flux/layout.h"
+#include "pipelines/train/validate.h"
 
 namespace flux::train {
 namespace {
@@ -62,6 +64,22 @@ nlohmann::json identity(const Session& session) {
   out["text cache"] = session.data->text_digest();
   out["model"] = session.config.describe() + ", " + model_digest(*session.file);
   out["step to go on from"] = session.step;
+  // what all do together, beside steps
+  const Options& o = session.options;
+  out["resume"] = o.resume;
+  out["model-layout"] = o.model_layout == dit::ModelLayout::kBfl ? "bfl" : "diffusers";
+  out["validation-samples"] = validates(session) ? session.data->num_held_out() : 0;
+  out["validation-sigmas"] = o.effective_validation_sigmas();
+  out["sample-every"] = o.sample_every;
+  out["sample-count"] = o.sample_count;
+  out["sample-steps"] = o.sample_steps.value_or(0);
+  out["sample-seed"] = o.sample_seed;
+  out["sample-size"] = {o.sample_width, o.sample_height};
+  out["sample-guidance"] = o.sample_guidance.value_or(0);
+  Xxh3 prompts;
+  if (session.prompts)
+    for (const Prompt& prompt : session.prompts->all()) prompts.add(as_bytes(prompt.text + '\n'));
+  out["sampled prompts"] = fmt::format("{:016x}", prompts.digest());
   return out;
 }
 

@@ -181,6 +181,7 @@ void train_steps(Session& session, BatchReader& reader, Report& report) {
   set_deadline();
   const auto save_now = [&] {
     if (saved == session.step) return;
+    const auto finishing = session.group ? session.group->finishing() : nullptr;
     if (metrics) metrics->flush();
     const double start = process_seconds();
     save(session);
@@ -311,12 +312,12 @@ Report report_of(const Session& session, Report report) {
   return report;
 }
 
-/// The checkpoint to go on from. Rank 0 reads all of it, to see that it is good, the others what it says.
+/// The checkpoint to go on from, if rank 0 is to resume. It reads all of it, to see that it is good, the others what it says.
 std::optional<checkpoint::Checkpoint> latest(const Session& session) {
   const auto& out = session.options.out;
   std::optional<checkpoint::Checkpoint> found;
   together(session, [&] {
-    if (session.leads()) found = checkpoint::read_latest(out);
+    if (session.leads() && session.options.resume) found = checkpoint::read_latest(out);
   });
   const int64_t step = gather_numbers(session, {found ? found->step : -1})[0][0];
   together(session, [&] {
@@ -335,10 +336,9 @@ Report run_rank(const Options& asked, dist::Group* group, Session& session) {
   session.group = group;
   const Options& options = session.options;
   std::optional<checkpoint::Checkpoint> resumed;
-  if (options.resume) {
-    resumed = latest(session);
-    if (!resumed) log::info("{}: no checkpoint is there: a new run", show(options.out));
-  }
+  if (options.resume || group) resumed = latest(session);
+  if (options.resume && !resumed)
+    log::info("{}: no checkpoint is there: a new run", show(options.out));
   if (resumed) {
     session.position = position_of(*resumed);
     session.step = resumed->step;

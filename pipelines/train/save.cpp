@@ -91,12 +91,6 @@ std::vector<Elements> state_of(const engine::Trainable& t, const Session& sessio
   const auto layout = session.trainer->optimizer().state_layout(whole, t.value.scalar_type());
   for (size_t i = 0; i < layout.size(); ++i) {
     const at::Tensor& state = t.states.at(i);
-    if (state.scalar_type() != layout[i].dtype)
-      throw std::invalid_argument(fmt::format("{} of a part of {} is {}, of the whole {}",
-                                              layout[i].name,
-                                              t.name,
-                                              c10::toString(state.scalar_type()),
-                                              c10::toString(layout[i].dtype)));
     // one for each element, or one for so many of them
     const bool is_scale = c10::multiply_integers(layout[i].shape) < num_elements;
     out.push_back({layout[i].name + "." + t.name, is_scale ? t.offset / kBlock8 : t.offset, state});

@@ -282,6 +282,15 @@ def full_failures(folder):
     one = folder / "one"
     run_ranks(1, one, *FULL, "--max-steps", saved[-1] + 2)
     check_same_checkpoint(one, out, saved[-1] + 2, "after a rank was killed")
+    # what is not finite in any is refused by all, who save the step before
+    wild = ("--method", "full", "--learning-rate", 1000, "--max-steps", 5)
+    code, _, error = finish(start(command(folder / "wild", "--gradient-accumulation", BATCHES, *wild)))
+    steps = metrics_so_far(folder / "wild")[-1]["step"]
+    assert code == 3 and f"step {steps + 1}: " in error and "is not finite" in error, (code, error)
+    results = [finish(process) for process in start_ranks(2, folder / "wild2", *wild, "--exact-reduction")]
+    assert [code for code, _, _ in results] == [3, 3], results
+    assert all(f"step {steps + 1}: " in error and "is not finite" in error for _, _, error in results), results
+    check_same_checkpoint(folder / "wild", folder / "wild2", steps, "before a step that is not finite")
     # a signal to one stops all after a step that all save
     out = folder / "interrupted"
     processes = start_ranks(2, out, *FULL, "--max-steps", 5000, "--exact-reduction")
@@ -356,7 +365,9 @@ def watching(folder):
 def failures(folder):
     # another data order, another model
     subprocess.run([BIN / "flux-model", "tiny", "--out", folder / "other", "--seed", "9"], check=True, stdout=subprocess.DEVNULL)
-    for which, more in {"seed": ("--seed", "4"), "model": ("--model", folder / "other/flux.safetensors")}.items():
+    others = {"seed": ("--seed", "4"), "model": ("--model", folder / "other/flux.safetensors"), "resume": ("--resume",),
+              "sample-every": ("--sample-every", 2, "--prompts", FIXTURES / "prompts"), "exact-reduction": ("--exact-reduction",)}
+    for which, more in others.items():
         results = [finish(process) for process in start_ranks(2, folder / which, of_rank={1: more})]
         assert [code for code, _, _ in results] == [2, 2], results
         for _, _, error in results:
