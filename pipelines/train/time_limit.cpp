@@ -57,13 +57,30 @@ std::optional<double> slurm_duration(std::string_view text) {
 
 /// "1h30m"
 std::optional<double> duration_in_units(std::string_view text) {
-  static const std::vector<std::pair<std::string_view, double>> kUnits{
-      {"d", 86400}, {"h", 3600}, {"min", 60}, {"m", 60}, {"sec", 1}, {"s", 1}};
+  static const std::vector<std::pair<std::string_view, double>> kUnits{// longer names first
+                                                                       {"days", 86400},
+                                                                       {"day", 86400},
+                                                                       {"d", 86400},
+                                                                       {"hours", 3600},
+                                                                       {"hour", 3600},
+                                                                       {"hrs", 3600},
+                                                                       {"hr", 3600},
+                                                                       {"h", 3600},
+                                                                       {"minutes", 60},
+                                                                       {"minute", 60},
+                                                                       {"mins", 60},
+                                                                       {"min", 60},
+                                                                       {"m", 60},
+                                                                       {"seconds", 1},
+                                                                       {"second", 1},
+                                                                       {"secs", 1},
+                                                                       {"sec", 1},
+                                                                       {"s", 1}};
   double total = 0, above = INFINITY;
   while (!text.empty()) {
     const size_t digits = std::min(text.find_first_not_of("0123456789."), text.size());
     const auto value = number_of(text.substr(0, digits), false);
-    text.remove_prefix(digits);
+    text = trim(text.substr(digits));
     const auto unit = std::ranges::find_if(
         kUnits, [&](const auto& known) { return text.starts_with(known.first); });
     if (!value || unit == kUnits.end() || unit->second >= above) return std::nullopt;

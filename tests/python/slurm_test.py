@@ -171,11 +171,12 @@ def requeued_by_its_limit(cluster):
 
 
 def warned_by_slurm(cluster):
-    """--signal of the job script: Slurm itself sends it, to every rank, as the limit comes near."""
+    """--signal of the job script: Slurm itself sends it, to every rank, as the limit comes near (up to half a minute before it is due)."""
     out = cluster.folder / "out"
-    job = cluster.submit(out, "--nodes=2", "--ntasks=2", "--time=1", "--signal=USR1@1", flags="--max-steps 100000 --gradient-accumulation 2")
+    job = cluster.submit(out, "--nodes=2", "--ntasks=2", "--time=1", "--signal=USR1@15", flags="--max-steps 100000 --gradient-accumulation 2")
     cluster.wait("its second start", lambda: cluster.show(job)["Restarts"] == "1", 150, job)
     assert saved(out) == [cluster.steps(out)] and "exit code 143" in cluster.log(job), cluster.log(job)
+    assert "--time-limit: " not in cluster.log(job), "it was not the signal\n" + cluster.log(job)
     cluster.run("scancel", job)
     cluster.end(job, "CANCELLED")
 

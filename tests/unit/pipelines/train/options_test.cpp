@@ -128,6 +128,8 @@ TEST(TrainOptions, ATimeLimitIsATimeAsPeopleAndSlurmWriteIt) {
                                                           {"45s", 45},
                                                           {"30sec", 30},
                                                           {"1h5s", 3605},
+                                                          {"4 hours", 14400},
+                                                          {"1 day 2hrs 3 minutes", 93780},
                                                           {"04:00:00", 14400},
                                                           {"100:00:01", 360001},
                                                           {"30:00", 1800},
@@ -140,25 +142,9 @@ TEST(TrainOptions, ATimeLimitIsATimeAsPeopleAndSlurmWriteIt) {
   EXPECT_THAT(run_toml(parse({"--time-limit", "1h30m"})),
               testing::HasSubstr("time-limit = \"5400s\"\n"));
   EXPECT_THAT(run_toml(parse({})), testing::Not(testing::HasSubstr("time-limit")));
-  for (const char* wrong : {"",
-                            "30",
-                            "h",
-                            "-1h",
-                            "1m1h",
-                            "1h1h",
-                            "4x",
-                            "1:2:3:4",
-                            "1-",
-                            "-5:00",
-                            "1:",
-                            ":30",
-                            "1.5:00",
-                            "1e3s",
-                            "nan",
-                            "infs",
-                            "4h junk",
-                            "NOT_SET",
-                            "--"})
+  for (const char* wrong : {"",        "30",   "h",       "-1h", "1m1h", "1h1h",    "4x",
+                            "1:2:3:4", "1-",   "-5:00",   "1:",  ":30",  "1.5:00",  "1e3s",
+                            "nan",     "infs", "4h junk", "1mo", "4 5h", "NOT_SET", "--"})
     EXPECT_THAT(message_of({"--time-limit", wrong}), testing::HasSubstr("is no time such as 4h"))
         << wrong;
   for (const char* wrong : {"0s", "0:00", "00:00:00", "10000d"})
