@@ -1,6 +1,6 @@
 """Under a real Slurm of this machine: slurm_test.py BIN_DIR FIXTURES PART
 
-Parts: ranks torchrun (srun over two nodes); requeue warned cancelled killed (jobs of train.sbatch that are stopped); job (the whole of
+Parts: ranks torchrun (srun over two nodes); requeue warned cancelled killed moved (jobs of train.sbatch that are stopped); job (the whole of
 pipelines/recipes/slurm); copies (to node-local disks); memory (control groups). Without Slurm, or root, skipped by name (77).
 """
 import json
@@ -241,6 +241,24 @@ def killed(cluster):
     require_equal(cluster.reference(steps), out, steps)
 
 
+def moved(cluster):
+    """A job whose process was killed on one node is queued again and goes on on another, which knows nothing of that process but its lock."""
+    out = cluster.folder / "out"
+    job = cluster.submit(out, "--nodelist=n1", flags="--max-steps 100000 --save-every 5 --keep-last 2 --gradient-accumulation 4")
+    cluster.wait_for_steps(job, out, 7)
+    os.kill(processes_of(out)[0], signal.SIGKILL)
+    cluster.wait("its being queued again", lambda: cluster.show(job)["Restarts"] == "1", 60, job)
+    cluster.run("scontrol", "update", f"JobId={job}", "NodeList=n2")
+    assert (out / ".writer.lock").exists(), "nothing would be shown"
+    cluster.wait("its start", lambda: cluster.show(job)["JobState"] == "RUNNING", 60, job)
+    assert cluster.show(job)["BatchHost"] == "n2"
+    cluster.wait_for_steps(job, out, cluster.steps(out) + 3)
+    cluster.run("scancel", job)
+    cluster.end(job, "CANCELLED")
+    steps = saved(out)[-1]
+    require_equal(cluster.reference(steps), out, steps)
+
+
 def whole_job(cluster):
     """submit: caches in parts, one of which is stopped and queued again, merged; training in ranks; pictures."""
     folder, images, work = cluster.folder, cluster.folder / "images", cluster.folder / "work"
@@ -335,7 +353,7 @@ def memory(cluster):
 
 
 PARTS = {"ranks": several_ranks, "torchrun": torchrun, "requeue": requeued_by_its_limit, "warned": warned_by_slurm, "cancelled": cancelled,
-         "killed": killed, "job": whole_job, "copies": copies, "memory": memory}
+         "killed": killed, "moved": moved, "job": whole_job, "copies": copies, "memory": memory}
 
 
 def main(part):
