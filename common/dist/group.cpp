@@ -22,6 +22,7 @@ using StorePointer = c10::intrusive_ptr<c10d::Store>;
 using BackendPointer = c10::intrusive_ptr<c10d::Backend>;
 
 constexpr std::chrono::seconds kAbortLimit{10};
+constexpr int64_t kGatherPiece = int64_t{16} << 20;  // bytes of all ranks
 
 /// What moves is bytes: backends do not know every type.
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.view({-1}).view(at::kByte); }
@@ -184,10 +185,25 @@ void Group::all_gather(const at::Tensor& all, const at::Tensor& own) {
   State& s = *state_;
   s.run->check();
   at::Tensor out = as_bytes(all), in = as_bytes(own);
-  if (s.cpu)
+  if (!s.cpu) {
+    if (out.data_ptr() != in.data_ptr()) out.copy_(in);
+    return;
+  }
+  // Gloo puts all together in memory of its own first
+  const int64_t most = out.is_cpu() ? std::max<int64_t>(1, kGatherPiece / world()) : in.numel();
+  if (in.numel() <= most) {
     s.wait(*s.start(out, [&](c10d::Backend& b) { return b.all_gather_single(out, in); }));
-  else if (out.data_ptr() != in.data_ptr())
-    out.copy_(in);
+    return;
+  }
+  const at::Tensor rows = out.view({world(), -1});
+  for (int64_t begin = 0; begin < in.numel(); begin += most) {
+    const int64_t count = std::min(most, in.numel() - begin);
+    std::vector<at::Tensor> pieces, mine{in.narrow(0, begin, count)};
+    for (int64_t rank = 0; rank < world(); ++rank)
+      pieces.push_back(rows[rank].narrow(0, begin, count));
+    std::vector<std::vector<at::Tensor>> received{pieces};
+    s.wait(*s.start(out, [&](c10d::Backend& b) { return b.allgather(received, mine); }));
+  }
 }
 
 void Group::start_all_to_all(const at::Tensor& received, const at::Tensor& sent) {
@@ -234,6 +250,11 @@ std::string Group::share(const std::string& name, const std::string& text) {
     return text;
   }
   return s.run->get(*s.store, key, s.run->options.operation);
+}
+
+std::shared_ptr<void> Group::finishing() {
+  ++state_->run->finishing;
+  return {nullptr, [run = state_->run](void*) { --run->finishing; }};
 }
 
 void Group::fail(const std::string& reason) noexcept { state_->run->fail(reason); }

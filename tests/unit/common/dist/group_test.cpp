@@ -42,6 +42,12 @@ TEST_P(GroupOf, RanksComputesWhatTheOperationsSay) {
     group.all_gather(all, all[rank]);
     EXPECT_TRUE(all.eq(at::arange(world).view({world, 1})).all().item<bool>());
 
+    // in several pieces, the last one smaller
+    const at::Tensor large = at::full({world, (3 << 20) + 5}, -1, at::kInt);
+    large[rank].copy_(at::arange(large.size(1)) * world + rank);
+    group.all_gather(large, large[rank]);
+    EXPECT_TRUE(large.t().reshape({-1}).equal(at::arange(large.numel(), at::kInt)));
+
     const at::Tensor sent = at::arange(world, at::kByte) + rank * 16,
                      received = at::empty({world}, at::kByte);
     group.start_all_to_all(received, sent);
@@ -175,6 +181,19 @@ TEST(Group, AFailureEndsWhatWaitsInAPart) {
   });
   EXPECT_EQ(errors[2], "");
   for (const size_t rank : {0, 1}) EXPECT_THAT(errors[rank], HasSubstr("ended: its disk is full"));
+}
+
+TEST(Group, DoesNotEndAProcessThatWritesACheckpoint) {
+  const auto errors = as_ranks(2, [&](Group& group) {
+    if (group.rank() == 1) {
+      group.fail("its disk is full");
+      return;
+    }
+    const auto finishing = group.finishing();
+    std::this_thread::sleep_for(seconds(13));  // more than any other work may take
+    group.barrier();
+  });
+  EXPECT_THAT(errors[0], HasSubstr("ended: its disk is full"));
 }
 
 TEST(Group, SaysThatRankZeroIsGoneWithItsStore) {
