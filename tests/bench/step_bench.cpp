@@ -96,6 +96,12 @@ ExitCode run(Tool& tool) {
         show_bytes(peak_rss_bytes()));
     std::fflush(stdout);
   }
+  const auto by_cause = [](const MemoryByCause& causes) {
+    nlohmann::json out;
+    for (size_t i = 0; i < causes.size(); ++i)
+      out[std::string(memory_cause_name(static_cast<MemoryCause>(i)))] = causes[i];
+    return out;
+  };
   const nlohmann::json object{{"seconds", last},
                               {"losses", losses},
                               {"rank", o.launch.rank},
@@ -104,6 +110,8 @@ ExitCode run(Tool& tool) {
                               {"planned_bytes", choice.needed},
                               {"planned_tensor_bytes", choice.plan.device_bytes()},
                               {"tensor_bytes", cpu_memory().peak},
+                              {"planned_causes", by_cause(choice.plan.causes)},
+                              {"causes", by_cause(cpu_memory().causes)},
                               {"peak_rss_bytes", peak_rss_bytes()}};
   fmt::print("{}\n", object.dump());
   if (group) group->leave();
