@@ -367,7 +367,11 @@ TrainResult Trainer::step(std::span<const FlowInputs> micro_batches,
     loop_.step(batches, hooks);
     result.grad_norm = updater_.finish();
   } catch (NotFinite& reason) {
+    updater_.abandon();
     reason.loss = result.loss;
+    throw;
+  } catch (...) {
+    updater_.abandon();
     throw;
   }
   return result;

@@ -178,6 +178,11 @@ std::optional<double> Updater::finish() {
   return norm;
 }
 
+void Updater::abandon() {
+  waiting_.clear();
+  pending_.clear();
+}
+
 void Updater::update_in_two_phases() {
   std::vector<int64_t> staying, streamed;
   for (const int64_t block : std::exchange(waiting_, {}))

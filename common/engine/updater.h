@@ -58,6 +58,9 @@ class Updater {
   /// anything is updated with kGlobal, if a gradient is not finite.
   std::optional<double> finish();
 
+  /// After a step that failed before finish() returned: its gradients count for nothing. What still waited since the step
+  /// before is lost, so that is_whole() stays false.
+  void abandon();
   /// Whether all blocks are at the end of the same step; updates that wait count as made.
   bool is_whole() const { return whole_; }
   /// Makes the updates that wait, without a forward: before weights are saved.

@@ -35,6 +35,7 @@ struct Setting {
   StreamFrom stream_from = StreamFrom::kFile;
   bool stream_states = false, average = false;
   int64_t kept_graphs = 0;
+  enum class Fails { kNever, kInForward, kInBackward } fourth_step = Fails::kNever;
 };
 
 class StepOfRanks : public testing::Test {
@@ -89,9 +90,30 @@ class StepOfRanks : public testing::Test {
       loop.step(own, updater.hooks());
       const auto norm = updater.finish();
       out["norm " + std::to_string(step)] = at::ones({1}, at::kDouble) * norm.value_or(0);
+      if (step == 3 && run.fourth_step != Setting::Fails::kNever) break;  // updates wait
       // as validation does
       updater.flush();
       loop.forward_only(own);
+    }
+    if (run.fourth_step != Setting::Fails::kNever) {
+      updater.begin(4, 1e-2);
+      LoopHooks hooks = updater.hooks();
+      const int64_t middle = 2;
+      if (run.fourth_step == Setting::Fails::kInForward)
+        hooks.before_forward = [update = hooks.before_forward](int64_t block) {
+          if (block == middle) throw std::runtime_error("fails");
+          return update(block);
+        };
+      else
+        hooks.ready = [update = hooks.ready](int64_t block, std::span<Trainable> trainables) {
+          if (block == middle) throw std::runtime_error("fails");
+          return update(block, trainables);
+        };
+      EXPECT_THROW(loop.step(small_batches(config_, 2, true), hooks), std::runtime_error);
+      updater.abandon();
+      // a block whose update of the third step waits for its forward has lost it
+      const bool lost = run.stream_adapters && run.fourth_step == Setting::Fails::kInForward;
+      EXPECT_EQ(updater.is_whole(), !lost);
     }
     updater.flush();
     model.for_all_trainables([&](const Trainable& t) {
@@ -188,6 +210,18 @@ TEST_F(StepOfRanks, ExactSumsHaveTheBitsOfOneRank) {
     const Values expected = train(run, 1)[0];
     run.exact = true;
     for (const Values& rank : train(run, 2)) expect_equal(expected, rank);
+  }
+}
+
+TEST_F(StepOfRanks, OneThatFailsChangesNothing) {
+  for (Setting run : {Setting{}, Setting{.resident = 2, .stream_adapters = true}}) {
+    const Values expected = train(run, 1)[0];
+    for (const auto fails : {Setting::Fails::kInForward, Setting::Fails::kInBackward}) {
+      run.fourth_step = fails;
+      const Values found = train(run, 1)[0];
+      if (!run.stream_adapters || fails == Setting::Fails::kInBackward)
+        expect_equal(expected, found);
+    }
   }
 }
 
