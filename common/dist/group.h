@@ -61,6 +61,9 @@ class Group {
   /// What rank 0 says.
   std::string share(const std::string& name, const std::string& text);
 
+  /// A failure of another rank ends this process some seconds later if its calls do not see it before; not while one of
+  /// these lives: what writes a checkpoint is to finish it.
+  std::shared_ptr<void> finishing();
   /// Tells all ranks of the run why this one ends, so that they do too. Throws nothing.
   void fail(const std::string& reason) noexcept;
   /// All ranks of the run are done: waits for them. For the group of join() alone.

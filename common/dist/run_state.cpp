@@ -255,7 +255,7 @@ void RunState::guard() {
                       launch.rank,
                       std::chrono::duration_cast<seconds>(silent).count(),
                       keeper_of_store()));
-    if (has_failed && !noted) noted = awake();
+    if (has_failed && (!noted || finishing > 0)) noted = awake();
     // the main thread computes, or waits for something that does not come: nothing more will be saved
     if (noted && !told_ && awake() - *noted > kGrace) {
       const std::lock_guard lock(mutex_);

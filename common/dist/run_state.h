@@ -34,6 +34,7 @@ struct RunState {
   Meeting meeting;
 
   std::atomic<bool> has_failed = false;
+  std::atomic<int> finishing = 0;  // see Group
 
   /// Meets the others and starts the threads.
   static std::shared_ptr<RunState> meet_and_watch(const Launch& launch,

@@ -133,6 +133,25 @@ def cut_from_1(hosts, process):
     hosts[2].cut_from(hosts[1])
 
 
+def lose_while_meeting(folder):
+    """Rank 0, which keeps the store, while it waits for a rank that does not come."""
+    for harm in (kill, pause, cut):
+        with netns.Hosts(2) as hosts:
+            processes = start_ranks(hosts, 3, folder / f"meeting-{harm.__name__}", "--dist-timeout", 5)
+            processes, last = processes[:2], processes[2]
+            last.kill()
+            last.communicate()
+            time.sleep(4)  # rank 1 has come
+            begun = time.monotonic()
+            harm(hosts, processes[0])
+            try:
+                code, _, error = ranks.finish(processes[1], LIMIT)
+            finally:
+                end_all(processes)
+            assert code == 5 and "rank 0" in error and "hint:" in error, f"{harm.__name__} while meeting: exit {code}\n{error}"
+            print(f"meeting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
+
+
 def lost(folder):
     one = folder / "one"
     run_alone(one, "--max-steps", STEPS)
@@ -144,6 +163,7 @@ def lost(folder):
     lose(folder, one, "killed-0", 3, 0, kill, *quick)
     lose(folder, one, "paused-1", 3, 1, pause, *quick, count=2)
     lose(folder, one, "paused-0", 2, 0, pause, *quick)
+    lose_while_meeting(folder)
     lose(folder, one, "cut-by-default", 2, 1, cut, names={1: "rank 0 of 2"})  # --dist-timeout 30
 
 
@@ -186,6 +206,9 @@ def pauses(folder):
               lambda _, processes: processes[victim].send_signal(signal.SIGCONT), 6, *more)
         go_on(folder, one, f"cut-{victim}", 2, lambda hosts, _: hosts[victim].cut(), lambda hosts, _: hosts[victim].mend(), 6, *more)
         go_on(folder, one, f"down-{victim}", 2, lambda hosts, _: hosts[victim].down(), lambda hosts, _: hosts[victim].up(), 6, *more)
+    # all at once, as a suspended job: time in which nobody runs is nobody's silence
+    go_on(folder, one, "suspended", 2, lambda _, processes: [process.send_signal(signal.SIGSTOP) for process in processes],
+          lambda _, processes: [process.send_signal(signal.SIGCONT) for process in processes], 12, "--dist-timeout", 5)
 
 
 def slow(folder):

@@ -6,7 +6,7 @@
 
 The namespaces have no names: each lives as long as a process in it, and those that keep them end with the program that made them,
 even if that is killed. So nothing is ever left behind, and the machine's own network is not touched. Needs iproute2 and util-linux,
-and root or user namespaces that everybody may make. netns.py --check says whether they can be made.
+and root or user namespaces that everybody may make. Run as a program it says whether they can be made.
 """
 import ctypes
 import os

@@ -20,7 +20,7 @@ sys.path += [str(TESTS / "support"), str(TESTS / "python")]
 import netns
 import training_run
 
-SILENCE, START = 8, 40  # --dist-timeout and --dist-start-timeout
+SILENCE, START = 8, 25  # --dist-timeout and --dist-start-timeout
 LIMIT = 60  # seconds for all ranks to end
 WORLDS = {"lora": (1, 2, 4), "full": (1, 2, 3)}
 BATCHES = {"lora": 4, "full": 6}  # an update, of all ranks
