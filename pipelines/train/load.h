@@ -36,7 +36,7 @@ struct Session {
   std::unique_ptr<engine::Trainer> trainer;
   engine::MemoryPlan plan;
   std::shared_future<std::string>
-      model_sha256;  // weights_sha256 of --model in hex, computed beside the training
+      model_sha256;  // weights_sha256 of --model in hex, computed beside the training, in rank 0
   /// Of a LoRA without --no-tags: dataset_metadata(), read beside the training; empty where the cache could not be read.
   std::shared_future<std::map<std::string, std::string>> dataset_metadata;
 

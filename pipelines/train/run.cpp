@@ -355,7 +355,7 @@ Report run_rank(const Options& asked, dist::Group* group, Session& session) {
   open_model(session, resumes_weights ? weights_in(resumed->folder) : options.model);
   require_same_ranks(session);
   if (resumed && session.step == options.max_steps) {
-    start_hashing(session);
+    if (session.leads()) start_hashing(session);
     require_same_model(session, *resumed);
     log::info("{}: all {} steps are done", show(resumed->folder), session.step);
     return report_of(session, {});
@@ -370,7 +370,7 @@ Report run_rank(const Options& asked, dist::Group* group, Session& session) {
        .turn = options.launch.rank,
        .stride = options.launch.world});
   load_model(session);
-  start_hashing(session);
+  if (session.leads()) start_hashing(session);
   if (options.method == Method::kLora && !options.no_tags) start_reading_captions(session);
   if (resumed) {
     restore(session, *resumed);

@@ -444,6 +444,7 @@ void require_same_run(const Session& session, const checkpoint::Checkpoint& chec
 }
 
 void require_same_model(const Session& session, const checkpoint::Checkpoint& checkpoint) {
+  if (!session.leads()) return;  // whose weights are rank 0's: see require_same_ranks()
   const nlohmann::json model = session.model_sha256.get();
   const auto then = checkpoint.state.value("model_sha256", nlohmann::json());
   if (model != then)

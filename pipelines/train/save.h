@@ -31,8 +31,8 @@ DataPosition position_of(const checkpoint::Checkpoint& checkpoint);
 /// precision, a cache's content; or a position beyond the data.
 void require_same_run(const Session& session, const checkpoint::Checkpoint& checkpoint);
 
-/// Throws CacheError if the weights of --model are not those that the run began with, naming both hashes. Waits for the
-/// model's hash.
+/// Throws CacheError if the weights of --model are not those that the run began with, naming both hashes; in rank 0 only.
+/// Waits for the model's hash.
 void require_same_model(const Session& session, const checkpoint::Checkpoint& checkpoint);
 
 /// Takes adapters, states, step and position from a checkpoint; weights were loaded from weights_of(). Results then are those of a run

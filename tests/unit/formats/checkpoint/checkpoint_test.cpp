@@ -189,6 +189,18 @@ TEST(ReadLatest, RefusesDamagedForeignAndNewerStates) {
   EXPECT_THROW(read_latest(run.path()), CacheError);
 }
 
+TEST(ReadUnchecked, ReadsWhatTheStateSaysAndNothingElse) {
+  TemporaryFolder run;
+  for (const int64_t step : {3, 5}) save(run.path(), step);
+  std::filesystem::remove(run / "step-000003/lora.safetensors");
+  const Checkpoint found = read_unchecked(run.path(), 3);
+  EXPECT_EQ(found.step, 3);
+  EXPECT_EQ(found.folder, run / "step-000003");
+  EXPECT_EQ(found.state.at("step"), 3);
+  run.write("step-000005/state.json", "{}");
+  for (const int64_t step : {4, 5}) EXPECT_THROW(read_unchecked(run.path(), step), CacheError);
+}
+
 TEST(ReadLatest, TakesTheNewestGoodOneAndNamesTheBad) {
   TemporaryFolder run;
   for (const int64_t step : {3, 5, 9}) save(run.path(), step);
