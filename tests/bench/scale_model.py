@@ -54,7 +54,7 @@ def tables(bin_dir, model, rates):
     blocks = 19 * DOUBLE_PARAMETERS + 38 * SINGLE_PARAMETERS
     adapters = RANK * sum(a + b for a, b in 19 * DOUBLE + 38 * SINGLE)
     samples = 4  # a GPU and step
-    stored = 2.2e6  # bytes of a sample's latents and caption, 1024 px, unmasked T5
+    stored = 3.45e6  # bytes of a cached sample: 1024 px, T5 unmasked (docs/benchmarks.md)
     print("| method | GPUs | GPU memory | compute | receives in its machine | from others | a step | images a second | of perfect | storage reads | "
           "checkpoint |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for method in ("lora", "full"):

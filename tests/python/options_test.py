@@ -269,6 +269,7 @@ TRAIN = {
     "dist-store": scenes.train_dist_store,
     "dist-start-timeout": scenes.train_dist_start_timeout,
     "dist-timeout": scenes.train_dist_timeout,
+    "dist-shard": row([*other(PLAN, "--method", "full")[1], "--dist-rank", "0", "--dist-world", "4"], ["--dist-shard", "2"], plan),
     "exact-reduction": scenes.train_exact_reduction,
     "prefetch": row(RUN, ["--prefetch", "16"], planned),
     "reader-threads": scenes.train_reader_threads,
