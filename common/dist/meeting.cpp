@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
@@ -40,6 +41,7 @@ using std::chrono::seconds;
 constexpr milliseconds kSlice{500};  // between looks at signals
 constexpr milliseconds kLook{20};    // between looks for a key
 constexpr milliseconds kCome{50};    // between looks for ranks
+constexpr seconds kAlive{1};         // between signs of life of ranks that wait for others
 constexpr seconds kConnectLimit{3};  // to one of several addresses
 constexpr const char* kLoopback = "127.0.0.1";
 
@@ -287,7 +289,7 @@ StorePointer keys_of(const StorePointer& store, const std::string& prefix) {
 
 struct Patience {
   Clock::time_point end;
-  seconds in_all;
+  seconds in_all, silence;
   const std::function<void()>& answered;
 };
 
@@ -305,9 +307,14 @@ std::string lead(const StorePointer& store,
   const auto attempt = keys_of(store, name);
   std::vector<std::string> asked(static_cast<size_t>(launch.world));
   std::vector<int64_t> missing;
+  std::map<int64_t, std::pair<int64_t, int64_t>> alive;  // by rank: signs of life, looks since
+  auto looked = Clock::now();
+  std::optional<int64_t> silent;
   attempt->set("there/0", address);
-  const bool all = until(patience.end, kCome, patience.answered, [&] {
+  const bool ended = until(patience.end, kCome, patience.answered, [&] {
     missing.clear();
+    const bool look = Clock::now() - looked >= kAlive;
+    if (look) looked = Clock::now();
     for (int64_t rank = 1; rank < launch.world; ++rank) {
       const std::string ask = fmt::format("ask/{}", rank);
       std::string& last = asked[static_cast<size_t>(rank)];
@@ -317,18 +324,34 @@ std::string lead(const StorePointer& store,
           last = who;
         }
       }
-      if (!attempt->check({fmt::format("there/{}", rank)})) missing.push_back(rank);
+      if (!attempt->check({fmt::format("there/{}", rank)})) {
+        missing.push_back(rank);
+      } else if (look) {
+        auto& [signs, looks] = alive[rank];
+        const int64_t now = attempt->add(fmt::format("waits/{}", rank), 0);
+        looks = now == signs ? looks + 1 : 0;
+        signs = now;
+        if (looks * kAlive >= patience.silence) silent = rank;
+      }
     }
-    return missing.empty();
+    return missing.empty() || silent;
   });
-  const std::string verdict =
-      all ? "" : fmt::format("rank {} did not come", fmt::join(missing, ", "));
+  std::string verdict;
+  if (!ended)
+    verdict = fmt::format(
+        "rank {} did not come within {} s", fmt::join(missing, ", "), patience.in_all.count());
+  else if (!missing.empty())
+    verdict = fmt::format(
+        "rank {} came and has given no sign of life for {} s: it was killed, hangs, or cannot be "
+        "reached",
+        *silent,
+        patience.silence.count());
   std::error_code ignored;
   if (launch.host.empty()) fs::remove(address_file, ignored);
   attempt->set("all", verdict);
-  if (all) return name;
+  if (verdict.empty()) return name;
   std::this_thread::sleep_for(2 * kSlice);  // the others read it here
-  fail_to_meet(fmt::format("{} within {} s", verdict, patience.in_all.count()), launch);
+  fail_to_meet(verdict, launch);
 }
 
 /// The others: come to the attempt of the rank 0 that answered last.
@@ -339,6 +362,7 @@ std::string follow(const StorePointer& store,
   const std::string who = random_name(), answer = "answer/" + who;
   std::string name;
   StorePointer attempt;
+  auto said = Clock::now();
   store->set(fmt::format("ask/{}", launch.rank), who);
   const bool all = until(patience.end + seconds(10), kCome, patience.answered, [&] {
     if (!store->check({answer})) return false;
@@ -347,12 +371,15 @@ std::string follow(const StorePointer& store,
       attempt = keys_of(store, name);
       attempt->set(fmt::format("there/{}", launch.rank), address);
     }
+    if (Clock::now() - said >= kAlive) {
+      attempt->add(fmt::format("waits/{}", launch.rank), 1);
+      said = Clock::now();
+    }
     return attempt->check({"all"});
   });
   if (!all) fail_to_meet("rank 0 says nothing", launch);
   const std::string verdict = attempt->get_to_str("all");
-  if (!verdict.empty())
-    fail_to_meet(fmt::format("{} within {} s", verdict, patience.in_all.count()), launch);
+  if (!verdict.empty()) fail_to_meet(verdict, launch);
   return name;
 }
 
@@ -361,7 +388,8 @@ std::string follow(const StorePointer& store,
 Meeting meet(const Launch& launch,
              const fs::path& address_file,
              seconds patience,
-             const std::function<void()>& answered) {
+             const std::function<void()>& answered,
+             seconds silence) {
   const auto end = Clock::now() + patience;
   const bool keeps = launch.rank == 0 && !launch.hosted;
   const Place place = keeps ? keep_store(launch, address_file, patience)
@@ -369,7 +397,7 @@ Meeting meet(const Launch& launch,
   try {
     const std::string job = "flux-stages/" + launch.job;
     const auto store = keys_of(place.store, job);
-    const Patience limits{end, patience, answered};
+    const Patience limits{end, patience, silence, answered};
     const std::string address = address_towards(place.host, place.port);
     const std::string attempt = launch.rank == 0
                                     ? lead(store, launch, address, address_file, limits)

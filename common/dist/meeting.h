@@ -25,14 +25,15 @@ struct Meeting {
 /// writes it with its machine's addresses to `address_file`, which every rank must see (a shared file system); the others
 /// try them until one answers with the number in the file, so that a file left by a killed run is no harm. Rank 0
 /// removes the file when all have come.
-/// Waits `patience` for the others. Throws ResourceError naming the ranks that did not come, or the address that does
+/// Waits `patience` for the others, and not for those of a rank that came and gives no sign of life for `silence`. Throws ResourceError naming the ranks that did not come, or the address that does
 /// not answer; Interrupted after a signal. A store that answers no more, and leaves its connection open, keeps it waiting:
 /// `answered` is called whenever it is not, twice a second or more often.
 Meeting meet(
     const Launch& launch,
     const std::filesystem::path& address_file,
     std::chrono::seconds patience,
-    const std::function<void()>& answered = [] {});
+    const std::function<void()>& answered = [] {},
+    std::chrono::seconds silence = std::chrono::seconds(30));
 
 /// Of all TCP connections of this process: what is sent and does not arrive for so long breaks them. The kernel's own limit
 /// is a quarter of an hour, and Gloo and stores know no other.

@@ -48,7 +48,8 @@ std::shared_ptr<RunState> RunState::meet_and_watch(const Launch& launch,
   run->options = options;
   std::thread([run] { run->guard(); }).detach();
   try {
-    run->meeting = meet(launch, address_file, options.start, [&] { run->answered(); });
+    run->meeting = meet(
+        launch, address_file, options.start, [&] { run->answered(); }, options.silence);
     run->with_store(
         [&] { run->meeting.store->set(fmt::format("who/{}", launch.rank), this_process()); });
   } catch (...) {

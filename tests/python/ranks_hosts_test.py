@@ -152,6 +152,23 @@ def lose_while_meeting(folder):
             print(f"meeting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
 
 
+def lose_one_that_waits(folder):
+    """Another one that has come, while rank 0 waits."""
+    for harm in (kill, pause):
+        with netns.Hosts(2) as hosts:
+            processes = start_ranks(hosts, 3, folder / f"waiting-{harm.__name__}", "--dist-timeout", 5)
+            processes[2].kill()
+            time.sleep(4)
+            begun = time.monotonic()
+            harm(hosts, processes[1])
+            try:
+                code, _, error = ranks.finish(processes[0], LIMIT)
+            finally:
+                end_all(processes)
+            assert code == 5 and "rank 1 came and has given no sign of life for 5 s" in error, f"{harm.__name__} while waiting: exit {code}\n{error}"
+            print(f"waiting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
+
+
 def lost(folder):
     one = folder / "one"
     run_alone(one, "--max-steps", STEPS)
@@ -164,6 +181,7 @@ def lost(folder):
     lose(folder, one, "paused-1", 3, 1, pause, *quick, count=2)
     lose(folder, one, "paused-0", 2, 0, pause, *quick)
     lose_while_meeting(folder)
+    lose_one_that_waits(folder)
     lose(folder, one, "cut-by-default", 2, 1, cut, names={1: "rank 0 of 2"})  # --dist-timeout 30
 
 
