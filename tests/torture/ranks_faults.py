@@ -228,16 +228,16 @@ def last_made(out):
 
 def wait_for_moment(tool, fault, job, out, numbers):
     """Any time from the start on; or soon after a step."""
-    if numbers.random() < 0.3:
-        end = time.monotonic() + numbers.uniform(0, tool.idle_seconds * (1 + job.world / 2))
-        reached = lambda: time.monotonic() > end
+    at_start, share, later = numbers.random() < 0.3, numbers.random(), numbers.random()
+    if at_start:
+        end = time.monotonic() + share * tool.idle_seconds * (1 + job.world / 2)
     else:
-        step, after = numbers.randint(last_made(out), tool.steps - 1), numbers.uniform(0, 1.2 * tool.seconds / tool.steps)
+        made = last_made(out)
+        step = made + int(share * max(0, tool.steps - made))
         while job.runs() and last_made(out) < step:
             time.sleep(0.01)
-        end = time.monotonic() + after
-        reached = lambda: time.monotonic() > end
-    while job.runs() and not reached():
+        end = time.monotonic() + later * 1.2 * tool.seconds / tool.steps
+    while job.runs() and time.monotonic() < end:
         time.sleep(0.01)
     while job.runs() and getattr(fault, "at_save", False) and not saves(out):
         time.sleep(0.001)
@@ -320,11 +320,12 @@ def work(tool, numbers, count):
         if not deck:  # each comes in its share, in any order
             deck = [kind for kind in kinds for _ in range(FAULTS[kind])]
             numbers.shuffle(deck)
+        again, next_world = numbers.random() < 0.6, numbers.choice(WORLDS[tool.kind])
         over = attempt(tool, numbers, out, deck.pop(), numbers.choice(worlds))
-        if not over and numbers.random() < 0.6 and done() < goal:
+        if not over and again and done() < goal:
             continue  # the next fault meets what this one left
         if not over:
-            complete(tool, out, numbers.choice(WORLDS[tool.kind]))
+            complete(tool, out, next_world)
         total["finished"] += 1
         shutil.rmtree(out)
 
