@@ -1,7 +1,8 @@
 """Ranks on several hosts: ranks_hosts_test.py BIN_DIR FIXTURES PART
 
 Hosts are network namespaces (tests/support/netns.py); where none can be made the test is skipped by name (77). Parts: meet (how ranks
-of several hosts find each other), lost (a rank that is killed or hangs, a link that is cut), between (a cut that rank 0 does not see),
+of several hosts find each other), meeting and lost (a rank that is killed or hangs, a link that is cut, before
+the first step and later), between (a cut that rank 0 does not see),
 pauses (of ranks and links, shorter than --dist-timeout), slow (links), elastic (torchrun starts all ranks again), gone (what a killed
 test leaves).
 """
@@ -169,6 +170,11 @@ def lose_one_that_waits(folder):
             print(f"waiting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
 
 
+def meeting(folder):
+    lose_while_meeting(folder)
+    lose_one_that_waits(folder)
+
+
 def lost(folder):
     one = folder / "one"
     run_alone(one, "--max-steps", STEPS)
@@ -180,8 +186,6 @@ def lost(folder):
     lose(folder, one, "killed-0", 3, 0, kill, *quick)
     lose(folder, one, "paused-1", 3, 1, pause, *quick, count=2)
     lose(folder, one, "paused-0", 2, 0, pause, *quick)
-    lose_while_meeting(folder)
-    lose_one_that_waits(folder)
     lose(folder, one, "cut-by-default", 2, 1, cut, names={1: "rank 0 of 2"})  # --dist-timeout 30
 
 
@@ -328,7 +332,7 @@ def gone(folder):
     assert last_saved(out) == ranks.metrics_so_far(out)[-1]["step"], "the last whole step is not saved"
 
 
-PARTS = {"meet": meet, "lost": lost, "between": between, "pauses": pauses, "slow": slow, "elastic": elastic, "gone": gone}
+PARTS = {"meet": meet, "meeting": meeting, "lost": lost, "between": between, "pauses": pauses, "slow": slow, "elastic": elastic, "gone": gone}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="flux-hosts-") as name:
