@@ -58,8 +58,10 @@ void set_store(Launch& launch, const std::string& text, const std::string& from)
   const auto port =
       colon == std::string::npos ? std::nullopt : parse_number(text.substr(colon + 1), 1, kMaxPort);
   if (!port || colon == 0)
-    throw UsageError(fmt::format("{}: '{}' is not HOST:PORT", from, printable(text)),
-                     "give the name or address of a machine that all ranks reach, and a free port");
+    throw UsageError(
+        fmt::format("{}: '{}' is not HOST:PORT", from, printable(text)),
+        "give the name or address of a machine that all ranks reach, and a free port; or a "
+        "path with a slash, ./ranks, of a file that all see");
   launch.host = text.substr(0, colon);
   if (launch.host.size() > 2 && launch.host.front() == '[' &&
       launch.host.back() == ']')  // an IPv6 address
@@ -169,7 +171,10 @@ Launch resolve_launch(const Environment& environment, const LaunchFlags& flags) 
     out = from_environment(environment);
   }
   if (!out.several()) return out;
-  if (!flags.store.empty()) {
+  if (flags.store.find('/') != std::string::npos) {
+    out.file = flags.store;
+    out.hosted = false;
+  } else if (!flags.store.empty()) {
     set_store(out, flags.store, "--dist-store");
     out.hosted = false;
   } else if (const auto host = environment("MASTER_ADDR"); host && environment("MASTER_PORT")) {
@@ -183,14 +188,15 @@ Launch resolve_launch(const Environment& environment, const LaunchFlags& flags) 
 
 std::string Launch::describe() const {
   if (!several()) return "one process";
-  return fmt::format(
-      "rank {} of {} (local {} of {}), by {}, meeting at {}",
-      rank,
-      world,
-      local_rank,
-      local_world,
-      launcher,
-      host.empty() ? "an address that rank 0 writes down" : fmt::format("{}:{}", host, port));
+  return fmt::format("rank {} of {} (local {} of {}), by {}, meeting at {}",
+                     rank,
+                     world,
+                     local_rank,
+                     local_world,
+                     launcher,
+                     !file.empty()  ? "the address in " + printable(file)
+                     : host.empty() ? "an address that rank 0 writes down"
+                                    : fmt::format("{}:{}", host, port));
 }
 
 }  // namespace flux::dist

@@ -14,8 +14,8 @@ struct Launch {
   bool own_gpus = false;                    // the launcher shows each process its own GPUs alone
   std::string launcher{};  // "torchrun", "srun", "mpirun", "flags"; empty: one process
   std::string job{};       // differs between runs that may meet at the same place
-  /// A TCP store. Empty: rank 0 writes its address to a file that all can read.
-  std::string host{};
+  /// A TCP store. Empty: rank 0 writes its address to a file that all can read, `file` if that is given.
+  std::string host{}, file{};
   int64_t port = 0;
   bool hosted = false;  // the launcher's agent keeps the store, else rank 0 does
 
@@ -27,7 +27,7 @@ struct Launch {
 /// What the user said; goes before the environment.
 struct LaunchFlags {
   std::optional<int64_t> rank{}, world{};  // both or none
-  std::string store{};                     // "HOST:PORT"; empty: as the launcher says
+  std::string store{};  // "HOST:PORT", or the path of a file, with a slash; empty: as the launcher says
 };
 
 /// The value of an environment variable; nothing: it is not set.
@@ -41,7 +41,7 @@ Environment process_environment();
 /// whatever --ntasks is; so is a shell that srun started. MASTER_ADDR and MASTER_PORT, where both are set, name the store
 /// for every launcher.
 /// Throws UsageError: values that are no numbers, a rank that is not below the world's size, one of two flags, a store
-/// that is not HOST:PORT.
+/// that is neither HOST:PORT nor a path.
 ///
 /// Source: torch.distributed.rendezvous (`_create_c10d_store`), srun(1), the environment pages of Open MPI 4 and of
 /// Hydra.

@@ -571,9 +571,9 @@ void add_flags(Options& o, Tool& tool) {
       "dist-world", o.dist.world, "N", "how many ranks there are; with --dist-rank", 1, 1 << 20);
   tool.flag("dist-store",
             o.dist.store,
-            "HOST:PORT",
-            "where ranks meet; else as the launcher says, or at an address that rank 0 writes to a "
-            "file beside --out");
+            "HOST:PORT|FILE",
+            "where ranks meet, or a path with a slash of a file that rank 0 writes its address to; "
+            "else as the launcher says, or such a file beside --out");
   tool.flag(
       "dist-start-timeout", o.dist_start_timeout, "S", "seconds to wait for all ranks", 1, 86400);
   tool.flag("dist-timeout",

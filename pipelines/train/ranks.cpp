@@ -27,8 +27,9 @@
 namespace flux::train {
 namespace {
 
-/// Beside the run's folder, which only rank 0 makes.
+/// Beside the run's folder, which only rank 0 makes, if none is given.
 std::filesystem::path address_file(const Options& options) {
+  if (!options.launch.file.empty()) return std::filesystem::absolute(options.launch.file);
   const auto out = std::filesystem::absolute(options.out).lexically_normal();
   const auto name = out.filename().empty() ? out.parent_path().filename() : out.filename();
   const auto parent = out.filename().empty() ? out.parent_path().parent_path() : out.parent_path();

@@ -328,6 +328,8 @@ def train_dist_store(lab):
         port = probe.getsockname()[1]
     for child in ranks(lab, "out", BOTH, "--max-steps", "1", "--dist-store", f"127.0.0.1:{port}"):
         assert child.returncode == 0 and f"meeting at 127.0.0.1:{port}" in child.stderr_text, child.stderr_text
+    for child in ranks(lab, "other", BOTH, "--max-steps", "1", "--dist-store", "./of all/ranks"):
+        assert child.returncode == 0 and "meeting at the address in ./of all/ranks" in child.stderr_text, child.stderr_text
 
 
 def train_dist_start_timeout(lab):

@@ -140,6 +140,18 @@ TEST(Launch, FlagsGoFirst) {
   EXPECT_FALSE(launch(torchrun, {.rank = 0, .world = 1}).several());
 }
 
+TEST(Launch, TakesAPathForAFileWhereAllMeet) {
+  const std::map<std::string, std::string> torchrun{{"RANK", "0"},
+                                                    {"WORLD_SIZE", "2"},
+                                                    {"MASTER_ADDR", "head"},
+                                                    {"MASTER_PORT", "29500"},
+                                                    {"TORCHELASTIC_USE_AGENT_STORE", "True"}};
+  const Launch by_file = launch(torchrun, {.store = "./ranks:1"});
+  EXPECT_EQ(by_file.file, "./ranks:1");
+  EXPECT_EQ(by_file.host, "");
+  EXPECT_FALSE(by_file.hosted);
+}
+
 TEST(Launch, NamesWhatIsWrong) {
   EXPECT_THAT(refusal({{"RANK", "x"}, {"WORLD_SIZE", "2"}}),
               AllOf(HasSubstr("RANK is 'x'"), HasSubstr("hint:")));
