@@ -19,6 +19,7 @@
 #include "pipelines/train/lora_options.h"
 #include "pipelines/train/optimizer.h"
 #include "pipelines/train/plan.h"
+#include "pipelines/train/ranks.h"
 #include "pipelines/train/samples.h"
 #include "pipelines/train/tags.h"
 #include "pipelines/train/validate.h"
@@ -320,6 +321,10 @@ void load_model(Session& session) {
   log::info("attention: {}", attention_word(session));
   log::info("plan: {}", choice.describe());
   wanted.residency = choice.residency;
+  // a block whose graph is kept is not gathered again: all ranks that share it gather alike, whatever fits each
+  if (wanted.shares_weights())
+    for (const auto& its : gather_numbers(session, {wanted.residency.kept_graphs}))
+      wanted.residency.kept_graphs = std::min(wanted.residency.kept_graphs, its[0]);
   if (session.group) session.parts = join_parts(*session.group, wanted.ranks);
   if (validates(session)) plan_validation(session, wanted, step_shape(session));
   session.trainer = std::make_unique<engine::Trainer>(session.config, session.file, wanted);
