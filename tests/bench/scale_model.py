@@ -99,9 +99,8 @@ def ranks(world, *command):
         subprocess.run(["unshare", "--net", "bash", "-c", RUN, "bash", *map(str, command)], check=True,
                        env={**os.environ, "WORLD": str(world), "OUT": out, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TMPDIR": out})
         lines = [(pathlib.Path(out) / str(rank)).read_text().splitlines() for rank in range(world)]
-        for rank, of_rank in enumerate(lines):
-            if not of_rank or not of_rank[-1].startswith("{"):
-                raise SystemExit((pathlib.Path(out) / f"{rank}.log").read_text())
+        if not lines[0] or not lines[0][-1].startswith("{"):
+            raise SystemExit((pathlib.Path(out) / "0.log").read_text())
         return [json.loads(of_rank[-1]) for of_rank in lines if of_rank], int((pathlib.Path(out) / "bytes").read_text())
 
 
