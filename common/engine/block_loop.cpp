@@ -174,7 +174,7 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
   }
   for (int64_t block = 0; block < num_blocks(); ++block) {
     blocks_.enter(block);
-    const bool changed = hooks.before_forward && hooks.before_forward(block);
+    if (hooks.before_forward && hooks.before_forward(block)) changed_.push_back(block);
     for (size_t m = 0; m < micros_.size(); ++m) {
       Micro& micro = micros_[m];
       Values in = std::exchange(micro.values, {});
@@ -188,10 +188,7 @@ void BlockLoop::forward(std::span<const MicroBatch> batches, const LoopHooks& ho
       }
       if (hooks.after_run) hooks.after_run(block, m, micro.values);
     }
-    if (!keeps_graph(block))
-      blocks_.leave(block, changed);
-    else if (changed)
-      changed_.push_back(block);
+    if (!keeps_graph(block)) blocks_.leave(block, std::erase(changed_, block) > 0);
   }
 }
 
@@ -256,6 +253,25 @@ void BlockLoop::backward(const LoopHooks& hooks) {
 
 std::vector<at::Tensor> BlockLoop::step(std::span<const MicroBatch> micro_batches,
                                         const LoopHooks& hooks) {
+  try {
+    return whole_step(micro_batches, hooks);
+  } catch (...) {
+    leave_changed();
+    throw;
+  }
+}
+
+/// After a step that failed: blocks in hand have the update of the step before, and no gradients that count.
+void BlockLoop::leave_changed() {
+  for (const int64_t block : std::exchange(changed_, {})) {
+    for (Trainable& trainable : blocks_.trainables(block)) trainable.gradient.reset();
+    for (Trainable& trainable : blocks_.owned(block)) trainable.gradient.reset();
+    blocks_.leave(block, true);
+  }
+}
+
+std::vector<at::Tensor> BlockLoop::whole_step(std::span<const MicroBatch> micro_batches,
+                                              const LoopHooks& hooks) {
   forward(micro_batches, hooks);
   auto results = losses(micro_batches, hooks);
   if (hooks.after_forward) hooks.after_forward(results);

@@ -146,6 +146,9 @@ class BlockLoop {
              const std::function<void(size_t micro_batch)>& before_run,
              bool with_graph);
   at::Tensor velocity_of(const Micro& micro, const at::Tensor& x, const at::Tensor& vec) const;
+  std::vector<at::Tensor> whole_step(std::span<const MicroBatch> micro_batches,
+                                     const LoopHooks& hooks);
+  void leave_changed();
   void forward(std::span<const MicroBatch> batches, const LoopHooks& hooks);
   std::vector<at::Tensor> losses(std::span<const MicroBatch> batches, const LoopHooks& hooks);
   void backward(const LoopHooks& hooks);

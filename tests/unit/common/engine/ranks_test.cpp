@@ -214,7 +214,9 @@ TEST_F(StepOfRanks, ExactSumsHaveTheBitsOfOneRank) {
 }
 
 TEST_F(StepOfRanks, OneThatFailsChangesNothing) {
-  for (Setting run : {Setting{}, Setting{.resident = 2, .stream_adapters = true}}) {
+  for (Setting run : {Setting{},
+                      Setting{.resident = 2, .stream_adapters = true},
+                      Setting{.resident = 0, .stream_adapters = true, .kept_graphs = 4}}) {
     const Values expected = train(run, 1)[0];
     for (const auto fails : {Setting::Fails::kInForward, Setting::Fails::kInBackward}) {
       run.fourth_step = fails;
