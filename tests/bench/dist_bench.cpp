@@ -2,9 +2,11 @@
 //
 //   dist_bench --dist-rank R --dist-world W --megabytes 64     # one process a rank; or torchrun, srun, mpirun
 //
-// Rank 0 prints bytes that each rank receives a second: gathering weights, and exchanging gradients.
-#include <ATen/ops/empty.h>
+// Rank 0 prints bytes that each rank receives a second: gathering weights, and exchanging gradients, with the copies and sums
+// that go with it.
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
 #include <chrono>
@@ -33,7 +35,7 @@ ExitCode run(Tool& tool) {
   if (!launch.several()) throw UsageError("dist_bench needs several ranks", "start two");
   const auto group = dist::Group::join(launch, address, {});
   const int64_t part = (megabytes << 20) / launch.world, bytes = part * launch.world;
-  const at::Tensor all = at::zeros({bytes}, at::kByte), other = at::empty({bytes}, at::kByte);
+  const at::Tensor all = at::zeros({bytes}, at::kByte);
   // of what each rank receives
   const auto rate = [&](const std::function<void()>& work) {
     work();
@@ -47,9 +49,16 @@ ExitCode run(Tool& tool) {
   };
   const double gather =
       rate([&] { group->all_gather(all, all.narrow(0, part * launch.rank, part)); });
+  // as GradientExchange does it
+  const at::Tensor gradients = at::zeros({bytes / 4}, at::kFloat);
   const double exchange = rate([&] {
-    group->start_all_to_all(other, all);
+    const at::Tensor sent = at::zeros_like(gradients), received = at::empty_like(gradients);
+    sent.copy_(gradients);
+    group->start_all_to_all(received, sent);
     group->wait();
+    const at::Tensor rows = received.view({launch.world, -1});
+    const at::Tensor sum = rows[0].clone();
+    for (int64_t r = 1; r < launch.world; ++r) sum.add_(rows[r]);
   });
   if (launch.rank == 0)
     fmt::print(

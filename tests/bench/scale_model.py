@@ -28,9 +28,14 @@ def share(part):
     return (part - 1) / part
 
 
+def gathered_bytes(blocks, weight_bytes, sharing):
+    """Forward and backward; the last two blocks are still in the ring when the backward begins."""
+    return share(sharing) * weight_bytes * (2 * blocks - 2 * SINGLE_PARAMETERS)
+
+
 def traffic(blocks, weight_bytes, micro_batches, world, sharing, exact):
     """Bytes that a rank receives a step in a full fine-tuning: (from those it shares a copy with, from other copies)."""
-    gathered = 2 * share(sharing) * weight_bytes * blocks  # forward and backward
+    gathered = gathered_bytes(blocks, weight_bytes, sharing)
     exchanged = share(sharing) * 4 * blocks * (micro_batches if exact else 1)
     copies = world // sharing
     part = 4 * blocks / sharing
@@ -65,7 +70,7 @@ def tables(bin_dir, model, rates):
             compute = of["step"]["flops"] / rates["flops"]
             if method == "full":
                 inside, between = traffic(blocks, 2, 1, world, sharing, False)
-                gather = 2 * share(sharing) * 2 * blocks / rates["inside"]
+                gather = gathered_bytes(blocks, 2, sharing) / rates["inside"]
                 # weights are gathered while blocks compute; gradients are exchanged between them
                 seconds = max(compute, gather) + (inside / rates["inside"] - gather) + between / rates["between"]
                 checkpoint = 11.9e9 * (2 + 2 + 2 * 4 / 256)
@@ -119,7 +124,7 @@ def check(bin_dir, model):
     one, four = step(1, 1, 3)[0], step(1, 4, 3)[0]
     micro_batch = (seconds(four) - seconds(one)) / 3
     rest = seconds(one) - micro_batch  # updates
-    print("| ranks | memory a rank | weights, states, gradients | of one rank's | a step, measured | by the model | received a step and rank | by the model |"
+    print("| ranks | memory a rank | weights and states in blocks | of one rank's | a step, measured | by the model | received a step and rank | by the model |"
           "\n|---|---|---|---|---|---|---|---|")
     state = {}
     for world in (1, 2, 4):
@@ -129,8 +134,8 @@ def check(bin_dir, model):
             results, few = step(world, 4 // world, 2)
             more = step(world, 4 // world, 4)
             results, received = more[0], (more[1] - few) / 2 / world
-            rates = ranks(world, bin_dir / "dist_bench", "--megabytes", 256)[0][0]
-            gathered = 2 * share(world) * 2 * blocks
+            rates = ranks(world, bin_dir / "dist_bench", "--megabytes", 64)[0][0]
+            gathered = gathered_bytes(blocks, 2, world)
             modelled_bytes = sum(traffic(blocks, 2, 4 // world, world, world, False)) + lora_traffic(OUTSIDE, 1, world, False)
             moving = gathered / rates["gather"] + (modelled_bytes - gathered) / rates["exchange"]
         modelled = (4 / world * micro_batch + rest / world) * max(1, world / cores) + moving
