@@ -78,6 +78,11 @@ GIVEN = {
 }
 
 
+def copy_cache(cache, to):
+    """Without the locks of readers that other tests have killed, on hosts that this one knows nothing of."""
+    shutil.copytree(cache, to, ignore=shutil.ignore_patterns(".*"))
+
+
 class Stage:
     """A folder in which the names that the docs use are there."""
 
@@ -110,7 +115,7 @@ class Stage:
 
     def caches(self):
         for name in ("latents", "text", "prompts"):
-            shutil.copytree(self.fixtures / name, self.folder / "cache" / name)
+            copy_cache(self.fixtures / name, self.folder / "cache" / name)
 
     def parts(self, names=("part.0", "part.1", "part.2")):
         for i, name in enumerate(names):
@@ -120,10 +125,10 @@ class Stage:
         self.parts(("part-0", "part-1"))
 
     def backup(self):
-        shutil.copytree(self.fixtures / "latents", self.folder / "backup" / "latents")
+        copy_cache(self.fixtures / "latents", self.folder / "backup" / "latents")
 
     def other(self):
-        shutil.copytree(self.fixtures / "latents", self.folder / "other" / "latents")
+        copy_cache(self.fixtures / "latents", self.folder / "other" / "latents")
 
     def vocabularies(self):
         (self.folder / "clip").symlink_to(self.folder / "tokenizer")
