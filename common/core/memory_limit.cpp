@@ -14,20 +14,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// One number in a file, behind `key` at the beginning of a line; nothing for "max", or where there is no file.
-std::optional<int64_t> number_in(const fs::path& path, std::string_view key = "") {
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with(key)) continue;
-    const std::string_view rest = trim(std::string_view(line).substr(key.size()));
-    int64_t number = 0;
-    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), number);
-    if (error == std::errc() && number >= 0) return number;
-    return std::nullopt;
-  }
-  return std::nullopt;
-}
-
 /// Names of the files of a version.
 struct Names {
   std::vector<const char*> limits;
@@ -78,6 +64,19 @@ std::optional<Mount> mount_of(const fs::path& mountinfo, bool second) {
 }
 
 }  // namespace
+
+std::optional<int64_t> number_in(const fs::path& path, std::string_view key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with(key)) continue;
+    const std::string_view rest = trim(std::string_view(line).substr(key.size()));
+    int64_t number = 0;
+    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), number);
+    if (error == std::errc() && number >= 0) return number;
+    return std::nullopt;  // "max"
+  }
+  return std::nullopt;
+}
 
 std::optional<int64_t> memory_left_by_limits(const fs::path& proc, const fs::path& root) {
   std::optional<int64_t> least;

@@ -1,10 +1,14 @@
-// common/core/memory_limit.h - what control groups leave of the memory.
+// common/core/memory_limit.h - what the system and control groups leave of the memory.
 #pragma once
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string_view>
 
 namespace flux {
+
+/// The number behind `key` at the beginning of a line of a file of the system; nothing if there is none.
+std::optional<int64_t> number_in(const std::filesystem::path& path, std::string_view key = "");
 
 /// Bytes that this process may still take by the memory limits of its control group and of all those above it, whichever
 /// is the least; the page cache of a group counts as free. Versions 1 and 2, a container's and a Slurm job's. Nothing:

@@ -7,11 +7,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <optional>
-#include <sstream>
 #include <string>
-#include <string_view>
 
 #include "common/core/memory_limit.h"
 #include "common/engine/record_layout.h"
@@ -27,19 +24,6 @@ constexpr int64_t kBlock = kRecordAlignment;  // of O_DIRECT
 int64_t down(int64_t value) { return value / kBlock * kBlock; }
 int64_t up(int64_t value) { return down(value + kBlock - 1); }
 bool is_aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % kBlock == 0; }
-
-/// The number behind `key` in a file of the system; nothing if it is not there.
-std::optional<int64_t> number_in(const char* path, std::string_view key) {
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with(key)) continue;
-    int64_t number = 0;
-    std::istringstream rest(line.substr(key.size()));
-    if (rest >> number) return number;
-    return std::nullopt;
-  }
-  return std::nullopt;
-}
 
 }  // namespace
 
