@@ -304,10 +304,6 @@ void refuse(const std::string& name,
   log::warn("{}: allowed by --allow-change", difference);
 }
 
-}  // namespace
-
-namespace {
-
 /// Beside the files of tensors.
 nlohmann::json record_of(const Session& session) {
   const Options& o = session.options;
