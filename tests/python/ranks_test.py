@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from training_run import tensors
+from training_run import metrics, tensors
 
 BIN, FIXTURES = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "LC_ALL": "C"}
@@ -71,10 +71,6 @@ def weights(out, step=5, name="lora"):
 
 def floats(state):
     return {name: struct.unpack(f"<{len(data) // 4}f", data) for name, (dtype, data) in state.items() if dtype == "F32"}
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def differ(a, b):
