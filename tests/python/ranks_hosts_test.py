@@ -134,45 +134,28 @@ def cut_from_1(hosts, process):
     hosts[2].cut_from(hosts[1])
 
 
-def lose_while_meeting(folder):
-    """Rank 0, which keeps the store, while it waits for a rank that does not come."""
-    for harm in (kill, pause, cut):
-        with netns.Hosts(2) as hosts:
-            processes = start_ranks(hosts, 3, folder / f"meeting-{harm.__name__}", "--dist-timeout", 5)
-            processes, last = processes[:2], processes[2]
-            last.kill()
-            last.communicate()
-            time.sleep(4)  # rank 1 has come
-            begun = time.monotonic()
-            harm(hosts, processes[0])
-            try:
-                code, _, error = ranks.finish(processes[1], LIMIT)
-            finally:
-                end_all(processes)
-            assert code == 5 and "rank 0" in error and "hint:" in error, f"{harm.__name__} while meeting: exit {code}\n{error}"
-            print(f"meeting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
-
-
-def lose_one_that_waits(folder):
-    """Another one that has come, while rank 0 waits."""
-    for harm in (kill, pause):
-        with netns.Hosts(2) as hosts:
-            processes = start_ranks(hosts, 3, folder / f"waiting-{harm.__name__}", "--dist-timeout", 5)
-            processes[2].kill()
-            time.sleep(4)
-            begun = time.monotonic()
-            harm(hosts, processes[1])
-            try:
-                code, _, error = ranks.finish(processes[0], LIMIT)
-            finally:
-                end_all(processes)
-            assert code == 5 and "rank 1 came and has given no sign of life for 5 s" in error, f"{harm.__name__} while waiting: exit {code}\n{error}"
-            print(f"waiting, {harm.__name__}: ended after {time.monotonic() - begun:.1f} s", flush=True)
+def lose_while_meeting(folder, victim, harm, *expected):
+    """One of ranks 0 and 1, while they wait for a rank that does not come."""
+    what = f"rank {victim} while meeting, {harm.__name__}"
+    with netns.Hosts(2) as hosts:
+        processes = start_ranks(hosts, 3, folder / f"meeting-{victim}-{harm.__name__}", "--dist-timeout", 5)
+        processes[2].kill()
+        time.sleep(4)  # the others have come
+        begun = time.monotonic()
+        harm(hosts, processes[victim])
+        try:
+            code, _, error = ranks.finish(processes[1 - victim], LIMIT)
+        finally:
+            end_all(processes)
+    assert code == 5 and all(text in error for text in expected), f"{what}: exit {code}\n{error}"
+    print(f"{what}: ended after {time.monotonic() - begun:.1f} s", flush=True)
 
 
 def meeting(folder):
-    lose_while_meeting(folder)
-    lose_one_that_waits(folder)
+    for harm in (kill, pause, cut):  # of the one that keeps the store
+        lose_while_meeting(folder, 0, harm, "rank 0", "hint:")
+    for harm in (kill, pause):
+        lose_while_meeting(folder, 1, harm, "rank 1 came and has given no sign of life for 5 s")
 
 
 def lost(folder):
